@@ -1,0 +1,234 @@
+"""Sampling: the steps of a pass, the update rules, the loop that all passes share, and guidance (cfg)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from gdf.scalers import Scaler, variance_preserving
+from gdf.schedules import Schedule, logsnr_at
+from gdf.targets import Target
+
+FEW_STEPS = 15  # below this, DPM-Solver++(2M) takes its last step in first order
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a pass, from time t to t_next; the tensors are scalars (shape ()) in float32."""
+
+    index: int
+    count: int
+    t: float
+    t_next: float
+    logsnr: Tensor
+    logsnr_next: Tensor
+    a: Tensor
+    b: Tensor
+    a_next: Tensor
+    b_next: Tensor
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this step's x0 estimate is the one a pass hands on."""
+        return self.index == self.count - 1
+
+
+def steps(
+    schedule: Schedule,
+    count: int,
+    shift: float = 1.0,
+    scaler: Scaler = variance_preserving,
+    device: torch.device | str = "cpu",
+) -> list[Step]:
+    """The `count` steps between count + 1 equally spaced times from 1 to 0.
+
+    Scalars on the CPU combine with tensors of any device without a wait, so leave them there in general.
+    Raises ValueError for a count below 1 or a shift that is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"the number of sampling steps is {count}, but must be at least 1")
+    times = torch.linspace(1, 0, count + 1)
+    logsnr = logsnr_at(schedule, times, shift)
+    a, b = scaler(logsnr)
+    t, logsnr, a, b = times.tolist(), logsnr.to(device), a.to(device), b.to(device)
+    return [
+        Step(i, count, t[i], t[i + 1], logsnr[i], logsnr[i + 1], a[i], b[i], a[i + 1], b[i + 1])
+        for i in range(count)
+    ]
+
+
+# --- update rules ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the network makes of a noisy latent: the clean latent and the noise in it, both shaped like it."""
+
+    x0: Tensor
+    epsilon: Tensor
+
+
+Denoise = Callable[[Tensor, Step], Estimate]
+Noise = Callable[[Tensor], Tensor]  # standard normal noise shaped like its argument
+History = tuple[Estimate, Step] | None  # the step before, None at the first
+Rule = Callable[[Tensor, Estimate, Step, History, Noise], Tensor]  # (x, …) -> x at t_next
+
+
+def ddim_with(eta: float) -> Rule:
+    """DDIM with `eta` from 0 (deterministic) to 1 (ancestral) (arXiv 2010.02502, eq. 12 and 16).
+
+    Raises ValueError for any other eta.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"DDIM's eta is {eta}, but must lie between 0 (deterministic) and 1 (ancestral)")
+
+    def rule(_x: Tensor, estimate: Estimate, step: Step, _history: History, noise: Noise) -> Tensor:
+        # Rounding can take the first below zero in a step of no length and the second in one very long step.
+        fresh = (1 - step.a**2 / step.a_next**2).clamp(min=0).sqrt()
+        sigma = eta * step.b_next / step.b * fresh
+        kept = (step.b_next**2 - sigma**2).clamp(min=0).sqrt()
+        x_next = step.a_next * estimate.x0 + kept * estimate.epsilon
+        return x_next + sigma * noise(estimate.x0) if eta > 0 else x_next
+
+    return rule
+
+
+ddpm: Rule = ddim_with(1.0)  # arXiv 2006.11239; the published sampler, with noise also at the last step
+ddim: Rule = ddim_with(0.0)
+
+
+def lcm(_x: Tensor, estimate: Estimate, step: Step, _history: History, noise: Noise) -> Tensor:
+    """Multistep consistency sampling: noises the clean estimate anew (arXiv 2310.04378, alg. 3)."""
+    return step.a_next * estimate.x0 + step.b_next * noise(estimate.x0)
+
+
+def dpmpp_2m(x: Tensor, estimate: Estimate, step: Step, history: History, _noise: Noise) -> Tensor:
+    """DPM-Solver++(2M): second order from the x0 estimates of two steps (arXiv 2211.01095, alg. 2)."""
+    h = (step.logsnr_next - step.logsnr) / 2
+    x0 = estimate.x0
+    if history is not None and not (step.is_last and step.count < FEW_STEPS):
+        previous, previous_step = history
+        h_previous = (previous_step.logsnr_next - previous_step.logsnr) / 2
+        if h_previous > 0:  # a shift can clamp the first times to one logSNR
+            x0 = x0 + h / (2 * h_previous) * (x0 - previous.x0)
+    return step.b_next / step.b * x - step.a_next * torch.expm1(-h) * x0
+
+
+SAMPLERS: Mapping[str, Rule] = MappingProxyType(
+    {"ddpm": ddpm, "ddim": ddim, "lcm": lcm, "dpmpp_2m": dpmpp_2m}
+)
+
+
+def sampler_named(name: str) -> Rule:
+    """The update rule of this name; raises ValueError for an unknown one."""
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The end of a pass: x at t = 0, and the last step's clean estimate, which is what a pass hands on."""
+
+    x: Tensor
+    x0: Tensor
+
+
+def sample(
+    denoise: Denoise,
+    x: Tensor,
+    steps: Sequence[Step],
+    rule: Rule = ddpm,
+    noise: Noise = torch.randn_like,
+    callback: Callable[[Step, Estimate], None] | None = None,
+) -> Sampled:
+    """Takes x (B, …), noise at t = 1, through the steps; `callback` runs after each of them.
+
+    x keeps its dtype. `noise(like)` gives standard normal noise shaped and placed like its argument.
+    """
+    assert steps, "a pass needs at least one step"
+    history: History = None
+    for step in steps:
+        estimate = denoise(x, step)
+        x = rule(x, estimate, step, history, noise).to(x.dtype)
+        history = (estimate, step)
+        if callback is not None:
+            callback(step, estimate)
+    return Sampled(x=x, x0=estimate.x0)
+
+
+# --- classifier-free guidance -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CfgSettings:
+    """Classifier-free guidance: its weight over time, its rescaling, and the times at which it works.
+
+    Raises ValueError for a rescaling or an interval outside [0, 1].
+    """
+
+    weight: float = 4.0  # at t = 1; 1 is no guidance
+    weight_end: float | None = None  # at t = 0; None: as at t = 1
+    rho: float = 0.7  # share of the prediction that takes the conditional half's deviation
+    interval: tuple[float, float] = (0.0, 1.0)  # of t, ends included (arXiv 2404.07724)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rho <= 1:
+            raise ValueError(f"the guidance rescaling rho is {self.rho}, but must lie between 0 and 1")
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"the guidance interval is {low} to {high}, but must rise within 0 to 1")
+
+    def weight_at(self, t: float) -> float:
+        """The weight at time t, linear between its values at 1 and 0."""
+        end = self.weight if self.weight_end is None else self.weight_end
+        return end + t * (self.weight - end)
+
+    def needed_at(self, t: float) -> bool:
+        """Whether the unconditional half has any effect at time t."""
+        low, high = self.interval
+        return low <= t <= high and self.weight_at(t) != 1
+
+
+def combine_cfg(conditional: Tensor, unconditional: Tensor, weight: float, rho: float) -> Tensor:
+    """Guided prediction from both halves (B, …), its deviation drawn to the conditional one's by `rho`.
+
+    The deviation is per sample, so that a picture does not depend on its batch (arXiv 2305.08891, sec. 3.4).
+    """
+    guided = unconditional + weight * (conditional - unconditional)
+    axes = tuple(range(1, guided.ndim))
+    wanted, found = conditional.std(axes, keepdim=True), guided.std(axes, keepdim=True)
+    ratio = torch.where(found > 0, wanted / found, 1.0)  # (B, 1, …)
+    return guided * (rho * ratio + 1 - rho)
+
+
+def denoiser(predict: Callable[[Tensor, Step, bool], Tensor], target: Target, cfg: CfgSettings) -> Denoise:
+    """Hides network, guidance and target behind one `denoise(x, step)`.
+
+    `predict(x, step, both)` gets x (B, …) and returns the conditional prediction (B, …) or, where `both`, the
+    conditional and the unconditional one stacked (2B, …). What follows is computed in x's dtype.
+    """
+
+    def denoise(x: Tensor, step: Step) -> Estimate:
+        both = cfg.needed_at(step.t)
+        prediction = predict(x, step, both).to(x.dtype)
+        assert len(prediction) == len(x) * (2 if both else 1), "the prediction has the wrong number of halves"
+        if both:
+            conditional, unconditional = prediction.chunk(2)
+            prediction = combine_cfg(conditional, unconditional, cfg.weight_at(step.t), cfg.rho)
+        return Estimate(
+            x0=target.x0(x, prediction, step.a, step.b),
+            epsilon=target.epsilon(x, prediction, step.a, step.b),
+        )
+
+    return denoise

@@ -1,0 +1,223 @@
+"""The U-shaped trunk that Stage B and Stage C share: levels of blocks, skips, repeats, control, guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from modules.blocks import (
+    AttnBlock,
+    KeysValues,
+    ResBlock,
+    TimestepBlock,
+    resize_like,
+    timestep_embedding,
+    xavier_linears,
+)
+
+LevelKeysValues = list[KeysValues | None]  # one entry per block of a level, None where it is not attention
+AtSite = Callable[
+    [int, Tensor], Tensor
+]  # called with the level's number in running order and its feature map
+Scaler = Callable[[int, int, int], nn.Module]  # (level, c_in, c_out) -> the change between two levels
+
+
+def build_level(
+    layout: str,
+    count: int,
+    c: int,
+    *,
+    c_skip: int,
+    heads: int,
+    c_cond: int,
+    c_r: int,
+    t_conds: tuple[str, ...],
+    kernel_size: int,
+    dropout: float,
+    self_attn: bool,
+) -> nn.ModuleList:
+    """One level: `layout` (C: ResBlock, T: TimestepBlock, A: AttnBlock) repeated `count` times."""
+    blocks = nn.ModuleList()
+    for kind in layout * count:
+        if kind == "C":
+            blocks.append(ResBlock(c, 0 if len(blocks) else c_skip, kernel_size, dropout))
+        elif kind == "T":
+            blocks.append(TimestepBlock(c, c_r, t_conds))
+        elif kind == "A":
+            blocks.append(AttnBlock(c, c_cond, heads, self_attn))
+        else:
+            raise ValueError(f"the level layout {layout!r} holds {kind!r}; the blocks are C, T and A")
+    return blocks
+
+
+class CascadeUNet(nn.Module):
+    """Levels of blocks on the way down and up again, with skips between them, for Stage B and Stage C."""
+
+    def __init__(
+        self,
+        *,
+        c_hidden: Sequence[int],
+        nhead: Sequence[int],
+        blocks: Sequence[Sequence[int]],
+        block_repeat: Sequence[Sequence[int]],
+        level_config: Sequence[str],
+        c_cond: int,
+        c_r: int,
+        t_conds: Sequence[str],
+        kernel_size: int,
+        dropout: Sequence[float],
+        self_attn: bool,
+        down_scaler: Scaler,
+        up_scaler: Scaler,
+    ) -> None:
+        super().__init__()
+        n = len(c_hidden)
+        for name, values in (
+            ("nhead", nhead),
+            ("level_config", level_config),
+            ("dropout", dropout),
+            ("blocks[0]", blocks[0]),
+            ("blocks[1]", blocks[1]),
+        ):
+            if len(values) != n:
+                raise ValueError(f"{name} has {len(values)} entries, but c_hidden has {n} levels")
+        self.c_r, self.t_conds = c_r, tuple(t_conds)
+
+        def level(i: int, count: int, c_skip: int) -> nn.ModuleList:
+            return build_level(
+                level_config[i],
+                count,
+                c_hidden[i],
+                c_skip=c_skip,
+                heads=nhead[i],
+                c_cond=c_cond,
+                c_r=c_r,
+                t_conds=self.t_conds,
+                kernel_size=kernel_size,
+                dropout=dropout[i],
+                self_attn=self_attn,
+            )
+
+        def repeat_mappers(i: int, repeat: int) -> nn.ModuleList:
+            return nn.ModuleList(nn.Conv2d(c_hidden[i], c_hidden[i], 1) for _ in range(repeat - 1))
+
+        self.down_blocks, self.down_downscalers, self.down_repeat_mappers = (
+            nn.ModuleList() for _ in range(3)
+        )
+        for i in range(n):
+            self.down_downscalers.append(down_scaler(i, c_hidden[i - 1], c_hidden[i]) if i else nn.Identity())
+            self.down_blocks.append(level(i, blocks[0][i], 0))
+            self.down_repeat_mappers.append(repeat_mappers(i, block_repeat[0][i]))
+        self.up_blocks, self.up_upscalers, self.up_repeat_mappers = (nn.ModuleList() for _ in range(3))
+        for k, i in enumerate(reversed(range(n))):
+            self.up_blocks.append(level(i, blocks[1][k], c_hidden[i] if k else 0))
+            self.up_upscalers.append(up_scaler(i, c_hidden[i], c_hidden[i - 1]) if i else nn.Identity())
+            self.up_repeat_mappers.append(repeat_mappers(i, block_repeat[1][k]))
+
+    def embed_time(self, r: Tensor, conditions: Sequence[Tensor | None]) -> Tensor:
+        """Embeddings of r (B,) and of further conditions (B,) (None: 0), side by side: (B, c_r·(1 + n))."""
+        values = [r] + [torch.zeros_like(r) if c is None else c for c in conditions]
+        return torch.cat([timestep_embedding(value, self.c_r) for value in values], dim=1)
+
+    def level_keys_values(self, tokens: Tensor) -> list[LevelKeysValues]:
+        """Keys and values of condition tokens (B, n, c_cond) per level and block, in running order."""
+        levels = [*self.down_blocks, *self.up_blocks]
+        return [
+            [b.keys_values(tokens) if isinstance(b, AttnBlock) else None for b in level] for level in levels
+        ]
+
+    def run_levels(
+        self,
+        x: Tensor,
+        r_embed: Tensor,
+        keys_values: list[LevelKeysValues],
+        control: Sequence[Tensor | None] | None = None,
+        at_site: AtSite | None = None,
+    ) -> Tensor:
+        """Down and up through all levels.
+
+        x (B, C0, H, W) -> the same shape. `control` has an entry per ResBlock run, added before it.
+        `at_site(n, x)` is called after the first attention block of level n, and what it returns goes on.
+        """
+        entries = iter(control or ())
+        skips: list[Tensor] = []
+        n = len(self.down_blocks)
+        for i in range(n):
+            x = self.down_downscalers[i](x)
+            x = _run_level(
+                self.down_blocks[i],
+                self.down_repeat_mappers[i],
+                x,
+                None,
+                r_embed,
+                keys_values[i],
+                entries,
+                at_site,
+                i,
+            )
+            skips.append(x)
+        for k in range(n):
+            skip = skips[-1 - k] if k else None
+            x = _run_level(
+                self.up_blocks[k],
+                self.up_repeat_mappers[k],
+                x,
+                skip,
+                r_embed,
+                keys_values[n + k],
+                entries,
+                at_site,
+                n + k,
+            )
+            x = self.up_upscalers[k](x)
+        return x
+
+    def init_trunk(self) -> None:
+        """Initial values of the levels for training from nothing: timestep blocks and GRN start idle."""
+        xavier_linears(self)
+        depth = sum(1 for m in self.down_blocks.modules() if isinstance(m, ResBlock))
+        for module in self.modules():
+            if isinstance(module, TimestepBlock):
+                for name in module.names:
+                    nn.init.zeros_(module.get_submodule(name).weight)
+            elif isinstance(module, ResBlock):
+                module.channelwise[-1].weight.data *= (1 / depth) ** 0.5
+                nn.init.zeros_(module.channelwise[2].gamma)
+                nn.init.zeros_(module.channelwise[2].beta)
+            elif isinstance(module, AttnBlock):
+                nn.init.xavier_uniform_(module.attention.attn.in_proj_weight)
+                nn.init.zeros_(module.attention.attn.in_proj_bias)
+
+
+def _run_level(
+    blocks: nn.ModuleList,
+    repeat_mappers: nn.ModuleList,
+    x: Tensor,
+    skip: Tensor | None,
+    r_embed: Tensor,
+    keys_values: LevelKeysValues,
+    control: Iterator[Tensor | None],
+    at_site: AtSite | None,
+    site: int,
+) -> Tensor:
+    if skip is not None:
+        x = resize_like(x, skip.shape[-2:])
+    waiting = at_site is not None
+    for repeat in range(len(repeat_mappers) + 1):
+        for j, (block, kv) in enumerate(zip(blocks, keys_values, strict=True)):
+            if isinstance(block, ResBlock):
+                entry = next(control, None)
+                if entry is not None:
+                    x = x + resize_like(entry, x.shape[-2:])
+                x = block(x, skip if j == 0 else None)
+            elif isinstance(block, TimestepBlock):
+                x = block(x, r_embed)
+            else:
+                x = block(x, kv)
+                if waiting:
+                    x, waiting = at_site(site, x), False
+        if repeat < len(repeat_mappers):
+            x = repeat_mappers[repeat](x)
+    return x
