@@ -30,26 +30,26 @@ class ConfigError(ValueError):
 class StageCSizes:
     """Constructor values of `modules.stage_c.StageC`; the defaults are the published 3.6B model."""
 
-    c_cond: int = 2048                                                   # width of the condition tokens
-    c_hidden: tuple[int, ...] = (2048, 2048)                             # width per level
-    nhead: tuple[int, ...] = (32, 32)                                    # attention heads per level
+    c_cond: int = 2048  # width of the condition tokens
+    c_hidden: tuple[int, ...] = (2048, 2048)  # width per level
+    nhead: tuple[int, ...] = (32, 32)  # attention heads per level
     blocks: tuple[tuple[int, ...], tuple[int, ...]] = ((8, 24), (24, 8))  # down; up, deepest level first
-    c_clip_text: int = 1280                                              # width of the text tokens
-    c_clip_text_pooled: int = 1280                                       # width of the pooled text
-    c_clip_img: int = 768                                                # width of the image embedding
-    c_clip_seq: int = 4                                                  # tokens per pooled embedding
+    c_clip_text: int = 1280  # width of the text tokens
+    c_clip_text_pooled: int = 1280  # width of the pooled text
+    c_clip_img: int = 768  # width of the image embedding
+    c_clip_seq: int = 4  # tokens per pooled embedding
 
 
 @dataclass(frozen=True)
 class GuidanceSizes:
     """Sizes of one guidance block; the defaults are the published ones for the 3.6B model (section 3.1)."""
 
-    ind: int = 2048        # width of Stage C's features
-    ch: int = 1024         # width of the guidance tokens
+    ind: int = 2048  # width of Stage C's features
+    ch: int = 1024  # width of the guidance tokens
     n_head: int = 32
     head_dim: int = 32
-    n_groups: int = 64     # weight tokens per layer of the coordinate MLP
-    f_dim: int = 1024      # width of the coordinate MLP
+    n_groups: int = 64  # weight tokens per layer of the coordinate MLP
+    f_dim: int = 1024  # width of the coordinate MLP
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class StageBSizes:
 
     c_hidden: tuple[int, ...]
     nhead: tuple[int, ...]
-    blocks: tuple[tuple[int, ...], tuple[int, ...]]         # down; up, deepest level first
-    block_repeat: tuple[tuple[int, ...], tuple[int, ...]]   # in the same order
+    blocks: tuple[tuple[int, ...], tuple[int, ...]]  # down; up, deepest level first
+    block_repeat: tuple[tuple[int, ...], tuple[int, ...]]  # in the same order
     c_cond: int = 1280
     c_clip: int = 1280
 
@@ -108,10 +108,10 @@ def _require_positive(config: object, *names: str) -> None:
 class LatentGeometry:
     """How pixels relate to Stage C latents, and how large the low-resolution picture is."""
 
-    compression: float = 42.67   # pixels per side of one Stage C latent pixel
-    stride: int = 32             # pixels per side of one cell of the encoder
-    lr_cells: int = 32           # the LR picture has about this many cells, squared
-    lr_train_cells: int = 24     # the same in training
+    compression: float = 42.67  # pixels per side of one Stage C latent pixel
+    stride: int = 32  # pixels per side of one cell of the encoder
+    lr_cells: int = 32  # the LR picture has about this many cells, squared
+    lr_train_cells: int = 24  # the same in training
 
     def __post_init__(self) -> None:
         _require_positive(self, "compression", "stride", "lr_cells", "lr_train_cells")
@@ -162,31 +162,29 @@ class StageBConfig:
     target: Target = "epsilon"
     stage_b: StageBSizes | None = None
     stage_a: StageASizes = StageASizes()
-    latent_scale: float = 0.43   # Stage A's latents are divided by this
 
     def __post_init__(self) -> None:
         stage_b_sizes(self)
-        _require_positive(self, "latent_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(StageCConfig):
     """Training of the guidance parameters: Stage C's configuration and the keys of the published trainer."""
 
-    experiment_id: str                # name of the run's folder
-    checkpoint_path: str              # folder for checkpoints
-    output_path: str                  # folder for sample pictures
-    webdataset_path: str              # folder (or shards) of training pictures
+    experiment_id: str  # name of the run's folder
+    checkpoint_path: str  # folder for checkpoints
+    output_path: str  # folder for sample pictures
+    webdataset_path: str  # folder (or shards) of training pictures
     lr: float = 1e-4
-    batch_size: int = 4               # pictures per update: processes x pictures each x grad_accum_steps
+    batch_size: int = 4  # pictures per update: processes x pictures each x grad_accum_steps
     image_size: int | tuple[int, ...] = (1024, 2048, 2560, 3072, 3584, 3840, 4096, 4608)
     multi_aspect_ratio: tuple[str, ...] = (  # width/height, each also inverted
         "1/1", "1/2", "1/3", "2/3", "3/4", "1/5", "2/5", "3/5", "4/5", "1/6", "5/6", "9/16",
     )  # fmt: skip
     grad_accum_steps: int = 2
     updates: int = 40000
-    backup_every: int = 5000          # updates between checkpoints that are kept
-    save_every: int = 500             # updates between checkpoints to resume from, and samples
+    backup_every: int = 5000  # updates between checkpoints that are kept
+    save_every: int = 500  # updates between checkpoints to resume from, and samples
     warmup_updates: int = 500
     use_ddp: bool = True
     adaptive_loss_weight: bool = True
@@ -391,7 +389,7 @@ def _describe(hint: Any) -> str:
         return f"a list of {len(options)} entries ({'; '.join(map(_describe, options))})"
     if is_dataclass(hint):
         return f"a mapping with keys such as '{fields(hint)[0].name}'"
-    return " or ".join("nothing" if option is types.NoneType else _describe(option) for option in options)
+    return " or ".join(_describe(option) for option in options if option is not types.NoneType)
 
 
 def _show(value: Any) -> str:

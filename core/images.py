@@ -1,4 +1,4 @@
-"""Pictures: tensors to files and back, file names that are safe everywhere, and the settings inside a picture."""
+"""Pictures: tensors to files and back, file names that are safe everywhere, and the settings in a picture."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import torch
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-MAX_PIXELS = 16384 * 16384   # the largest picture that is read; the largest that is made
+MAX_PIXELS = 16384 * 16384  # the largest picture that is read; the largest that is made
 FORMATS = ("png", "jpg", "webp")
 PILLOW_NAMES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
-MAX_SIDES = {"jpg": 65500, "webp": 16383}   # px; libjpeg stops 35 short of what the format allows
+MAX_SIDES = {"jpg": 65500, "webp": 16383}  # px; libjpeg stops 35 short of what the format allows
 SAVE_OPTIONS: dict[str, dict[str, int]] = {
     "png": {},
-    "jpg": {"quality": 95, "subsampling": 0},   # 0: 4:4:4
+    "jpg": {"quality": 95, "subsampling": 0},  # 0: 4:4:4
     "webp": {"quality": 95},
 }
 METADATA_KEY = "ultrapixel"
-EXIF_ASCII = b"ASCII\0\0\0"   # how the Exif standard begins a UserComment in ASCII
-EXIF_LIMIT = 65533            # bytes of a JPEG segment
+EXIF_ASCII = b"ASCII\0\0\0"  # how the Exif standard begins a UserComment in ASCII
+EXIF_LIMIT = 65533  # bytes of a JPEG segment
 RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
 
-# Pillow's own limit lies below this project's largest picture; it warns above the limit and refuses above twice it.
+# Pillow's own limit is smaller than this project's largest picture.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
@@ -45,7 +45,10 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Read a picture as RGB, upright, transparent parts white; FileNotFoundError or ValueError say what is wrong."""
+    """Read a picture as RGB, upright, its transparent parts white.
+
+    FileNotFoundError, or ValueError for what is not a picture, is damaged or has more than MAX_PIXELS.
+    """
     with _open(path) as image:
         try:
             return _as_rgb(ImageOps.exif_transpose(image))
@@ -54,7 +57,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):   # Pillow's own conversion would clip all above 255 to white
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip all above 255 to white
         image = image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -84,7 +87,7 @@ def _open(path: str | Path) -> Image.Image:
 
 
 def safe_stem(prompt: str, limit: int = 60) -> str:
-    """A file name of at most `limit` bytes, without suffix, from any prompt: its letters and digits, joined by _."""
+    """A file name of about `limit` bytes, without suffix, from any prompt: its words, joined by _."""
     kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in unicodedata.normalize("NFKC", prompt))
     words = [word for word in "".join(kept).split() if any(map(str.isalnum, word))]
     stem = "_".join(words).encode()[:limit].decode(errors="ignore").strip("_")
@@ -92,7 +95,7 @@ def safe_stem(prompt: str, limit: int = 60) -> str:
 
 
 def output_path(folder: str | Path, prompt: str, height: int, width: int, seed: int, format: str) -> Path:
-    """Where to save a picture: <prompt>_<height>x<width>_<seed>.<format>, with _2, _3 … before the suffix if taken."""
+    """The first free one of <prompt>_<height>x<width>_<seed>.<format>, the same with _2, with _3 …"""
     name = f"{safe_stem(prompt)}_{height}x{width}_{seed}"
     path, number = Path(folder, f"{name}.{format}"), 1
     while path.exists():
@@ -113,16 +116,16 @@ def check_format(format: str, height: int, width: int) -> None:
     limit = MAX_SIDES.get(format)
     if limit and max(height, width) > limit:
         raise ValueError(
-            f"a {format} file holds at most {limit} pixels a side, not {height} x {width} (height x width); use png"
+            f"a {format} picture has at most {limit} pixels a side, not {height} x {width}; use png"
         )
 
 
 def save_image(image: Image.Image, path: str | Path, format: str, metadata: Mapping[str, Any]) -> Path:
     """Write a picture with its settings inside, whole or not at all, and return its path.
 
-    `metadata` must be JSON: a PNG carries it as text chunks ("ultrapixel" as JSON, "parameters" to read), JPEG and
-    WebP as the UserComment of their EXIF. An existing file of this name is replaced (`output_path` gives a free one).
-    ValueError as in `check_format`.
+    `metadata` must be JSON: a PNG carries it as text chunks ("ultrapixel" as JSON, "parameters" to read),
+    JPEG and WebP as the UserComment of their EXIF. An existing file is replaced (`output_path` gives a free
+    name). ValueError as in `check_format`.
     """
     check_format(format, image.height, image.width)
     path = Path(path)
@@ -138,7 +141,7 @@ def save_image(image: Image.Image, path: str | Path, format: str, metadata: Mapp
 
 
 def read_image_metadata(path: str | Path) -> dict[str, Any]:
-    """The settings that `save_image` wrote into a picture; FileNotFoundError or ValueError if there are none."""
+    """The settings that `save_image` wrote into a picture; ValueError or FileNotFoundError if none."""
     with _open(path) as image:
         try:
             metadata = json.loads(image.info.get(METADATA_KEY) or _user_comment(image))
@@ -146,13 +149,13 @@ def read_image_metadata(path: str | Path) -> dict[str, Any]:
             metadata = None
     if not isinstance(metadata, dict):
         raise ValueError(
-            f"{path}: the picture carries no settings of this project (other programs remove them when they save)"
+            f"{path}: the picture carries no settings (other programs often remove them when they save it)"
         )
     return metadata
 
 
 def _metadata_options(format: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    text = json.dumps(dict(metadata))   # ASCII: any prompt survives, even half a surrogate pair
+    text = json.dumps(dict(metadata))  # ASCII: any prompt survives, even half a surrogate pair
     if format == "png":
         chunks = PngImagePlugin.PngInfo()
         chunks.add_itxt(METADATA_KEY, text)
@@ -162,7 +165,7 @@ def _metadata_options(format: str, metadata: Mapping[str, Any]) -> dict[str, Any
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = EXIF_ASCII + text.encode()
     if format == "jpg" and len(exif.tobytes()) > EXIF_LIMIT:
-        warnings.warn("the settings are too long for a jpg file and are left out; png holds them", stacklevel=3)
+        warnings.warn("the settings are too long for a jpg picture and are left out; use png", stacklevel=3)
         return {}
     return {"exif": exif}
 

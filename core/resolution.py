@@ -1,4 +1,4 @@
-"""Sizes: from the picture that was asked for to the latents of every stage (paper section 3, sizes of its appendix)."""
+"""Sizes: from the picture that was asked for to the latents of every stage (paper sections 3.1 and 3.2)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from core.config import LatentGeometry
 
 Size = tuple[int, int]  # (height, width)
 
-STAGE_A_COMPRESSION = 4   # pixels per side of one Stage B latent pixel
-STAGE_B_PATCH = 2         # Stage B's latent sides must divide by this
-MIN_SIDE = 64             # px; Stage B halves its patches three times, and less would leave it nothing
-MAX_SIDE = 16384          # px
-MAX_LR_TOKENS = 1024      # positions that the guidance knows
+STAGE_A_COMPRESSION = 4  # pixels per side of one Stage B latent pixel
+STAGE_B_PATCH = 2  # Stage B's latent sides must divide by this
+MIN_SIDE = 64  # px; Stage B halves its patches three times, and less would leave it nothing
+MAX_SIDE = 16384  # px
+MAX_LR_TOKENS = 1024  # positions that the guidance knows
 
 
 @dataclass(frozen=True)
 class Plan:
     """All sizes on the way to one picture, as (height, width) unless named otherwise."""
 
-    height: int                # pixels, as asked
+    height: int  # pixels, as asked
     width: int
-    lr_height: int             # pixels of the low-resolution pass
+    lr_height: int  # pixels of the low-resolution pass
     lr_width: int
-    lr_latent: Size            # Stage C, low-resolution pass
-    hr_latent: Size            # Stage C, high-resolution pass
-    stage_b_latent: Size       # rounded up to whole patches
-    decoded_height: int        # pixels that Stage A decodes, cropped to height and width
+    lr_latent: Size  # Stage C, low-resolution pass
+    hr_latent: Size  # Stage C, high-resolution pass
+    stage_b_latent: Size  # rounded up to whole patches
+    decoded_height: int  # pixels that Stage A decodes, cropped to height and width
     decoded_width: int
 
 
@@ -83,13 +83,13 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _lr_size(height: int, width: int, cells: int, stride: int) -> Size:
-    """About cells x cells cells of the same aspect ratio, in pixels (the float arithmetic of the published sizes)."""
+    """About cells² cells of the same aspect ratio, in pixels (in floats, as the published sizes were)."""
     root = math.sqrt(height / width)
     lr = math.floor(cells * root) * stride, math.floor(cells / root) * stride
     if 0 in lr:
         raise ValueError(
-            f"a picture of {height} x {width} (height x width) is too narrow: its sides may differ by a factor "
-            f"of {cells * cells} at most"
+            f"a picture of {height} x {width} (height x width) is too narrow: "
+            f"one side may be {cells * cells} times the other at most"
         )
     return lr
 

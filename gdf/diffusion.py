@@ -32,9 +32,8 @@ def pyramid_noise(
     variance = 1.0
     for level in range(1, PYRAMID_LEVELS + 1):
         height, width = shape[-2] >> level, shape[-1] >> level
-        if min(height, width) < 1:
-            break
-        if not any(PYRAMID_SIDES[0] <= side <= PYRAMID_SIDES[1] for side in (height, width)):
+        in_range = any(PYRAMID_SIDES[0] <= side <= PYRAMID_SIDES[1] for side in (height, width))
+        if not in_range or min(height, width) < 1:
             continue
         coarse = torch.randn(*shape[:-2], height, width, generator=generator)
         noise += PYRAMID_FACTOR**level * F.interpolate(coarse, size=tuple(shape[-2:]), mode="nearest")

@@ -109,7 +109,7 @@ class LossBuckets:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running means, for a checkpoint."""
-        return {"mean": self.mean.clone()}
+        return {"mean": self.mean}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes up a checkpoint's running means; raises ValueError where the number of buckets differs."""
@@ -118,7 +118,7 @@ class LossBuckets:
                 f"the saved loss buckets number {state['mean'].numel()}, but {self.mean.numel()} are needed: "
                 "continue from a checkpoint of the same kind of training"
             )
-        self.mean = state["mean"].to(self.mean, copy=True)
+        self.mean = state["mean"].to(self.mean)
 
 
 class AdaptiveLossWeight(LossBuckets):

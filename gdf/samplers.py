@@ -90,12 +90,11 @@ def ddim_with(eta: float) -> Rule:
         raise ValueError(f"DDIM's eta is {eta}, but must lie between 0 (deterministic) and 1 (ancestral)")
 
     def rule(_x: Tensor, estimate: Estimate, step: Step, _history: History, noise: Noise) -> Tensor:
-        # Rounding can take the first below zero in a step of no length and the second in one very long step.
-        fresh = (1 - step.a**2 / step.a_next**2).clamp(min=0).sqrt()
-        sigma = eta * step.b_next / step.b * fresh
-        kept = (step.b_next**2 - sigma**2).clamp(min=0).sqrt()
-        x_next = step.a_next * estimate.x0 + kept * estimate.epsilon
-        return x_next + sigma * noise(estimate.x0) if eta > 0 else x_next
+        # b'²·fresh is sigma² = eta²·b'²/b²·(1 - a²/a'²) where a² + b² = 1, in the form that holds for every
+        # scaler and does not round below zero. A mixed schedule may step back in places, hence the clamp.
+        fresh = eta**2 * -torch.expm1(step.logsnr - step.logsnr_next).clamp(max=0)
+        x_next = step.a_next * estimate.x0 + step.b_next * (1 - fresh).sqrt() * estimate.epsilon
+        return x_next + step.b_next * fresh.sqrt() * noise(estimate.x0) if eta > 0 else x_next
 
     return rule
 

@@ -35,8 +35,8 @@ class ModelFile:
 
     name: str
     repository: str
-    size: int | None              # bytes; None for small text files
-    presets: tuple[str, ...]      # that need it; none: fetched by name
+    size: int | None  # bytes; None for small text files
+    presets: tuple[str, ...]  # that need it; none: fetched by name
     sha256: tuple[str, ...] = ()  # any of these; none known: the file's structure is checked instead
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.blocks import LAYER_NORM_EPS, ChannelNorm, resize_like
-from modules.unet import CascadeUNet, LevelKeysValues
+from modules.unet import CascadeUNet, LevelKeysValues, first_keys_values
 
 PIXELS_SIZE = 8  # side of the all-zero pixel condition
 
@@ -21,6 +21,10 @@ class StageBConditions:
 
     spatial: Tensor  # (B, C0, H / patch, W / patch)
     keys_values: list[LevelKeysValues]
+
+    def first(self, count: int) -> StageBConditions:
+        """Those of the first `count` samples (the conditional half)."""
+        return StageBConditions(self.spatial[:count], first_keys_values(self.keys_values, count))
 
 
 def _feature_mapper(c_in: int, c_out: int) -> nn.Sequential:

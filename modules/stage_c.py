@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modules.blocks import LAYER_NORM_EPS, ChannelNorm
 from modules.guidance import GuidanceFeatures, PreparedGuidance
-from modules.unet import CascadeUNet, LevelKeysValues
+from modules.unet import CascadeUNet, LevelKeysValues, first_keys_values
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,10 @@ class StageCConditions:
     """What Stage C needs of the prompt, computed once per picture: keys and values per level and block."""
 
     keys_values: list[LevelKeysValues]
+
+    def first(self, count: int) -> StageCConditions:
+        """Those of the first `count` samples (the conditional half)."""
+        return StageCConditions(first_keys_values(self.keys_values, count))
 
 
 class _HalfSize(nn.Module):

@@ -24,6 +24,11 @@ AtSite = Callable[
 Scaler = Callable[[int, int, int], nn.Module]  # (level, c_in, c_out) -> the change between two levels
 
 
+def first_keys_values(levels: list[LevelKeysValues], count: int) -> list[LevelKeysValues]:
+    """The keys and values of the first `count` samples."""
+    return [[None if kv is None else (kv[0][:count], kv[1][:count]) for kv in level] for level in levels]
+
+
 def build_level(
     layout: str,
     count: int,

@@ -16,12 +16,12 @@ from pathlib import Path
 from zlib import crc32
 
 import torch
-from core.layouts import from_published_guidance
-from core.resolution import guidance_strength
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from core.config import StageCConfig
+from core.layouts import from_published_guidance
+from core.resolution import guidance_strength
 from gdf import noise_conditions, samplers, schedules
 from gdf.targets import EPSILON
 from modules.blocks import timestep_embedding

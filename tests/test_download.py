@@ -228,7 +228,8 @@ def run_script(folder: Path, endpoint: str, *arguments: str, **variables: str) -
 
 
 CASCADE = "stabilityai/stable-cascade"
-VOCABULARY = json.dumps({"a</w>": "x" * 25_000_000}).encode()  # huggingface_hub resumes at multiples of 10 MiB
+# huggingface_hub resumes at multiples of 10 MiB, so the file is larger than that
+VOCABULARY = json.dumps({"a</w>": "x" * 25_000_000}).encode()
 MERGES = b"#version: 0.2\ni n\n"
 
 

@@ -1,0 +1,393 @@
+"""Weight files: read by content, loaded strictly and without a second copy in memory, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from core.layouts import UNKNOWN, describe_mismatch, identify, lora_names
+
+PathLike = str | os.PathLike[str]
+Content = Literal["safetensors", "zip", "pickle"]
+Translate = Callable[[Iterable[str]], Mapping[str, str]]  # a file's names -> own names of those to keep
+Shapes = Mapping[str, tuple[int, ...]]
+
+FETCH_AGAIN = "delete it and fetch it again, for instance with models/download.py"
+SNIFFED_BYTES = 512
+HASHED_BYTES = 1 << 22    # read at once
+MAPPED_BYTES = 1 << 25    # of a file that are read before its pages are let go,
+MAPPED_SHARE = 1 / 64     # or this share of a large file
+NAMED = 3                 # tensors that an error names before it counts the rest
+COUNTER = "num_batches_tracked"
+
+
+class CheckpointError(ValueError):
+    """A weight file cannot be used; the message names the file, the cause and the way out."""
+
+
+# --- what a file is -------------------------------------------------------------------------------
+
+
+def _content(path: Path) -> Content:
+    """How the file is written, by its first bytes."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, not a weight file: name the file in it")
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: correct the path, or fetch it with models/download.py")
+    with path.open("rb") as stream:
+        head = stream.read(SNIFFED_BYTES)
+    if head[8:9] == b"{":
+        return "safetensors"
+    if head.startswith(b"PK"):
+        return "zip"
+    if head.startswith(b"\x80"):
+        return "pickle"
+    raise CheckpointError(f"{path} {_explain_content(head)}")
+
+
+def _explain_content(head: bytes) -> str:
+    if not head:
+        return f"is empty: {FETCH_AGAIN}"
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return (
+            "is an HTML page, a web page was saved instead of the weights: "
+            "use the /resolve/ link, or models/download.py"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the weights: run `git lfs pull` there, or use models/download.py"
+    return f"is neither a safetensors file nor a torch archive: {FETCH_AGAIN}"
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        size, announced = path.stat().st_size, _announced_bytes(path)
+        cause = f"is damaged ({error})"
+        if size < announced:
+            cause = f"is cut short, {size} bytes of the {announced} that its header announces"
+        raise CheckpointError(f"{path} {cause}: {FETCH_AGAIN}") from None
+
+
+def _announced_bytes(path: Path) -> int:
+    """How large a safetensors file should be: eight bytes, the header they measure, and the data it lists."""
+    with path.open("rb") as stream:
+        header_end = 8 + int.from_bytes(stream.read(8), "little")
+        header = stream.read(min(header_end - 8, path.stat().st_size))
+    ends = re.findall(rb'"data_offsets":\s*\[\d+,\s*(\d+)\]', header)
+    return header_end + max(map(int, ends), default=0)
+
+
+def _load_archive(path: Path, content: Content) -> object:
+    """What torch.save wrote, tensors mapped where the format allows it; nothing in the file is executed."""
+    if content == "zip" and not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is cut short, a torch archive without its end: {FETCH_AGAIN}")
+    try:
+        if path.suffix == ".safetensors":  # given such a path, torch.load believes the suffix, not the content
+            with path.open("rb") as stream:
+                return torch.load(stream, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=content == "zip")
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path} is a pickle with more than tensors in it ({found[1] if found else 'or damaged'}), which "
+            "could run code and is not opened: use a safetensors file, or save its tensors alone"
+        ) from None
+    except (EOFError, LookupError, RuntimeError, ValueError, struct.error) as error:
+        cause = str(error).partition("\n")[0] or "it ends too early"
+        raise CheckpointError(f"{path} is cut short or no torch archive ({cause}): {FETCH_AGAIN}") from None
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def check_file(path: PathLike) -> None:
+    """Raise CheckpointError unless this is a complete weight file, of whatever network; reads little of it."""
+    _open_tensors(Path(path))
+
+
+def read_metadata(path: PathLike) -> dict[str, str]:
+    """The metadata of a safetensors file, {} for a torch archive; CheckpointError if it is neither."""
+    path = Path(path)
+    if _content(path) != "safetensors":
+        return {}
+    with _open_safetensors(path) as file:
+        return file.metadata() or {}
+
+
+def read_config(path: PathLike, key: str = "config") -> dict | None:
+    """The network's sizes as `config_metadata` stored them in the file, None if there are none."""
+    text = read_metadata(path).get(key)
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its metadata entry {key!r} is not JSON ({error})") from None
+
+
+def iter_tensors(path: PathLike) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a file, one after the other, for files that should not lie in memory at once.
+
+    A tensor may be a view of the file: copy what is kept. Names come without `module.` where all have it.
+    Raises CheckpointError for anything that is no complete weight file.
+    """
+    path = Path(path)
+    yield from _drain(path, _open_tensors(path))
+
+
+def read_tensors(
+    path: PathLike, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """All tensors of a file, floating-point ones in `dtype`, if given. Errors as `iter_tensors`."""
+    path = Path(path)
+    return _copies(path, _open_tensors(path), dtype, device)
+
+
+def read_lora(
+    path: PathLike,
+    order: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """A LoRA file in the published or own layout, under own names; `order` as for `from_published_lora`."""
+    path = Path(path)
+    tensors = _open_tensors(path)
+    given = identify(_shapes(tensors))
+    if given != "a LoRA":
+        raise CheckpointError(f"{path} {describe_mismatch(given, 'a LoRA')}")
+    try:
+        names = lora_names(tensors, order)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return {names[name]: tensor for name, tensor in _copies(path, tensors, dtype, device).items()}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _open_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped and not yet read where the format allows it."""
+    content = _content(path)
+    if content == "safetensors":
+        with _open_safetensors(path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    else:
+        tensors = _unwrap(path, _load_archive(path, content))
+    prefixed = all(name.startswith("module.") for name in tensors)
+    return {name.removeprefix("module.") if prefixed else name: t for name, t in tensors.items()}
+
+
+def _unwrap(path: Path, archive: object) -> Mapping[str, Tensor]:
+    """The tensors of a torch archive, which may lie in its entry `state_dict`."""
+    if isinstance(archive, Mapping) and isinstance(archive.get("state_dict"), Mapping):
+        archive = archive["state_dict"]
+    if not isinstance(archive, Mapping):
+        raise CheckpointError(f"{path} holds a {type(archive).__name__}, not named tensors: give a weight file")
+    for name, value in archive.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise CheckpointError(
+                f"{path} holds a {type(value).__name__} as {name!r}, not tensors alone: give a weight file"
+            )
+    return archive
+
+
+def _drain(path: Path, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `_open_tensors`, each forgotten after its turn.
+
+    Pages of a mapped file stay in memory until the mapping goes, so the file is mapped anew now and then.
+    """
+    mapped = _content(path) != "pickle"
+    budget = max(MAPPED_BYTES, int(path.stat().st_size * MAPPED_SHARE))
+    read = 0
+    for name in list(tensors):
+        if mapped and read >= budget:
+            tensors.clear()
+            tensors.update(_open_tensors(path))
+            read = 0
+        tensor = tensors.pop(name)
+        read += tensor.nbytes
+        yield name, tensor
+
+
+def _copies(
+    path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device | str
+) -> dict[str, Tensor]:
+    copies = {}
+    for name, tensor in _drain(path, tensors):
+        wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        copies[name] = _checked_copy(path, name, tensor, wanted, device)
+    return copies
+
+
+def _checked_copy(
+    path: Path, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """A contiguous copy; CheckpointError for NaN or infinity."""
+    # The sum is several times cheaper than `isfinite`, but finite values can overflow it.
+    if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise CheckpointError(
+            f"{path}: {name} holds NaN or infinity: {FETCH_AGAIN}, or use an earlier checkpoint"
+        )
+    return torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def load_module(
+    build: Callable[[], nn.Module],
+    path: PathLike,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    translate: Translate | None = None,
+    what: str,
+) -> nn.Module:
+    """The module that `build` constructs with a file's weights, for inference (eval, no gradients).
+
+    Built without memory, then filled one by one in `dtype` on `device`; integer buffers keep their type.
+    `translate` gives the own names of the file's tensors (`core.layouts.guidance_names`); `what` names the
+    module in errors. Buffers that are not in the module's state_dict cannot be filled: modules have none.
+    Raises CheckpointError if the file is not one, or not exactly this module's.
+    """
+    path = Path(path)
+    with torch.device("meta"):
+        module = build()
+    wanted = module.state_dict()
+    tensors = _open_tensors(path)
+    shapes = _shapes(tensors)
+    names = translate(shapes) if translate else {name: name for name in shapes}
+    _check_fit(path, what, shapes, names, _shapes(wanted))
+    state = {}
+    for name, tensor in _drain(path, tensors):
+        if name in names:
+            goal = wanted[names[name]]
+            copied = dtype if goal.is_floating_point() else goal.dtype
+            state[names[name]] = _checked_copy(path, name, tensor, copied, device)
+    for counter in wanted.keys() - state.keys():
+        state[counter] = torch.zeros_like(wanted[counter], device=device)
+    module.load_state_dict(state, assign=True)
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        assert not tensor.is_meta, f"{what}: {name} is in no file: compute it where it is used"
+    return module.eval().requires_grad_(False)
+
+
+def _check_fit(path: Path, what: str, shapes: Shapes, names: Mapping[str, str], wanted: Shapes) -> None:
+    """Hold a file's shapes, under own names, against the wanted ones; BatchNorm counters may be absent."""
+    given = {own: shapes[name] for name, own in names.items()}
+    missing = [name for name in wanted if name not in given and not name.endswith(COUNTER)]
+    extra = [name for name, own in names.items() if own not in wanted]
+    other = [name for name in wanted if given.get(name, wanted[name]) != wanted[name]]
+    if not (missing or extra or other):
+        return
+    network, asked = identify(shapes), identify(wanted)
+    if network not in (UNKNOWN, asked):
+        asked = what if asked == UNKNOWN else asked
+        raise CheckpointError(f"{path} {describe_mismatch(network, asked)}")
+    problems = []
+    if missing:
+        problems.append(f"{_count(missing)} missing ({_name_some(missing)})")
+    if extra:
+        problems.append(f"{_count(extra)} unknown ({_name_some(extra)})")
+    if other:
+        first = other[0]
+        problems.append(f"{_count(other)} of another shape ({first} is {given[first]}, not {wanted[first]})")
+    raise CheckpointError(
+        f"{path} does not fit {what}: {', '.join(problems)}; use the file that the configured sizes belong to"
+    )
+
+
+def _count(names: Collection[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+
+
+def _name_some(names: Sequence[str]) -> str:
+    rest = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def config_metadata(config: Mapping[str, object], key: str = "config") -> dict[str, str]:
+    """A network's sizes as an entry for the metadata of `save_tensors`."""
+    return {key: json.dumps(config)}
+
+
+def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all: what stood at `path` stays if it fails."""
+    separate: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        copy = tensor.detach().to("cpu").contiguous()
+        storage = copy.untyped_storage().data_ptr()
+        separate[name] = copy.clone() if storage in seen else copy  # the format has no shared tensors
+        seen.add(storage)
+    with _replacing(Path(path)) as temporary:
+        save_file(separate, temporary, metadata=dict(metadata))
+
+
+def save_archive(path: PathLike, content: object) -> None:
+    """Write anything torch.save takes, whole or not at all."""
+    with _replacing(Path(path)) as temporary:
+        torch.save(content, temporary)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its place once it is safely on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors writes files that only their owner can read
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+# --- hashes ---------------------------------------------------------------------------------------
+
+
+def file_sha256(path: PathLike) -> str:
+    """The sha256 of a file in hexadecimal, computed once per process as long as the file stays the same."""
+    path = Path(path).resolve()
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache
+def _sha256(path: Path, size: int, modified: int) -> str:  # noqa: ARG001  both are part of the cache's key
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(HASHED_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

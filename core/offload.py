@@ -1,0 +1,52 @@
+"""One stage on the device at a time: weights rest in CPU memory and visit the device while their stage works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Offloaded(Generic[M]):
+    """A module that is loaded at its first use and lies on the device only within `on_device`.
+
+    Its weights keep their place in CPU memory meanwhile, so leaving the device copies nothing. They must not be
+    changed on the device: what is changed there is lost. `resident` leaves them there instead.
+    """
+
+    def __init__(self, load: Callable[[], M], device: torch.device, resident: bool = False) -> None:
+        self._load = load
+        self._device = device
+        self._resident = resident
+        self._module: M | None = None
+
+    @property
+    def module(self) -> M:
+        """The module where it rests, loaded if need be."""
+        if self._module is None:
+            self._module = self._load()
+            if self._resident:
+                self._module.to(self._device)
+        return self._module
+
+    @contextmanager
+    def on_device(self) -> Iterator[M]:
+        """The module, on the device."""
+        module = self.module
+        if self._resident or self._device.type == "cpu":
+            yield module
+            return
+        tensors = [*module.parameters(), *module.buffers()]
+        homes = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self._device, non_blocking=True)
+            yield module
+        finally:
+            for tensor, home in zip(tensors, homes, strict=True):
+                tensor.data = home

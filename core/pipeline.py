@@ -1,0 +1,366 @@
+"""The way of a prompt to a picture: load what the job needs, condition, Stage C twice, Stage B, Stage A."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.checkpoint import check_file, load_module
+from core.conditioning import Conditions, TextCondition, TextEncoder, conditions, find_text_encoder, stack
+from core.config import (
+    StageBConfig,
+    StageCConfig,
+    guidance_sizes,
+    load_stage_b,
+    load_stage_c,
+    stage_b_sizes,
+    stage_c_sizes,
+)
+from core.layouts import guidance_names
+from core.offload import Offloaded
+from core.passes import (
+    NoiseSource,
+    decode_picture,
+    high_resolution_pass,
+    low_resolution_pass,
+    needs_unconditional,
+    prepare_stage_c,
+    stage_b_pass,
+)
+from core.resolution import Plan, guidance_strength, plan
+from core.settings import Settings
+from gdf.samplers import Estimate, Step
+from gdf.targets import target_named
+from modules.guidance import Guidance
+from modules.previewer import Previewer
+from modules.stage_a import StageA
+from modules.stage_b import StageB
+from modules.stage_c import StageC
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make."""
+
+    prompt: str
+    height: int
+    width: int
+    seed: int
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished picture: its job and its pixels (3, height, width) in [0, 1], float32 on the CPU."""
+
+    job: Job
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: a step of a stage of a picture; `latent` is the pass's estimate of the clean latent."""
+
+    stage: str
+    job: Job
+    step: int  # of `steps`, counted from 1
+    steps: int
+    latent: Tensor | None = None
+
+
+@dataclass
+class StageUse:
+    """Seconds of a stage over all pictures, and the most memory (bytes) up to its end, 0 where unknown.
+
+    On a GPU the memory is the device's during the stage; on the CPU the process's since its start.
+    """
+
+    name: str
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+
+Observer = Callable[[Progress], None]
+
+
+class UltraPixelPipeline:
+    """Text to image: `UltraPixelPipeline.from_config(...)("a fox in the snow", 2048, 2048, seed=1)`.
+
+    Stages are loaded at their first use and lie on the device one at a time, unless `resident`.
+    """
+
+    def __init__(
+        self,
+        config_c: StageCConfig,
+        config_b: StageBConfig,
+        guidance_path: str | Path | None,
+        device: torch.device | str = "cpu",
+        resident: bool = False,
+        allow_download: bool = False,
+    ) -> None:
+        self.config_c, self.config_b = config_c, config_b
+        self.device = torch.device(device)
+        self.uses: dict[str, StageUse] = {}
+        dtype_c, dtype_b = DTYPES[config_c.dtype], DTYPES[config_b.dtype]
+        offloaded = partial(Offloaded, device=self.device, resident=resident)
+
+        def stage(build: Callable, path: str, dtype: torch.dtype, what: str) -> Offloaded:
+            return offloaded(lambda: load_module(build, path, dtype=dtype, what=what))
+
+        self._resident, self._allow_download = resident, allow_download
+        self._text_encoder: TextEncoder | None = None
+        self._guidance_path = guidance_path
+        build_c = partial(StageC, **asdict(stage_c_sizes(config_c)))
+        self.stage_c = stage(build_c, config_c.generator_checkpoint_path, dtype_c, "Stage C")
+        self.guidance = None
+        if guidance_path is not None:
+            build_guidance = partial(Guidance, **asdict(guidance_sizes(config_c)))
+            self.guidance = offloaded(
+                lambda: load_module(
+                    build_guidance, guidance_path, dtype=dtype_c, what="guidance", translate=guidance_names
+                )
+            )
+        build_b = partial(StageB, **asdict(stage_b_sizes(config_b)))
+        self.stage_b = stage(build_b, config_b.generator_checkpoint_path, dtype_b, "Stage B")
+        # In bfloat16 neighbouring shades of the picture would fall together, so Stage A stays in float32.
+        build_a = partial(StageA, **asdict(config_b.stage_a))
+        self.stage_a = stage(build_a, config_b.stage_a_checkpoint_path, torch.float32, "Stage A")
+
+    @classmethod
+    def from_config(
+        cls,
+        config_c: str | Path,
+        config_b: str | Path,
+        pretrained_path: str | Path | None,
+        device: torch.device | str = "cpu",
+        dtype: str | None = None,
+        resident: bool = False,
+        allow_download: bool = False,
+    ) -> UltraPixelPipeline:
+        """The pipeline of two configuration files and a file of guidance weights (None: without guidance)."""
+        overrides = [] if dtype is None else [f"dtype={dtype}"]
+        loaded = load_stage_c(config_c, overrides), load_stage_b(config_b, overrides)
+        return cls(*loaded, pretrained_path, device, resident, allow_download)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        height: int = 2048,
+        width: int = 2048,
+        seed: int = 0,
+        num_images: int = 1,
+        negative_prompt: str = "",
+        settings: Settings | None = None,
+        observer: Observer | None = None,
+    ) -> list[Picture]:
+        """Pictures of a prompt, or of each of several: `num_images` each, the i-th of the run with seed `seed + i`."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        wanted = [p for p in prompts for _ in range(num_images)]
+        jobs = [Job(p, height, width, seed + i, negative_prompt) for i, p in enumerate(wanted)]
+        return self.run(jobs, settings or Settings(), observer)
+
+    @torch.no_grad()
+    def run(self, jobs: Sequence[Job], settings: Settings, observer: Observer | None = None) -> list[Picture]:
+        """Pictures of the jobs, stage by stage, so that each stage visits the device once."""
+        plans = [plan(job.height, job.width, self.config_c.geometry) for job in jobs]
+        texts = self.encode_text(jobs)
+        latents = self.run_stage_c(jobs, plans, texts, settings, observer)
+        latents = self.run_stage_b(jobs, plans, texts, latents, settings, observer)
+        return self.run_stage_a(jobs, plans, latents, settings, observer)
+
+    def files(self) -> dict[str, str]:
+        """The weight files of the job, by what they hold; the text encoder may be a folder or a hub id."""
+        named = {"Stage C": self.config_c.generator_checkpoint_path}
+        if self._guidance_path is not None:
+            named["guidance"] = str(self._guidance_path)
+        named["Stage B"] = self.config_b.generator_checkpoint_path
+        named["Stage A"] = self.config_b.stage_a_checkpoint_path
+        return {**named, "text encoder": self.config_c.clip_text_path}
+
+    def check_files(self) -> None:
+        """Raise what is wrong with any of the files, before the first of them is loaded."""
+        for what, path in self.files().items():
+            if what == "text encoder":
+                find_text_encoder(path, self._allow_download)
+            else:
+                check_file(path)
+
+    # --- stages -----------------------------------------------------------------------------------
+
+    def encode_text(self, jobs: Sequence[Job]) -> dict[str, TextCondition]:
+        """Every distinct prompt's condition, on the device; the encoder leaves it again."""
+        distinct = list(dict.fromkeys(p for job in jobs for p in (job.prompt, job.negative_prompt, "")))
+        with self._measured("text"):
+            if self._text_encoder is None:
+                self._text_encoder = TextEncoder.load(
+                    self.config_c.clip_text_path, DTYPES[self.config_c.dtype], self._allow_download
+                )
+            texts = self._text_encoder.encode(distinct, self.device)
+            if not self._resident:
+                self._text_encoder.to("cpu")
+        return texts
+
+    def run_stage_c(
+        self,
+        jobs: Sequence[Job],
+        plans: Sequence[Plan],
+        texts: dict[str, TextCondition],
+        settings: Settings,
+        observer: Observer | None = None,
+    ) -> list[Tensor]:
+        """Both passes of Stage C for every job: latents (1, 16, h, w) on the CPU."""
+        target = target_named(self.config_c.target)
+        with (
+            self._measured("stage C"),
+            self.stage_c.on_device() as stage_c,
+            self._guidance_on_device() as guidance,
+        ):
+            latents = []
+            for job, sizes in zip(jobs, plans, strict=True):
+                held = prepare_stage_c(stage_c, self._conditions(job, texts, settings))
+                low, features = low_resolution_pass(
+                    stage_c,
+                    held,
+                    target,
+                    sizes,
+                    settings,
+                    self._noise(job, "lr"),
+                    on_step=_report(observer, "stage C, low resolution", job),
+                )
+                prepared = None
+                if guidance is not None:
+                    strength = guidance_strength(sizes.hr_latent, self.config_c.guidance_strength)
+                    prepared = guidance.prepare(features, sizes.hr_latent, strength)
+                high = high_resolution_pass(
+                    stage_c,
+                    held,
+                    prepared,
+                    target,
+                    sizes,
+                    settings,
+                    self._noise(job, "hr"),
+                    on_step=_report(observer, "stage C, high resolution", job),
+                )
+                latents.append(high.x0.cpu())
+        return latents
+
+    def run_stage_b(
+        self,
+        jobs: Sequence[Job],
+        plans: Sequence[Plan],
+        texts: dict[str, TextCondition],
+        latents: Sequence[Tensor],
+        settings: Settings,
+        observer: Observer | None = None,
+    ) -> list[Tensor]:
+        """Stage B for every job: latents (1, 4, h, w) on the CPU."""
+        target = target_named(self.config_b.target)
+        both = needs_unconditional(settings)[1]
+        with self._measured("stage B"), self.stage_b.on_device() as stage_b:
+            decoded = []
+            for job, sizes, latent in zip(jobs, plans, latents, strict=True):
+                pooled = torch.cat([texts[p].pooled for p in (job.prompt, "")[: 1 + both]]).to(self.device)
+                sampled = stage_b_pass(
+                    stage_b,
+                    latent.to(self.device),
+                    pooled,
+                    target,
+                    sizes,
+                    settings,
+                    self._noise(job, "stage_b"),
+                    on_step=_report(observer, "stage B", job),
+                )
+                decoded.append(sampled.x0.cpu())
+        return decoded
+
+    def run_stage_a(
+        self,
+        jobs: Sequence[Job],
+        plans: Sequence[Plan],
+        latents: Sequence[Tensor],
+        settings: Settings,
+        observer: Observer | None = None,
+    ) -> list[Picture]:
+        """Stage A for every job: the pictures."""
+        pictures = []
+        with self._measured("stage A"), self.stage_a.on_device() as stage_a:
+            for job, sizes, latent in zip(jobs, plans, latents, strict=True):
+                pixels = decode_picture(stage_a, latent.to(self.device), sizes, settings.stage_a_tiled)
+                pictures.append(Picture(job, pixels.float().cpu()))
+                if observer is not None:
+                    observer(Progress("stage A", job, 1, 1))
+        return pictures
+
+    # --- helpers ----------------------------------------------------------------------------------
+
+    def _conditions(self, job: Job, texts: dict[str, TextCondition], settings: Settings) -> Conditions:
+        width = stage_c_sizes(self.config_c).c_clip_img
+        halves = [conditions(texts[p], None, width) for p in (job.prompt, job.negative_prompt)]
+        held = stack(*halves) if needs_unconditional(settings)[0] else halves[0]
+        return held.to(self.device, DTYPES[self.config_c.dtype])
+
+    def _noise(self, job: Job, stream: str) -> NoiseSource:
+        return NoiseSource.of(job.seed, NOISE_STREAMS[stream], self.device)
+
+    @contextmanager
+    def _guidance_on_device(self) -> Iterator[Guidance | None]:
+        if self.guidance is None:
+            yield None
+        else:
+            with self.guidance.on_device() as guidance:
+                yield guidance
+
+    @contextmanager
+    def _measured(self, name: str) -> Iterator[None]:
+        use = self.uses.setdefault(name, StageUse(name))
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = _process_peak()
+        use.peak_memory = max(use.peak_memory, peak)
+        use.seconds += time.perf_counter() - start
+
+
+def _process_peak() -> int:
+    """The most memory the process has held so far, in bytes; 0 where the system does not tell (Windows)."""
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _report(observer: Observer | None, stage: str, job: Job) -> Callable[[Step, Estimate], None] | None:
+    if observer is None:
+        return None
+    return lambda step, estimate: observer(Progress(stage, job, step.index + 1, step.count, estimate.x0))
+
+
+def load_previewer(config: StageCConfig, device: torch.device | str) -> Previewer:
+    """The previewer of a Stage C configuration; ValueError where it names none."""
+    if config.previewer_checkpoint_path is None:
+        raise ValueError("a preview needs 'previewer_checkpoint_path' in the Stage C configuration")
+    build = partial(Previewer, **asdict(config.previewer))
+    return load_module(
+        build, config.previewer_checkpoint_path, dtype=torch.float32, device=device, what="previewer"
+    )

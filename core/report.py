@@ -1,0 +1,132 @@
+"""What is said about a run: the plan before it (--dry_run), the settings inside its pictures after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.checkpoint import file_sha256
+from core.config import as_yaml, guidance_sizes, stage_b_sizes, stage_c_sizes
+from core.estimate import (
+    StageEstimate,
+    parameter_count,
+    stage_a_activations,
+    stage_b_activations,
+    stage_c_activations,
+)
+from core.passes import needs_unconditional
+from core.pipeline import DTYPES, Job, UltraPixelPipeline
+from core.resolution import Plan, guidance_strength, plan
+from core.settings import Settings
+from modules.guidance import Guidance
+from modules.stage_a import StageA
+from modules.stage_b import StageB
+from modules.stage_c import StageC
+
+PACKAGES = ("ultrapixel", "torch", "transformers")
+GIB = 2**30
+
+
+# --- before a run ---------------------------------------------------------------------------------
+
+
+def estimate_stages(pipeline: UltraPixelPipeline, sizes: Plan, settings: Settings) -> list[StageEstimate]:
+    """Device memory of each stage for a picture, counted from the networks' sizes."""
+    c, b, a = stage_c_sizes(pipeline.config_c), stage_b_sizes(pipeline.config_b), pipeline.config_b.stage_a
+    bytes_c, bytes_b = (DTYPES[config.dtype].itemsize for config in (pipeline.config_c, pipeline.config_b))
+    halves_c, halves_b = (1 + both for both in needs_unconditional(settings))
+    count_c = parameter_count(partial(StageC, **asdict(c)))
+    if pipeline.guidance is not None:
+        count_c += parameter_count(partial(Guidance, **asdict(guidance_sizes(pipeline.config_c))))
+    count_b = parameter_count(partial(StageB, **asdict(b)))
+    count_a = parameter_count(partial(StageA, **asdict(a)))
+    with torch.device("meta"):
+        halo = StageA(**asdict(a)).halo
+    return [
+        StageEstimate(
+            "stage C", count_c * bytes_c, stage_c_activations(sizes, c.c_hidden[0], halves_c, bytes_c)
+        ),
+        StageEstimate(
+            "stage B", count_b * bytes_b, stage_b_activations(sizes, b.c_hidden[0], halves_b, bytes_b)
+        ),
+        StageEstimate("stage A", count_a * 4, stage_a_activations(sizes, a.c_hidden, halo)),
+    ]
+
+
+def describe_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings) -> str:
+    """The resolved configurations, sizes, steps, memory and files of a run, as text."""
+    job = jobs[0]
+    sizes = plan(job.height, job.width, pipeline.config_c.geometry)
+    strength = guidance_strength(sizes.hr_latent, pipeline.config_c.guidance_strength)
+    lines = [
+        "# Stage C",
+        as_yaml(pipeline.config_c),
+        "# Stages B and A",
+        as_yaml(pipeline.config_b),
+        "# plan",
+    ]
+    lines += [f"pictures: {len(jobs)}, seeds {jobs[0].seed} to {jobs[-1].seed}, on {pipeline.device}"]
+    lines += [f"size (height x width): {job.height} x {job.width} px"]
+    lines += [
+        f"Stage C: {_by(sizes.lr_latent)} latent for {sizes.lr_height} x {sizes.lr_width} px, {settings.steps} steps;"
+        f" then {_by(sizes.hr_latent)}, {settings.steps} steps, "
+        + (f"guidance strength {strength} on the way up" if pipeline.guidance else "unguided")
+    ]
+    lines += [f"Stage B: {_by(sizes.stage_b_latent)} latent, {settings.steps_b} steps"]
+    lines += [
+        f"Stage A: {sizes.decoded_height} x {sizes.decoded_width} px, cropped",
+        "# memory on the device (estimate)",
+    ]
+    for stage in estimate_stages(pipeline, sizes, settings):
+        weights, maps = stage.weights / GIB, stage.activations / GIB
+        lines += [f"{stage.name}: {stage.total / GIB:.2f} GiB (weights {weights:.2f}, maps {maps:.2f})"]
+    lines += ["# files"] + [f"{what}: {path}, {_file_size(path)}" for what, path in pipeline.files().items()]
+    return "\n".join(lines)
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _file_size(path: str) -> str:
+    target = Path(path)
+    if target.is_dir():
+        size = sum(file.stat().st_size for file in target.glob("text_encoder/*") if file.is_file())
+    elif target.is_file():
+        size = target.stat().st_size
+    else:
+        return "not there"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+# --- in the pictures ------------------------------------------------------------------------------
+
+
+class WeightHashes:
+    """SHA-256 of the weight files, computed beside the run in a thread of its own."""
+
+    def __init__(self, files: Mapping[str, str]) -> None:
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
+        self._hashes: dict[str, Future[str]] = {
+            path: pool.submit(file_sha256, path) for path in files.values() if Path(path).is_file()
+        }
+        pool.shutdown(wait=False)
+
+    def result(self) -> dict[str, str]:
+        """File name to hash; waits for those still being read."""
+        return {path: future.result() for path, future in self._hashes.items()}
+
+
+def picture_metadata(
+    job: Job, settings: Settings, models: Mapping[str, Any], hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    """The settings that repeat a picture (--from_image), with versions and hashes to tell what made it."""
+    versions = {package: version(package) for package in PACKAGES}
+    return {**asdict(job), **asdict(settings), **models, "versions": versions, "weights": dict(hashes)}

@@ -1,0 +1,63 @@
+"""The settings of a generation: everything beside prompt, size and seed that determines a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gdf.samplers import CfgSettings, sampler_named
+
+PUBLISHED_STEPS = 20  # at this many steps the last step's r is the one that training uses
+TRAINING_R = 0.05  # noise condition of the low-resolution pass in training (paper section 4.1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the passes sample; the defaults are the published ones for text to image.
+
+    Raises ValueError for a value outside its range, naming it.
+    """
+
+    steps: int = PUBLISHED_STEPS  # of each of Stage C's two passes
+    cfg: float = 4.0
+    cfg_end: float | None = None  # at the last step, linear in between; None: as cfg
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # of t, outside it the unconditional half is not computed
+    cfg_rescale: float = 0.7
+    shift: float = 1.0
+    sampler: str = "ddpm"
+    guidance_r: float | Literal["last_step"] | None = None  # None: the last step at 20 steps, else 0.05
+    steps_b: int = 10
+    cfg_b: float = 1.1
+    sampler_b: str = "ddpm"
+    stage_a_tiled: bool = False  # True: always; False: only where the picture is large
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "steps_b"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.shift <= 0:
+            raise ValueError(f"shift must be above 0, not {self.shift}")
+        if isinstance(self.guidance_r, float | int) and not 0 < self.guidance_r < 1:
+            raise ValueError(f"guidance_r must lie between 0 and 1 or be 'last_step', not {self.guidance_r}")
+        if isinstance(self.guidance_r, str) and self.guidance_r != "last_step":
+            raise ValueError(f"guidance_r must be a number or 'last_step', not {self.guidance_r!r}")
+        sampler_named(self.sampler)
+        sampler_named(self.sampler_b)
+        _ = self.cfg_stage_c
+
+    @property
+    def cfg_stage_c(self) -> CfgSettings:
+        """Classifier-free guidance of both Stage C passes."""
+        return CfgSettings(self.cfg, self.cfg_end, self.cfg_rescale, self.cfg_interval)
+
+    @property
+    def cfg_stage_b(self) -> CfgSettings:
+        """Classifier-free guidance of Stage B."""
+        return CfgSettings(self.cfg_b, rho=self.cfg_rescale)
+
+    @property
+    def extra_guidance_r(self) -> float | None:
+        """The noise condition of an extra evaluation for the guidance; None: taken at the last step."""
+        if self.guidance_r == "last_step" or (self.guidance_r is None and self.steps == PUBLISHED_STEPS):
+            return None
+        return TRAINING_R if self.guidance_r is None else float(self.guidance_r)

@@ -1,0 +1,261 @@
+"""Pictures: rounding, reading, file names, and settings that survive the file."""
+
+import json
+import string
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from core import images
+from core.images import (
+    FORMATS,
+    check_format,
+    load_image,
+    output_path,
+    read_image_metadata,
+    safe_stem,
+    save_image,
+    to_image,
+)
+
+RED = Image.new("RGB", (8, 5), (200, 30, 30))
+any_text = st.text(st.characters(), max_size=60)   # lone surrogates and NUL too
+one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+
+
+# ---------------------------------------------------------------------------------- tensors to pictures
+
+
+def test_to_image_keeps_every_8_bit_value():
+    levels = torch.arange(256).repeat(3, 1, 1)   # (3, 1, 256)
+    image = to_image(levels / 255)
+    assert image.mode == "RGB" and image.size == (256, 1)
+    assert list(image.getchannel("R").tobytes()) == list(range(256))
+
+
+@pytest.mark.parametrize("value, level", [(-0.2, 0), (1.7, 255), (0.4 / 255, 0), (0.6 / 255, 1), (127.6 / 255, 128)])
+def test_to_image_clamps_and_rounds_to_nearest(value, level):
+    assert to_image(torch.full((3, 2, 2), value)).getpixel((1, 1)) == (level,) * 3
+
+
+def test_to_image_keeps_orientation_and_channel_order():
+    pixels = torch.zeros(3, 2, 4, dtype=torch.bfloat16)
+    pixels[2, 0, 3] = 1
+    image = to_image(pixels)
+    assert image.size == (4, 2)
+    assert image.getpixel((3, 0)) == (0, 0, 255) and image.getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_to_image_refuses_nan():
+    pixels = torch.zeros(3, 4, 4)
+    pixels[1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN; .* bfloat16 or float32"):
+        to_image(pixels)
+
+
+# --------------------------------------------------------------------------------------- reading pictures
+
+
+def test_load_image_is_rgb_upright_and_white_where_transparent(tmp_path):
+    transparent = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    transparent.putpixel((1, 0), (0, 255, 0, 255))
+    orientation = Image.Exif()
+    orientation[0x0112] = 6   # to be turned clockwise
+    transparent.save(tmp_path / "a.png", exif=orientation)
+    image = load_image(tmp_path / "a.png")
+    assert image.mode == "RGB" and image.size == (2, 4)
+    assert image.getpixel((1, 1)) == (0, 255, 0) and image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_load_image_scales_16_bits(tmp_path):
+    for level in (0, 100 * 257, 65535):
+        Image.new("I;16", (3, 3), level).save(tmp_path / "grey.png")
+        assert load_image(tmp_path / "grey.png").getpixel((0, 0)) == (level // 257,) * 3
+
+
+def test_load_image_names_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.png: this picture does not exist"):
+        load_image(tmp_path / "none.png")
+    (tmp_path / "page.png").write_text("<html>not found</html>")
+    with pytest.raises(ValueError, match="page.png: this file is not a picture"):
+        load_image(tmp_path / "page.png")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_image(tmp_path)
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cut.png: the picture is damaged"):
+        load_image(tmp_path / "cut.png")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_load_image_states_its_limit(tmp_path, monkeypatch):
+    Image.new("L", (40, 25)).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    assert load_image(tmp_path / "a.png").size == (40, 25)
+    for limit in (999, 300):   # Pillow warns about the one and refuses the other
+        monkeypatch.setattr(images, "MAX_PIXELS", limit)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=f"more than {limit} pixels"):
+            load_image(tmp_path / "a.png")
+
+
+def test_the_largest_picture_can_be_read():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Image._decompression_bomb_check((16384, 16384))
+
+
+# ---------------------------------------------------------------------------------------------- file names
+
+
+@given(any_text)
+def test_safe_stem_is_safe_everywhere(prompt):
+    stem = safe_stem(prompt)
+    assert 0 < len(stem.encode()) <= 66
+    assert not set(stem) & set('<>:"/\\|?*.~$% \0\n\r\t')
+    assert not stem.startswith(("-", "_")) and not stem.endswith("_")
+    assert stem.isprintable() and stem.casefold() not in {"con", "nul", "aux", "prn", "com1", "lpt9"}
+
+
+@pytest.mark.parametrize(
+    "prompt, stem",
+    [
+        ("a red fox, in snow", "a_red_fox_in_snow"),
+        ("", "image"),
+        ("🐈‍⬛ ❤️", "image"),
+        ("../../etc/passwd", "etc_passwd"),
+        ("C:\\a.", "C_a"),
+        ("CON", "image_CON"),
+        ("nul.", "image_nul"),
+        ("COM¹", "image_COM1"),
+        ("--help", "help"),
+        ("日本の山", "日本の山"),
+        ("cafe\u0301", "café"),
+        ("x" * 400, "x" * 60),
+        ("é" * 400, "é" * 30),
+    ],
+)
+def test_safe_stem_examples(prompt, stem):
+    assert safe_stem(prompt) == stem
+
+
+@given(any_text)
+@one_folder
+def test_output_path_can_be_created_and_is_never_taken(tmp_path, prompt):
+    for format in FORMATS:
+        path = output_path(tmp_path, prompt, 16384, 16384, 2**63 - 1, format)
+        assert path.parent == tmp_path and len(path.name.encode()) < 140
+        path.open("x").close()
+
+
+def test_output_path_counts(tmp_path):
+    names = []
+    for _ in range(3):
+        path = output_path(tmp_path, "a cat", 1024, 2048, 7, "png")
+        names.append(save_image(RED, path, "png", {}).name)
+    assert names == ["a_cat_1024x2048_7.png", "a_cat_1024x2048_7_2.png", "a_cat_1024x2048_7_3.png"]
+
+
+# ----------------------------------------------------------------------------------- files with metadata
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(prompt=any_text, seed=st.integers(0, 2**64), cfg=st.floats(allow_nan=False))
+@one_folder
+def test_settings_survive_the_file(tmp_path, format, prompt, seed, cfg):
+    metadata = {"prompt": prompt, "seed": seed, "cfg": cfg, "negative_prompt": None, "size": [1, 2]}
+    path = save_image(RED, tmp_path / f"a.{format}", format, metadata)
+    assert read_image_metadata(path) == metadata
+    with Image.open(path) as image:
+        assert image.size == RED.size
+
+
+def test_png_is_exact_and_readable_by_people(tmp_path):
+    noise = Image.effect_noise((40, 30), 80).convert("RGB")
+    path = save_image(noise, tmp_path / "a.png", "png", {"prompt": "ein Fuchs 狐\ud800", "seed": 3})
+    assert load_image(path).tobytes() == noise.tobytes()
+    with Image.open(path) as image:
+        assert image.text["parameters"] == "prompt: ein Fuchs 狐?\nseed: 3"
+        assert json.loads(image.text["ultrapixel"])["seed"] == 3
+
+
+@pytest.mark.parametrize("format", ["jpg", "webp"])
+def test_lossy_formats_stay_close(tmp_path, format):
+    ramp = Image.merge("RGB", [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.new("L", (256, 256))])
+    path = save_image(ramp, tmp_path / f"a.{format}", format, {})
+    with Image.open(path) as image:
+        assert image.format == {"jpg": "JPEG", "webp": "WEBP"}[format]
+    difference = torch.tensor(list(ramp.tobytes())).sub(torch.tensor(list(load_image(path).tobytes())))
+    assert difference.float().abs().mean() < 2
+
+
+def test_jpg_colours_are_not_subsampled(tmp_path):
+    stripes = Image.new("RGB", (16, 16))
+    for x in range(0, 16, 2):
+        stripes.paste((255, 0, 0), (x, 0, x + 1, 16))
+    image = load_image(save_image(stripes, tmp_path / "a.jpg", "jpg", {}))
+    assert image.getpixel((4, 8))[0] > 230 and image.getpixel((5, 8))[0] < 25
+
+
+def test_settings_too_long_for_jpg_do_not_cost_the_picture(tmp_path):
+    for length, warned in ((65000, False), (65400, True)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            path = save_image(RED, tmp_path / "a.jpg", "jpg", {"prompt": "x" * length})
+        assert bool(caught) == warned and load_image(path).size == RED.size
+    with pytest.raises(ValueError, match="carries no settings"):
+        read_image_metadata(path)
+
+
+def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = save_image(RED, tmp_path / "deep" / "a.png", "png", {"seed": 1})
+    before = path.read_bytes()
+
+    def break_off(self, name, *args, **kwargs):
+        name.write_bytes(b"half a picture")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", break_off)
+    with pytest.raises(OSError, match="no space left"):
+        save_image(RED, path, "png", {"seed": 2})
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("format, side", [("jpg", 65500), ("webp", 16383)])
+def test_format_limits(tmp_path, format, side):
+    path = save_image(Image.new("RGB", (side, 1)), tmp_path / f"a.{format}", format, {})
+    assert load_image(path).size == (side, 1)
+    with pytest.raises(ValueError, match=f"at most {side} pixels a side, not {side + 1} x 1"):
+        save_image(Image.new("RGB", (1, side + 1)), tmp_path / f"b.{format}", format, {})
+    check_format("png", side + 1, side + 1)
+
+
+def test_unknown_format_names_the_nearest():
+    with pytest.raises(ValueError, match="'JPEG' is not known; the nearest of png, jpg, webp is jpg"):
+        check_format("JPEG", 8, 8)
+    with pytest.raises(ValueError, match="'tiff' is not known; use png, jpg, webp"):
+        check_format("tiff", 8, 8)
+
+
+def test_reading_settings_names_what_is_wrong(tmp_path):
+    RED.save(tmp_path / "plain.png")
+    RED.save(tmp_path / "plain.jpg")
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0a camera's comment"
+    RED.save(tmp_path / "camera.jpg", exif=exif)
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0[1]"
+    RED.save(tmp_path / "list.webp", exif=exif)
+    for name in ("plain.png", "plain.jpg", "camera.jpg", "list.webp"):
+        with pytest.raises(ValueError, match=f"{name}: the picture carries no settings"):
+            read_image_metadata(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_image_metadata(tmp_path / "none.png")
+
+
+def test_alphabet_survives_in_names():
+    assert safe_stem(string.ascii_letters + string.digits, limit=62) == string.ascii_letters + string.digits
