@@ -30,10 +30,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 FETCH_AGAIN = "delete it and fetch it again, for instance with models/download.py"
 SNIFFED_BYTES = 512
-HASHED_BYTES = 1 << 22    # read at once
-MAPPED_BYTES = 1 << 25    # of a file that are read before its pages are let go,
-MAPPED_SHARE = 1 / 64     # or this share of a large file
-NAMED = 3                 # tensors that an error names before it counts the rest
+HASHED_BYTES = 1 << 22  # read at once
+MAPPED_BYTES = 1 << 25  # of a file that are read before its pages are let go,
+MAPPED_SHARE = 1 / 64  # or this share of a large file
+NAMED = 3  # tensors that an error names before it counts the rest
 COUNTER = "num_batches_tracked"
 
 
@@ -96,15 +96,20 @@ def _announced_bytes(path: Path) -> int:
     return header_end + max(map(int, ends), default=0)
 
 
+def _is_mapped(path: Path, content: Content) -> bool:
+    """Whether tensors are read from the file at their use; torch.load maps no archive named .safetensors."""
+    return content == "safetensors" or (content == "zip" and path.suffix != ".safetensors")
+
+
 def _load_archive(path: Path, content: Content) -> object:
     """What torch.save wrote, tensors mapped where the format allows it; nothing in the file is executed."""
     if content == "zip" and not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path} is cut short, a torch archive without its end: {FETCH_AGAIN}")
     try:
-        if path.suffix == ".safetensors":  # given such a path, torch.load believes the suffix, not the content
-            with path.open("rb") as stream:
-                return torch.load(stream, map_location="cpu", weights_only=True)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=content == "zip")
+        if _is_mapped(path, content):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as stream:
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
@@ -116,11 +121,27 @@ def _load_archive(path: Path, content: Content) -> object:
         raise CheckpointError(f"{path} is cut short or no torch archive ({cause}): {FETCH_AGAIN}") from None
 
 
+def file_sha256(path: PathLike) -> str:
+    """The sha256 of a file in hexadecimal, computed once per process as long as the file stays the same."""
+    path = Path(path).resolve()
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache
+def _sha256(path: Path, size: int, modified: int) -> str:  # noqa: ARG001  both are part of the cache's key
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(HASHED_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 
 def check_file(path: PathLike) -> None:
-    """Raise CheckpointError unless this is a complete weight file, of whatever network; reads little of it."""
+    """Raise CheckpointError unless this is a complete weight file of whatever network; reads little of it."""
     _open_tensors(Path(path))
 
 
@@ -192,7 +213,7 @@ def _open_tensors(path: Path) -> dict[str, Tensor]:
     else:
         tensors = _unwrap(path, _load_archive(path, content))
     prefixed = all(name.startswith("module.") for name in tensors)
-    return {name.removeprefix("module.") if prefixed else name: t for name, t in tensors.items()}
+    return {name.removeprefix("module.") if prefixed else name: t.detach() for name, t in tensors.items()}
 
 
 def _unwrap(path: Path, archive: object) -> Mapping[str, Tensor]:
@@ -200,7 +221,9 @@ def _unwrap(path: Path, archive: object) -> Mapping[str, Tensor]:
     if isinstance(archive, Mapping) and isinstance(archive.get("state_dict"), Mapping):
         archive = archive["state_dict"]
     if not isinstance(archive, Mapping):
-        raise CheckpointError(f"{path} holds a {type(archive).__name__}, not named tensors: give a weight file")
+        raise CheckpointError(
+            f"{path} holds a {type(archive).__name__}, not named tensors: give a weight file"
+        )
     for name, value in archive.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             raise CheckpointError(
@@ -214,7 +237,7 @@ def _drain(path: Path, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor
 
     Pages of a mapped file stay in memory until the mapping goes, so the file is mapped anew now and then.
     """
-    mapped = _content(path) != "pickle"
+    mapped = _is_mapped(path, _content(path))
     budget = max(MAPPED_BYTES, int(path.stat().st_size * MAPPED_SHARE))
     read = 0
     for name in list(tensors):
@@ -372,22 +395,3 @@ def _replacing(path: Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-# --- hashes ---------------------------------------------------------------------------------------
-
-
-def file_sha256(path: PathLike) -> str:
-    """The sha256 of a file in hexadecimal, computed once per process as long as the file stays the same."""
-    path = Path(path).resolve()
-    status = path.stat()
-    return _sha256(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache
-def _sha256(path: Path, size: int, modified: int) -> str:  # noqa: ARG001  both are part of the cache's key
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(HASHED_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What the scripts' command lines share: flags of a generation, one-sentence errors, progress bars, the closing table."""
+"""What the scripts' command lines share: flags, one-sentence errors, progress bars, the closing table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(main: Callable[[], int | None]) -> None:
     except torch.OutOfMemoryError as error:
         cause = str(error).splitlines()[0]
         _fail(
-            f"error: the device's memory is full ({cause}): ask for a smaller picture, or leave out --resident",
+            f"error: the device's memory is full ({cause}): ask for a smaller picture, without --resident",
             2,
         )
     except (ValueError, OSError) as error:

@@ -138,7 +138,7 @@ class TextEncoder:
             cut = whole[length - 1 : -1]  # the end-of-text token stays
             start = self.tokenizer.decode(cut[:8])
             warnings.warn(
-                f"the prompt is {len(cut)} tokens too long; what follows is cut: {start!r} …", stacklevel=5
+                f"the prompt is {len(cut)} tokens too long; what follows is cut: {start!r} …", stacklevel=2
             )
         tokens = self.tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"

@@ -1,4 +1,4 @@
-"""What a picture takes before anything is loaded: the bytes of each stage's weights and of its largest maps."""
+"""What a picture takes, before anything is loaded: bytes of each stage's weights and of its largest maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 from core.resolution import Plan
 from modules.stage_a import MAX_TILE
 
-# Maps of a ResBlock's width that live at its peak: input, normed, and the hidden layer (4 times as wide) before and
+# Maps of a ResBlock's width that live at its peak: input, normed, and the hidden layer (4 times as wide)
+# before and
 # after GELU and normalisation; a level's skip and the guidance are counted with them.
 MAPS_AT_PEAK = 16
 STAGE_A_MAPS = 12  # without skips

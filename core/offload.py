@@ -1,4 +1,4 @@
-"""One stage on the device at a time: weights rest in CPU memory and visit the device while their stage works."""
+"""One stage on the device at a time: weights rest in CPU memory and visit it while their stage works."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -15,8 +15,8 @@ M = TypeVar("M", bound=nn.Module)
 class Offloaded(Generic[M]):
     """A module that is loaded at its first use and lies on the device only within `on_device`.
 
-    Its weights keep their place in CPU memory meanwhile, so leaving the device copies nothing. They must not be
-    changed on the device: what is changed there is lost. `resident` leaves them there instead.
+    Its weights keep their place in CPU memory meanwhile, so leaving the device copies nothing. They must
+    not be changed on the device: what is changed there is lost. `resident` leaves them there instead.
     """
 
     def __init__(self, load: Callable[[], M], device: torch.device, resident: bool = False) -> None:
@@ -41,12 +41,20 @@ class Offloaded(Generic[M]):
         if self._resident or self._device.type == "cpu":
             yield module
             return
-        tensors = [*module.parameters(), *module.buffers()]
-        homes = [tensor.data for tensor in tensors]
+        homes = [(owner, name, tensor) for owner in module.modules() for name, tensor in _own_tensors(owner)]
         try:
-            for tensor in tensors:
-                tensor.data = tensor.data.to(self._device, non_blocking=True)
+            for owner, name, tensor in homes:
+                setattr(owner, name, _moved(tensor, self._device))
             yield module
         finally:
-            for tensor, home in zip(tensors, homes, strict=True):
-                tensor.data = home
+            for owner, name, tensor in homes:
+                setattr(owner, name, tensor)
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor.detach().to(device, non_blocking=True)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved

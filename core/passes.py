@@ -37,7 +37,7 @@ class NoiseSource:
 
     @classmethod
     def of(cls, seed: int, pass_index: int, device: torch.device) -> NoiseSource:
-        """The stream of a seed for a pass; each pass has its own, so that steps of one do not move another."""
+        """The stream of a seed for a pass: each has its own, so that steps of one do not move another."""
         state = int(np.random.SeedSequence([seed % 2**64, pass_index]).generate_state(1, np.uint64)[0])
         return cls(torch.Generator().manual_seed(state % 2**63), device)
 

@@ -75,7 +75,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: a step of a stage of a picture; `latent` is the pass's estimate of the clean latent."""
+    """Where a run stands: a step of a picture's stage, and the estimate of the clean latent so far."""
 
     stage: str
     job: Job
@@ -169,7 +169,7 @@ class UltraPixelPipeline:
         settings: Settings | None = None,
         observer: Observer | None = None,
     ) -> list[Picture]:
-        """Pictures of a prompt, or of each of several: `num_images` each, the i-th of the run with seed `seed + i`."""
+        """Pictures of a prompt, or `num_images` of each of several; the i-th of all has seed `seed + i`."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         wanted = [p for p in prompts for _ in range(num_images)]
         jobs = [Job(p, height, width, seed + i, negative_prompt) for i, p in enumerate(wanted)]

@@ -65,29 +65,27 @@ def describe_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: S
     job = jobs[0]
     sizes = plan(job.height, job.width, pipeline.config_c.geometry)
     strength = guidance_strength(sizes.hr_latent, pipeline.config_c.guidance_strength)
+    guided = f"guidance strength {strength} on the way up" if pipeline.guidance else "unguided"
+    lr_pixels = f"{sizes.lr_height} x {sizes.lr_width} px"
     lines = [
         "# Stage C",
         as_yaml(pipeline.config_c),
         "# Stages B and A",
         as_yaml(pipeline.config_b),
-        "# plan",
-    ]
-    lines += [f"pictures: {len(jobs)}, seeds {jobs[0].seed} to {jobs[-1].seed}, on {pipeline.device}"]
-    lines += [f"size (height x width): {job.height} x {job.width} px"]
-    lines += [
-        f"Stage C: {_by(sizes.lr_latent)} latent for {sizes.lr_height} x {sizes.lr_width} px, {settings.steps} steps;"
-        f" then {_by(sizes.hr_latent)}, {settings.steps} steps, "
-        + (f"guidance strength {strength} on the way up" if pipeline.guidance else "unguided")
-    ]
-    lines += [f"Stage B: {_by(sizes.stage_b_latent)} latent, {settings.steps_b} steps"]
-    lines += [
+        "# plan (sizes are height x width)",
+        f"pictures: {len(jobs)} of {job.height} x {job.width} px on {pipeline.device}",
+        f"seeds: {jobs[0].seed} to {jobs[-1].seed}",
+        f"Stage C, low resolution: latent {_by(sizes.lr_latent)} ({lr_pixels}), {settings.steps} steps",
+        f"Stage C, high resolution: latent {_by(sizes.hr_latent)}, {settings.steps} steps, {guided}",
+        f"Stage B: latent {_by(sizes.stage_b_latent)}, {settings.steps_b} steps",
         f"Stage A: {sizes.decoded_height} x {sizes.decoded_width} px, cropped",
         "# memory on the device (estimate)",
     ]
     for stage in estimate_stages(pipeline, sizes, settings):
         weights, maps = stage.weights / GIB, stage.activations / GIB
-        lines += [f"{stage.name}: {stage.total / GIB:.2f} GiB (weights {weights:.2f}, maps {maps:.2f})"]
-    lines += ["# files"] + [f"{what}: {path}, {_file_size(path)}" for what, path in pipeline.files().items()]
+        lines.append(f"{stage.name}: {stage.total / GIB:.2f} GiB (weights {weights:.2f}, maps {maps:.2f})")
+    lines.append("# files")
+    lines += [f"{what}: {path}, {_file_size(path)}" for what, path in pipeline.files().items()]
     return "\n".join(lines)
 
 

@@ -1,14 +1,33 @@
 """Shared by all tests: torchvision imports on CPU builds, and the references that lie beside the tests."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
 import modules.torchvision_operators  # noqa: F401  before transformers and diffusers
+from core.pipeline import UltraPixelPipeline
 
 ROOT = Path(__file__).parents[1]
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(ROOT / "models"))
+from random_family import Family, write_family  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def reference_folder() -> Path:
     return ROOT / "tests" / "reference"
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family of random weights in the published layout."""
+    folder = tmp_path_factory.mktemp("family")
+    write_family(folder, Family())
+    return folder
+
+
+def random_pipeline(folder: Path, guided: bool = True, device: str = "cpu") -> UltraPixelPipeline:
+    guidance = folder / "ultrapixel_t2i.safetensors" if guided else None
+    return UltraPixelPipeline.from_config(folder / "stage_c.yaml", folder / "stage_b.yaml", guidance, device)

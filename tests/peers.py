@@ -77,8 +77,8 @@ def unet_of(network: StageB | StageC) -> StableCascadeUNet:
         dropout=[0.0] * len(widths),
     )  # fmt: skip
     if stage_b:
-        own = dict(in_channels=4, out_channels=4, patch_size=2, effnet_in_channels=16, pixel_mapper_in_channels=3,
-                   switch_level=None)  # fmt: skip
+        own = dict(in_channels=4, out_channels=4, patch_size=2, effnet_in_channels=16,
+                   pixel_mapper_in_channels=3, switch_level=None)  # fmt: skip
     else:
         own = dict(in_channels=16, out_channels=16, patch_size=1, clip_text_in_channels=TEXT,
                    clip_image_in_channels=IMAGE, switch_level=[False])  # fmt: skip

@@ -1,4 +1,4 @@
-"""The one arrow of imports: modules and gdf import neither each other nor core; core imports both; scripts import all."""
+"""The one arrow of imports: modules and gdf stand alone, core imports both, the scripts import all three."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Pictures: rounding, reading, file names, and settings that survive the file."""
 
 import json
+import os
 import string
 import warnings
 
@@ -23,21 +24,25 @@ from core.images import (
 )
 
 RED = Image.new("RGB", (8, 5), (200, 30, 30))
-any_text = st.text(st.characters(), max_size=60)   # lone surrogates and NUL too
-one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+any_text = st.text(st.characters(), max_size=60)  # lone surrogates and NUL too
+one_folder = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None
+)
 
 
 # ---------------------------------------------------------------------------------- tensors to pictures
 
 
 def test_to_image_keeps_every_8_bit_value():
-    levels = torch.arange(256).repeat(3, 1, 1)   # (3, 1, 256)
+    levels = torch.arange(256).repeat(3, 1, 1)  # (3, 1, 256)
     image = to_image(levels / 255)
     assert image.mode == "RGB" and image.size == (256, 1)
     assert list(image.getchannel("R").tobytes()) == list(range(256))
 
 
-@pytest.mark.parametrize("value, level", [(-0.2, 0), (1.7, 255), (0.4 / 255, 0), (0.6 / 255, 1), (127.6 / 255, 128)])
+@pytest.mark.parametrize(
+    "value, level", [(-0.2, 0), (1.7, 255), (0.4 / 255, 0), (0.6 / 255, 1), (127.6 / 255, 128)]
+)
 def test_to_image_clamps_and_rounds_to_nearest(value, level):
     assert to_image(torch.full((3, 2, 2), value)).getpixel((1, 1)) == (level,) * 3
 
@@ -64,7 +69,7 @@ def test_load_image_is_rgb_upright_and_white_where_transparent(tmp_path):
     transparent = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
     transparent.putpixel((1, 0), (0, 255, 0, 255))
     orientation = Image.Exif()
-    orientation[0x0112] = 6   # to be turned clockwise
+    orientation[0x0112] = 6  # to be turned clockwise
     transparent.save(tmp_path / "a.png", exif=orientation)
     image = load_image(tmp_path / "a.png")
     assert image.mode == "RGB" and image.size == (2, 4)
@@ -96,7 +101,7 @@ def test_load_image_states_its_limit(tmp_path, monkeypatch):
     Image.new("L", (40, 25)).save(tmp_path / "a.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     assert load_image(tmp_path / "a.png").size == (40, 25)
-    for limit in (999, 300):   # Pillow warns about the one and refuses the other
+    for limit in (999, 300):  # Pillow warns about the one and refuses the other
         monkeypatch.setattr(images, "MAX_PIXELS", limit)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(ValueError, match=f"more than {limit} pixels"):
@@ -185,7 +190,9 @@ def test_png_is_exact_and_readable_by_people(tmp_path):
 
 @pytest.mark.parametrize("format", ["jpg", "webp"])
 def test_lossy_formats_stay_close(tmp_path, format):
-    ramp = Image.merge("RGB", [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.new("L", (256, 256))])
+    ramp = Image.merge(
+        "RGB", [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.new("L", (256, 256))]
+    )
     path = save_image(ramp, tmp_path / f"a.{format}", format, {})
     with Image.open(path) as image:
         assert image.format == {"jpg": "JPEG", "webp": "WEBP"}[format]
@@ -202,7 +209,7 @@ def test_jpg_colours_are_not_subsampled(tmp_path):
 
 
 def test_settings_too_long_for_jpg_do_not_cost_the_picture(tmp_path):
-    for length, warned in ((65000, False), (65400, True)):
+    for length, warned in ((65460, False), (65461, True)):  # the last that fits, the first that does not
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             path = save_image(RED, tmp_path / "a.jpg", "jpg", {"prompt": "x" * length})
@@ -212,7 +219,10 @@ def test_settings_too_long_for_jpg_do_not_cost_the_picture(tmp_path):
 
 
 def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = save_image(RED, tmp_path / "deep" / "a.png", "png", {"seed": 1})
+    path = save_image(RED, tmp_path / "deep" / "a.png", "png", {"seed": 0})
+    os.link(path, tmp_path / "old.png")
+    save_image(RED, path, "png", {"seed": 1})
+    assert read_image_metadata(tmp_path / "old.png") == {"seed": 0}  # replaced, not written over
     before = path.read_bytes()
 
     def break_off(self, name, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""Stage C without guidance, Stage B and Stage A agree with the networks of diffusers on the same random weights."""
+"""Stage C without guidance, Stage B and Stage A agree with diffusers' networks on the same random weights."""
 
 from __future__ import annotations
 

@@ -1,0 +1,168 @@
+"""The pipeline on a family of random weights: what a picture depends on, and what it does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_pipeline
+from torch import Tensor
+
+from core.offload import Offloaded
+from core.passes import NoiseSource, needs_unconditional
+from core.pipeline import Job, Progress, UltraPixelPipeline
+from core.settings import Settings
+
+QUICK = Settings(steps=2, steps_b=2)
+
+
+@pytest.fixture(scope="module")
+def pipeline(family_folder: Path) -> UltraPixelPipeline:
+    return random_pipeline(family_folder)
+
+
+def make(pipeline: UltraPixelPipeline, job: Job, settings: Settings = QUICK) -> Tensor:
+    (picture,) = pipeline.run([job], settings)
+    return picture.pixels
+
+
+JOB = Job("a red boat", 192, 256, seed=7)
+
+
+@pytest.mark.parametrize("size", [(192, 256), (129, 201), (64, 300)])
+def test_the_size_is_exactly_what_was_asked(pipeline: UltraPixelPipeline, size: tuple[int, int]) -> None:
+    pixels = make(pipeline, Job("a boat", *size, seed=1))
+    assert pixels.shape == (3, *size)
+    assert pixels.dtype == torch.float32
+    assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
+    assert float(pixels.std()) > 0.01
+
+
+def test_a_seed_repeats_its_picture_whatever_else_is_made(pipeline: UltraPixelPipeline) -> None:
+    alone = make(pipeline, replace(JOB, seed=8))
+    pictures = pipeline("a red boat", 192, 256, seed=7, num_images=2, settings=QUICK)
+    assert [p.job.seed for p in pictures] == [7, 8]
+    assert torch.equal(pictures[1].pixels, alone)
+    assert not torch.equal(pictures[0].pixels, alone)
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompt": "a blue boat"}, {"negative_prompt": "fog"}, {"seed": 9}, {"width": 260}]
+)
+def test_what_a_picture_depends_on(pipeline: UltraPixelPipeline, change: dict) -> None:
+    other = make(pipeline, replace(JOB, **change))[:, :192, :256]
+    assert not torch.equal(make(pipeline, JOB), other)
+
+
+def test_guidance_and_its_noise_condition_change_the_picture(family_folder: Path) -> None:
+    guided, unguided = random_pipeline(family_folder), random_pipeline(family_folder, guided=False)
+    plain = make(guided, JOB)
+    assert not torch.equal(plain, make(unguided, JOB))
+    assert not torch.equal(plain, make(guided, JOB, replace(QUICK, guidance_r="last_step")))
+    assert torch.equal(plain, make(guided, JOB, replace(QUICK, guidance_r=0.05)))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm", "dpmpp_2m"])
+def test_every_sampler_makes_a_picture(pipeline: UltraPixelPipeline, sampler: str) -> None:
+    pixels = make(pipeline, JOB, replace(QUICK, sampler=sampler, sampler_b=sampler))
+    assert torch.isfinite(pixels).all()
+
+
+def test_tiles_do_not_show(pipeline: UltraPixelPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make(pipeline, JOB)
+    monkeypatch.setattr("modules.stage_a.MAX_TILE", 24)
+    monkeypatch.setattr("core.passes.MAX_TILE", 24)
+    torch.testing.assert_close(make(pipeline, JOB), whole, atol=1e-4, rtol=0)
+
+
+def test_the_unconditional_half_is_computed_only_where_it_counts(
+    pipeline: UltraPixelPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    stage_c = pipeline.stage_c.module
+    predict = stage_c.predict
+
+    def counted(x: Tensor, *rest: object, **named: object) -> Tensor:
+        sizes.append(len(x))
+        return predict(x, *rest, **named)
+
+    monkeypatch.setattr(stage_c, "predict", counted)
+    make(pipeline, JOB, replace(QUICK, cfg=1.0))
+    assert set(sizes) == {1}
+    sizes.clear()
+    make(pipeline, JOB, replace(QUICK, cfg_interval=(0.0, 0.6)))
+    assert sizes == [1, 2, 1, 2]
+    assert needs_unconditional(replace(QUICK, cfg=1.0, cfg_b=1.0)) == (False, False)
+
+
+def test_stages_are_loaded_once_and_only_when_needed(family_folder: Path) -> None:
+    pipeline = random_pipeline(family_folder)
+    pipeline.encode_text([JOB])
+    assert pipeline.stage_c._module is None
+    make(pipeline, JOB)
+    first = pipeline.stage_c.module
+    make(pipeline, JOB)
+    assert pipeline.stage_c.module is first
+
+
+def test_the_observer_sees_every_step_of_every_stage(pipeline: UltraPixelPipeline) -> None:
+    seen: list[Progress] = []
+    pipeline.run([JOB], Settings(steps=3, steps_b=2), seen.append)
+    counts = {p.stage: sum(q.stage == p.stage for q in seen) for p in seen}
+    assert counts == {"stage C, low resolution": 3, "stage C, high resolution": 3, "stage B": 2, "stage A": 1}
+    assert [use.name for use in pipeline.uses.values()] == ["text", "stage C", "stage B", "stage A"]
+
+
+def test_noise_is_a_function_of_seed_and_pass_alone() -> None:
+    cpu = torch.device("cpu")
+    draws = [NoiseSource.of(seed, stream, cpu).draw(64) for seed in (0, 1, -1, 2**63) for stream in (0, 1, 2)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+    assert torch.equal(draws[4], NoiseSource.of(1, 1, cpu).draw(64))
+    expected = torch.tensor(
+        [NoiseSource.of(5, 0, cpu).draw(1000).mean(), NoiseSource.of(5, 0, cpu).draw(1000).std()]
+    )
+    torch.testing.assert_close(expected, torch.tensor([0.0, 1.0]), atol=0.12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"steps_b": -1}, "steps_b must be"),
+        ({"shift": 0.0}, "shift must be above 0"),
+        ({"guidance_r": 1.5}, "guidance_r must lie"),
+        ({"guidance_r": "first"}, "'first'"),
+        ({"sampler": "euler"}, "'euler'.*ddpm"),
+        ({"cfg_interval": (0.8, 0.2)}, "interval"),
+    ],
+)
+def test_settings_out_of_range_are_named(values: dict, part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        Settings(**values)
+
+
+def test_the_guidance_takes_the_last_step_only_at_twenty() -> None:
+    assert Settings().extra_guidance_r is None
+    assert Settings(steps=12).extra_guidance_r == 0.05
+    assert Settings(steps=12, guidance_r="last_step").extra_guidance_r is None
+    assert Settings(guidance_r=0.2).extra_guidance_r == 0.2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_makes_the_same_picture_and_is_empty_afterwards(family_folder: Path) -> None:
+    on_gpu = random_pipeline(family_folder, device="cuda")
+    pixels = make(on_gpu, JOB)
+    torch.testing.assert_close(pixels, make(random_pipeline(family_folder), JOB), atol=0.02, rtol=0)
+    assert all(p.device.type == "cpu" for p in on_gpu.stage_c.module.parameters())
+
+
+def test_offloading_gives_the_weights_their_place_back() -> None:
+    linear = torch.nn.Linear(3, 3)
+    places = [p.data_ptr() for p in linear.parameters()]
+    offloaded = Offloaded(lambda: linear, torch.device("meta"))
+    with pytest.raises(RuntimeError, match="stop"), offloaded.on_device() as module:
+        assert all(p.is_meta for p in module.parameters())
+        raise RuntimeError("stop")
+    assert [p.data_ptr() for p in linear.parameters()] == places

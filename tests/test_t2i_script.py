@@ -1,0 +1,142 @@
+"""inference/test_t2i.py as its users run it: a subprocess, its files, its errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from core.images import read_image_metadata
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def call(arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "inference" / "test_t2i.py"), *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
+
+
+@pytest.fixture
+def script(family_folder: Path, tmp_path: Path) -> Run:
+    """Runs the script on the random family; keywords add or replace flags, None removes one."""
+
+    def run(*flags: object, **named: object) -> subprocess.CompletedProcess[str]:
+        values = {
+            "config_c": family_folder / "stage_c.yaml", "config_b": family_folder / "stage_b.yaml",
+            "pretrained_path": family_folder / "ultrapixel_t2i.safetensors", "prompt": "a fox", "height": 128,
+            "width": 160, "steps": 2, "steps_b": 2, "output_dir": tmp_path / "out", **named,
+        }  # fmt: skip
+        parts = [part for name, value in values.items() if value is not None for part in (f"--{name}", value)]
+        return call([*parts, *flags])
+
+    return run
+
+
+def pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "out").iterdir() if "preview" not in path.name)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_a_prompt_file_becomes_pictures_with_settings_inside(script: Run, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a lake / at dawn\nand mist\n\n\nein Löwe 🦁\n", "utf-8")
+    done = script("--preview", prompt=None, prompt_file=prompts, num_image=2, seed=5, format="webp")
+    assert done.returncode == 0, done.stderr
+    made = pictures(tmp_path)
+    assert len(made) == 4
+    for path in made:
+        assert f": {path}" in done.stdout
+        assert Image.open(path).size == (160, 128)
+    stored = [read_image_metadata(path) for path in made]
+    assert sorted((s["seed"], s["prompt"]) for s in stored) == [
+        (5, "a lake / at dawn and mist"), (6, "a lake / at dawn and mist"),
+        (7, "ein Löwe 🦁"), (8, "ein Löwe 🦁"),
+    ]  # fmt: skip
+    assert all(len(digest) == 64 for digest in stored[0]["weights"].values())
+    assert len(stored[0]["weights"]) == 4
+    assert {"torch", "ultrapixel"} <= stored[0]["versions"].keys()
+    for text in ("stage C, low resolution", "stage C, high resolution", "stage B", "stage A", "peak memory"):
+        assert text in done.stderr
+    previews = sorted(path.name for path in (tmp_path / "out").glob("*preview*"))
+    assert len(previews) == 8
+    assert Image.open(tmp_path / "out" / previews[0]).size == (15 * 8, 12 * 8)
+
+
+def test_a_picture_is_repeated_from_its_own_settings(script: Run, tmp_path: Path) -> None:
+    assert script("--stage_a_tiled", seed=11, cfg=2.5, sampler="ddim", negative_prompt="fog").returncode == 0
+    (first,) = pictures(tmp_path)
+    again = call(["--from_image", first, "--output_dir", tmp_path / "out"])
+    assert again.returncode == 0, again.stderr
+    second = next(path for path in pictures(tmp_path) if path != first)
+    assert np.array_equal(pixels(first), pixels(second))
+    changed = call(["--from_image", first, "--output_dir", tmp_path / "out", "--seed", 12])
+    assert changed.returncode == 0, changed.stderr
+    assert {read_image_metadata(path)["seed"] for path in pictures(tmp_path)} == {11, 12}
+
+
+def test_a_dry_run_tells_the_plan_and_makes_nothing(script: Run, tmp_path: Path) -> None:
+    done = script("--dry_run", height=512, width=512, num_image=3)
+    assert done.returncode == 0, done.stderr
+    for part in ("model_version: random", "low resolution: latent 12 x 12", "seeds: 123 to 125", "GiB",
+                 "high resolution: latent 48 x 48", "Stage B: latent 128 x 128",
+                 "stage_c.safetensors, 2."):  # fmt: skip
+        assert part in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_of_the_published_configuration_needs_no_weights() -> None:
+    done = call(["--prompt", "x", "--height", 4096, "--width", 4096, "--dry_run"])
+    assert done.returncode == 0, done.stderr
+    assert "latent 96 x 96" in done.stdout
+    assert "not there" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("named", "parts"),
+    [
+        ({"prompt": None}, ["no prompt was given", "--prompt"]),
+        ({"prompt_file": "no/such.txt"}, ["no/such.txt"]),
+        ({"height": 7}, ["height", "7"]),
+        ({"num_image": 0}, ["--num_image", "0"]),
+        ({"steps": 0}, ["steps", "0"]),
+        ({"dtype": "fp16"}, ["float16", "black", "bf16"]),
+        ({"dtype": "int8"}, ["int8", "bf16"]),
+        ({"device": "tpu"}, ["tpu", "cpu"]),
+        ({"device": "cuda:7"}, ["cuda:7", "cpu"]),
+        ({"sampler": "euler"}, ["euler", "ddpm"]),
+        ({"config_c": "nowhere.yaml"}, ["nowhere.yaml", "does not exist"]),
+        ({"pretrained_path": "nowhere.safetensors"}, ["nowhere.safetensors", "does not exist"]),
+        ({"from_image": "nowhere.png"}, ["nowhere.png", "does not exist"]),
+        ({"format": "webp", "width": 16384}, ["16383", "png"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(script: Run, named: dict, parts: list[str]) -> None:
+    done = script(**named)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "error:" in last
+    for part in parts:
+        assert part in last
+
+
+def test_a_wrong_file_is_told_before_loading(script: Run, family_folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "guidance.safetensors"
+    page.write_text("<!DOCTYPE html><html></html>")
+    done = script(pretrained_path=page)
+    assert done.returncode == 2
+    assert "HTML page" in done.stderr
+    done = script(pretrained_path=family_folder / "stage_b.safetensors")
+    assert done.returncode == 2
+    assert "Stage B" in done.stderr.strip().splitlines()[-1]
