@@ -23,6 +23,7 @@ from core.cli import (
 from core.images import check_format, output_path, read_image_metadata, save_image, to_image
 from core.pipeline import Job, Picture, Progress, UltraPixelPipeline, load_previewer
 from core.report import WeightHashes, describe_plan, picture_metadata
+from core.resolution import plan
 
 GROUP = 8  # pictures that go through the stages together: each stage moves to the device once a group
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype")
@@ -64,7 +65,7 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
 
 
 def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
-    """The pipeline that the flags name; its files are checked, not loaded."""
+    """The pipeline that the flags name; nothing is loaded yet."""
     guidance = None if arguments.pretrained_path == "none" else arguments.pretrained_path
     device = device_named(arguments.device)
     return UltraPixelPipeline.from_config(
@@ -106,6 +107,7 @@ def main() -> int:
     jobs, settings = make_jobs(arguments), settings_of(arguments)
     check_format(arguments.format, arguments.height, arguments.width)
     pipeline = make_pipeline(arguments)
+    plan(arguments.height, arguments.width, pipeline.config_c.geometry)  # raises what is wrong with the size
     if arguments.dry_run:
         print(describe_plan(pipeline, jobs, settings))
         return 0

@@ -61,7 +61,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)  # (B, 1, 1, C)
+        wider = None if x.dtype == torch.float32 else torch.float32  # naming the dtype x has slows the sum
+        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wider)  # (B, 1, 1, C)
         response = energy / (energy.mean(dim=-1, keepdim=True) + GRN_EPS)
         return torch.addcmul(self.beta, x, 1 + self.gamma * response.to(x.dtype))
 
@@ -106,7 +107,7 @@ class TimestepBlock(nn.Module):
     def modulation(self, r_embed: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift, each (B, C, 1, 1)."""
         parts = r_embed.to(self.mapper.weight.dtype).chunk(len(self.names), dim=1)
-        total = sum(self.get_submodule(name)(part) for name, part in zip(self.names, parts, strict=True))
+        total = sum(getattr(self, name)(part) for name, part in zip(self.names, parts, strict=True))
         a, b = total[:, :, None, None].chunk(2, dim=1)
         return a, b
 
