@@ -95,12 +95,11 @@ def _by(size: tuple[int, int]) -> str:
 
 def _file_size(path: str) -> str:
     target = Path(path)
-    if target.is_dir():
-        size = sum(file.stat().st_size for file in target.glob("text_encoder/*") if file.is_file())
-    elif target.is_file():
-        size = target.stat().st_size
-    else:
+    folder = target / "text_encoder" if (target / "text_encoder").is_dir() else target
+    files = [target] if target.is_file() else list(folder.glob("model*.safetensors"))
+    if not files:
         return "not there"
+    size = sum(file.stat().st_size for file in files)
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
