@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.conditioning import Conditions
 from core.resolution import Plan
@@ -19,13 +20,15 @@ from gdf.schedules import cosine
 from gdf.targets import Target
 from modules.guidance import GuidanceFeatures, PreparedGuidance
 from modules.stage_a import MAX_TILE, StageA
-from modules.stage_b import StageB
+from modules.stage_b import StageB, StageBConditions
 from modules.stage_c import StageC, StageCConditions
 
 C_LATENT = 16  # channels of Stage C's latent
 B_LATENT = 4  # channels of Stage B's latent
 
 OnStep = Callable[[Step, Estimate], None]
+Prepared = TypeVar("Prepared", StageCConditions, StageBConditions)
+Predict = Callable[[Tensor, Tensor, Prepared, Step], Tensor]  # (x, r, conditions, step)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,18 @@ def _r(logsnr: Tensor, x: Tensor) -> Tensor:
     return cosine_t(logsnr).to(x.device).expand(len(x))
 
 
+def in_halves(predict: Predict, conditions: Prepared, network: nn.Module) -> Callable[..., Tensor]:
+    """`predict(x, r, conditions, step)` as samplers call it, on one half or both, in the network's dtype."""
+    dtype = next(network.parameters()).dtype
+
+    def on_halves(x: Tensor, step: Step, both: bool) -> Tensor:
+        batch = (torch.cat([x, x]) if both else x).to(dtype)
+        held = conditions if both else conditions.first(len(x))
+        return predict(batch, _r(step.logsnr, batch), held, step)
+
+    return on_halves
+
+
 def prepare_stage_c(stage_c: StageC, conditions: Conditions) -> StageCConditions:
     """Keys and values of the conditions, whose batch is [conditional] or [conditional, unconditional]."""
     return stage_c.prepare(conditions.clip_text, conditions.clip_text_pooled, conditions.clip_img)
@@ -77,18 +92,13 @@ def low_resolution_pass(
     The features are the conditional half's, at the last step or, with few steps, at r = 0.05 (`Settings`).
     """
     taken: list[GuidanceFeatures] = []
-    dtype = next(stage_c.parameters()).dtype
 
-    def predict(x: Tensor, step: Step, both: bool) -> Tensor:
-        batch = (torch.cat([x, x]) if both else x).to(dtype)
-        held = conditions if both else conditions.first(len(x))
+    def predict(x: Tensor, r: Tensor, held: StageCConditions, step: Step) -> Tensor:
         if step.is_last and settings.extra_guidance_r is None:
-            prediction, features = stage_c.predict_with_features(
-                batch, _r(step.logsnr, batch), held, control=control
-            )
-            taken.append(features.first(len(x)))
+            prediction, features = stage_c.predict_with_features(x, r, held, control=control)
+            taken.append(features.first(1))
             return prediction
-        return stage_c.predict(batch, _r(step.logsnr, batch), held, control=control)
+        return stage_c.predict(x, r, held, control=control)
 
     last: list[Estimate] = []
 
@@ -98,11 +108,12 @@ def low_resolution_pass(
             on_step(step, estimate)
 
     x = noise.draw(1, C_LATENT, *plan.lr_latent)
-    sampled = _sample_stage_c(denoiser(predict, target, settings.cfg_stage_c), x, settings, noise, after_step)
+    denoise = denoiser(in_halves(predict, conditions, stage_c), target, settings.cfg_stage_c)
+    sampled = _sample_stage_c(denoise, x, settings, noise, after_step)
     if settings.extra_guidance_r is not None:
         logsnr = cosine(torch.tensor(settings.extra_guidance_r))
         a, b = variance_preserving(logsnr)
-        noised = (a * last[0].x0 + b * last[0].epsilon).to(dtype)
+        noised = (a * last[0].x0 + b * last[0].epsilon).to(next(stage_c.parameters()).dtype)
         held = conditions.first(1)
         taken.append(stage_c.predict_with_features(noised, _r(logsnr, noised), held, control=control)[1])
     return sampled, taken[0]
@@ -119,15 +130,12 @@ def high_resolution_pass(
     on_step: OnStep | None = None,
 ) -> Sampled:
     """Denoise a latent at the asked resolution, guided in both halves at every step (section 3.2)."""
-    dtype = next(stage_c.parameters()).dtype
 
-    def predict(x: Tensor, step: Step, both: bool) -> Tensor:
-        batch = (torch.cat([x, x]) if both else x).to(dtype)
-        held = conditions if both else conditions.first(len(x))
-        return stage_c.predict(batch, _r(step.logsnr, batch), held, guidance=guidance)
+    def predict(x: Tensor, r: Tensor, held: StageCConditions, _: Step) -> Tensor:
+        return stage_c.predict(x, r, held, guidance=guidance)
 
-    x = noise.draw(1, C_LATENT, *plan.hr_latent)
-    return _sample_stage_c(denoiser(predict, target, settings.cfg_stage_c), x, settings, noise, on_step)
+    denoise = denoiser(in_halves(predict, conditions, stage_c), target, settings.cfg_stage_c)
+    return _sample_stage_c(denoise, noise.draw(1, C_LATENT, *plan.hr_latent), settings, noise, on_step)
 
 
 def _sample_stage_c(
@@ -159,13 +167,11 @@ def stage_b_pass(
     effnet = torch.cat([latent, torch.zeros_like(latent)])[: len(pooled)]
     conditions = stage_b.prepare(plan.stage_b_latent, effnet, pooled.to(dtype))
 
-    def predict(x: Tensor, step: Step, both: bool) -> Tensor:
-        batch = (torch.cat([x, x]) if both else x).to(dtype)
-        held = conditions if both else conditions.first(len(x))
-        return stage_b.predict(batch, _r(step.logsnr, batch), held)
+    def predict(x: Tensor, r: Tensor, held: StageBConditions, _: Step) -> Tensor:
+        return stage_b.predict(x, r, held)
 
     x = noise.draw(1, B_LATENT, *plan.stage_b_latent)
-    denoise = denoiser(predict, target, settings.cfg_stage_b)
+    denoise = denoiser(in_halves(predict, conditions, stage_b), target, settings.cfg_stage_b)
     times = steps(cosine, settings.steps_b)
     return sample(denoise, x, times, sampler_named(settings.sampler_b), noise.like, on_step)
 

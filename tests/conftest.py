@@ -1,6 +1,5 @@
 """Shared by all tests: torchvision imports on CPU builds, and the references that lie beside the tests."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import modules.torchvision_operators  # noqa: F401  before transformers and diff
 from core.pipeline import UltraPixelPipeline
 
 ROOT = Path(__file__).parents[1]
-os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(ROOT / "models"))
 from random_family import Family, write_family  # noqa: E402
 
