@@ -1,0 +1,141 @@
+"""The training loop on a small recipe: resuming, killing, stopping, splitting over processes, bad losses."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from toy_training import read_weights, train
+
+from core.trainer import check_batch_size
+
+UPDATES = 30
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    train(tmp_path / "whole", updates=UPDATES)
+    for updates in (7, 8, UPDATES):
+        train(tmp_path / "parts", updates=updates)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = read_weights(tmp_path / "whole"), read_weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_training_learns_and_running_again_does_nothing(tmp_path: Path) -> None:
+    train(tmp_path, updates=60)
+    values = losses(tmp_path)
+    assert sum(values[-10:]) < 0.5 * sum(values[:10])
+    before = read_weights(tmp_path)
+    train(tmp_path, updates=60)
+    assert len(losses(tmp_path)) == 60
+    assert all(torch.equal(before[name], value) for name, value in read_weights(tmp_path).items())
+
+
+def test_accumulation_gives_the_same_weights(tmp_path: Path) -> None:
+    train(tmp_path / "one", updates=5, grad_accum_steps=1)
+    train(tmp_path / "four", updates=5, grad_accum_steps=4)
+    one, four = read_weights(tmp_path / "one"), read_weights(tmp_path / "four")
+    for name in one:
+        torch.testing.assert_close(one[name], four[name], rtol=1e-5, atol=1e-6)
+
+
+def test_old_checkpoints_are_pruned_and_backups_kept(tmp_path: Path) -> None:
+    train(tmp_path, updates=20, save_every=2, keep=2, backup_every=8)
+    assert [int(p.stem[5:]) for p in sorted(tmp_path.glob("step_*.pt"))] == [8, 16, 18, 20]
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_several_end_the_run(tmp_path: Path) -> None:
+    train(tmp_path / "some", updates=12, bad_updates=(3, 4, 9))
+    assert len(losses(tmp_path / "some")) == 9
+    weights = read_weights(tmp_path / "some")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    train(tmp_path / "all", updates=4)
+    with pytest.raises(ValueError, match="not finite in 5 updates in a row.*smaller lr"):
+        train(tmp_path / "all", updates=20, bad_updates=tuple(range(4, 20)))
+    assert read_weights(tmp_path / "all")
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, updates=2)
+    with pytest.raises(ValueError, match="another training"):
+        train(tmp_path, updates=4, width=5)
+
+
+@pytest.mark.parametrize(("batch", "processes", "accumulation"), [(6, 4, 1), (8, 3, 2), (2, 2, 2)])
+def test_a_batch_that_does_not_divide_is_told(batch: int, processes: int, accumulation: int) -> None:
+    with pytest.raises(ValueError, match=f"batch_size {batch} .*multiple of {processes * accumulation}"):
+        check_batch_size(batch, processes, accumulation)
+
+
+# --- killed and stopped ---------------------------------------------------------------------------
+
+
+def start(
+    target: Callable[..., None], folder: Path, **settings: object
+) -> multiprocessing.process.BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["toy_training"])
+    process = context.Process(target=target, args=(folder,), kwargs=settings)
+    process.start()
+    return process
+
+
+def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
+    settings = dict(updates=40, save_every=1, pause=0.01)
+    train(tmp_path / "whole", **settings)
+    expected = read_weights(tmp_path / "whole")
+    dice = random.Random(0)
+    folder, kills = tmp_path / "killed", 0
+    while kills < 20:
+        process = start(train, folder, **settings)
+        while process.is_alive() and not any(folder.glob("*")):
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0.0, 0.12))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    train(folder, **settings)
+    assert all(torch.equal(expected[name], value) for name, value in read_weights(folder).items())
+    assert not [path for path in folder.iterdir() if path.suffix not in (".pt", ".jsonl")]
+
+
+def test_sigterm_saves_and_stops(tmp_path: Path) -> None:
+    process = start(train, tmp_path, updates=100_000, save_every=100_000, pause=0.01)
+    while not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.02)
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 0
+    done = len(losses(tmp_path))
+    assert [int(p.stem[5:]) for p in tmp_path.glob("step_*.pt")] == [done]
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def test_two_processes_train_like_one(tmp_path: Path) -> None:
+    train(tmp_path / "one", updates=6)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port=29531",
+               str(ROOT / "tests" / "toy_training.py"), str(tmp_path / "two"), "6"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "one")), torch.tensor(losses(tmp_path / "two")))

@@ -1,0 +1,73 @@
+"""A small recipe for the trainer's tests: python tests/toy_training.py FOLDER UPDATES"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from core.guidance_training import draw_noise
+from core.trainer import Recipe, RunLog, StepLoss, Trainer, TrainSettings
+from gdf.schedules import cosine
+
+BATCH = 8
+
+
+def train(
+    folder: Path,
+    updates: int,
+    grad_accum_steps: int = 1,
+    width: int = 4,
+    bad_updates: tuple[int, ...] = (),
+    pause: float = 0.0,
+    save_every: int = 10,
+    keep: int = 2,
+    backup_every: int = 0,
+) -> None:
+    """Fit a linear map to twice its input; the samples follow from their keys, the data from the position."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    settings = TrainSettings(
+        lr=0.05, updates=updates, batch_size=BATCH, grad_accum_steps=grad_accum_steps, warmup_updates=4,
+        save_every=save_every, keep=keep, backup_every=backup_every, ema=0.9,
+    )  # fmt: skip
+    per_process = BATCH // accelerator.num_processes // grad_accum_steps
+
+    def batches(position: dict[str, int] | None) -> Iterator[tuple[Tensor, dict[str, int]]]:
+        """Global micro-batches of consecutive numbers; each process takes its own part of them."""
+        start = 0 if position is None else position["sample"]
+        while True:
+            first = start + accelerator.process_index * per_process
+            start += per_process * accelerator.num_processes
+            yield torch.arange(first, first + per_process), {"sample": start}
+
+    def loss(module: nn.Module, batch: Tensor, keys: list[tuple[int, ...]]) -> StepLoss:
+        noise = draw_noise(keys, (width, 2, 2), (width, 1, 1))
+        time.sleep(pause)
+        offset = torch.sin(batch.float())[:, None]
+        x = noise.epsilon.flatten(2).mean(-1) + offset
+        per_sample = (module(x) - 2 * x).square().mean(1)
+        if keys[0][1] in bad_updates:
+            per_sample = per_sample * float("nan")
+        return StepLoss(per_sample, cosine(noise.t))
+
+    recipe = Recipe(nn.Linear(width, width), batches, loss)
+    trainer = Trainer(recipe, settings, folder, accelerator)
+    log = RunLog(folder / "log.jsonl")
+    trainer.run(log if accelerator.is_main_process else None)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Weights and EMA of the newest checkpoint."""
+    state = torch.load(sorted(folder.glob("step_*.pt"))[-1], weights_only=True)
+    return {**state["parameters"], **{f"ema.{name}": value for name, value in state["ema"].items()}}
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), int(sys.argv[2]))
