@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modules.blocks import (
     AttnBlock,
@@ -89,6 +90,7 @@ class CascadeUNet(nn.Module):
             if len(values) != n:
                 raise ValueError(f"{name} has {len(values)} entries, but c_hidden has {n} levels")
         self.c_r, self.t_conds = c_r, tuple(t_conds)
+        self.gradient_checkpointing = False
 
         def level(i: int, count: int, c_skip: int) -> nn.ModuleList:
             return build_level(
@@ -151,7 +153,7 @@ class CascadeUNet(nn.Module):
         n = len(self.down_blocks)
         for i in range(n):
             x = self.down_downscalers[i](x)
-            x = _run_level(
+            x = self._run_level(
                 self.down_blocks[i],
                 self.down_repeat_mappers[i],
                 x,
@@ -165,7 +167,7 @@ class CascadeUNet(nn.Module):
             skips.append(x)
         for k in range(n):
             skip = skips[-1 - k] if k else None
-            x = _run_level(
+            x = self._run_level(
                 self.up_blocks[k],
                 self.up_repeat_mappers[k],
                 x,
@@ -195,34 +197,40 @@ class CascadeUNet(nn.Module):
                 nn.init.xavier_uniform_(module.attention.attn.in_proj_weight)
                 nn.init.zeros_(module.attention.attn.in_proj_bias)
 
+    def _run_level(
+        self,
+        blocks: nn.ModuleList,
+        repeat_mappers: nn.ModuleList,
+        x: Tensor,
+        skip: Tensor | None,
+        r_embed: Tensor,
+        keys_values: LevelKeysValues,
+        control: Iterator[Tensor | None],
+        at_site: AtSite | None,
+        site: int,
+    ) -> Tensor:
+        if skip is not None:
+            x = resize_like(x, skip.shape[-2:])
+        waiting = at_site is not None
+        for repeat in range(len(repeat_mappers) + 1):
+            for j, (block, kv) in enumerate(zip(blocks, keys_values, strict=True)):
+                if isinstance(block, ResBlock):
+                    entry = next(control, None)
+                    if entry is not None:
+                        x = x + resize_like(entry, x.shape[-2:])
+                    x = self._call(block, x, skip if j == 0 else None)
+                elif isinstance(block, TimestepBlock):
+                    x = self._call(block, x, r_embed)
+                else:
+                    x = self._call(block, x, kv)
+                    if waiting:
+                        x, waiting = at_site(site, x), False
+            if repeat < len(repeat_mappers):
+                x = repeat_mappers[repeat](x)
+        return x
 
-def _run_level(
-    blocks: nn.ModuleList,
-    repeat_mappers: nn.ModuleList,
-    x: Tensor,
-    skip: Tensor | None,
-    r_embed: Tensor,
-    keys_values: LevelKeysValues,
-    control: Iterator[Tensor | None],
-    at_site: AtSite | None,
-    site: int,
-) -> Tensor:
-    if skip is not None:
-        x = resize_like(x, skip.shape[-2:])
-    waiting = at_site is not None
-    for repeat in range(len(repeat_mappers) + 1):
-        for j, (block, kv) in enumerate(zip(blocks, keys_values, strict=True)):
-            if isinstance(block, ResBlock):
-                entry = next(control, None)
-                if entry is not None:
-                    x = x + resize_like(entry, x.shape[-2:])
-                x = block(x, skip if j == 0 else None)
-            elif isinstance(block, TimestepBlock):
-                x = block(x, r_embed)
-            else:
-                x = block(x, kv)
-                if waiting:
-                    x, waiting = at_site(site, x), False
-        if repeat < len(repeat_mappers):
-            x = repeat_mappers[repeat](x)
-    return x
+    def _call(self, block: nn.Module, x: Tensor, other: Tensor | KeysValues | None) -> Tensor:
+        """A block's output, computed again in the backward pass instead of kept where that is set."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, other, use_reentrant=False)
+        return block(x, other)

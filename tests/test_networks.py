@@ -226,3 +226,16 @@ def test_initial_weights_predict_zero_and_learn(build: str) -> None:
     assert not prediction.any()
     prediction.sub(1).square().mean().backward()
     assert network.clf[1].weight.grad.abs().sum() > 0
+
+
+def test_gradient_checkpointing_keeps_outputs_and_gradients(stage_c: StageC, guidance: Guidance) -> None:
+    inputs, x, r = text_inputs(), torch.randn(1, 16, 6, 6), torch.tensor([0.5])
+    with torch.no_grad():
+        _, features = stage_c.forward_lr(torch.randn(1, 16, 3, 3), torch.tensor([0.05]), *inputs)
+    gradients = []
+    for checkpointing in (False, True):
+        stage_c.gradient_checkpointing = checkpointing
+        guidance.zero_grad()
+        stage_c(x, r, *inputs, guidance=guidance.prepare(features, (6, 6))).square().mean().backward()
+        gradients.append([p.grad.clone() for p in guidance.parameters()])
+    assert all(torch.equal(kept, again) for kept, again in zip(*gradients, strict=True))
