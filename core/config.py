@@ -188,6 +188,12 @@ class TrainConfig(StageCConfig):
     warmup_updates: int = 500
     use_ddp: bool = True
     adaptive_loss_weight: bool = True
+    seed: int = 0
+    ema: float = 0.0  # decay of the running mean of the weights that is exported; 0: none
+    keep: int = 2  # checkpoints beside those of backup_every
+    num_workers: int = 4  # processes that decode pictures
+    gradient_checkpointing: bool = True
+    pretrained_path: str | None = None  # guidance weights to start from
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""The training side of diffusion: noising, Stage B's pyramid noise, and the loss of a prediction."""
+"""The training side of diffusion: noising, Stage B's pyramid noise, and the losses of a prediction."""
 
 from __future__ import annotations
 
@@ -41,11 +41,6 @@ def pyramid_noise(
     return (noise / variance**0.5).to(device)
 
 
-def prediction_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The batch's weighted loss () and the unweighted loss of each sample (B,), detached, both in float32.
-
-    `prediction` and `target` are (B, …); `weight` is (B,) and is held constant.
-    """
-    squared = (prediction.float() - target.float()) ** 2
-    per_sample = squared.flatten(1).mean(dim=1)
-    return (per_sample * weight.detach()).mean(), per_sample.detach()
+def sample_losses(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error of each sample of a batch (B, …): (B,), float32 (paper eq. 5)."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)

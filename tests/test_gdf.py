@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from gdf import loss_weights, noise_conditions, samplers, schedules
-from gdf.diffusion import diffuse, prediction_loss, pyramid_noise
+from gdf.diffusion import diffuse, pyramid_noise, sample_losses
 from gdf.samplers import CfgSettings, Estimate, Step, combine_cfg, denoiser, sample, steps
 from gdf.scalers import expand_like, linear_interpolation, variance_preserving
 from gdf.targets import EPSILON, V, target_named
@@ -373,12 +373,13 @@ def test_the_adaptive_schedule_draws_where_the_loss_is_high():
     assert torch.equal(schedule.draw(5, rng(4)), schedule.draw(5, rng(4)))
 
 
-def test_prediction_loss_is_the_weighted_mean_and_leaves_the_samples_unweighted():
-    prediction = torch.tensor([[[1.0, 3.0]], [[2.0, 2.0]]], requires_grad=True)
-    loss, per_sample = prediction_loss(prediction, torch.zeros(2, 1, 2), torch.tensor([2.0, 0.5]))
-    assert per_sample.tolist() == [5.0, 4.0] and not per_sample.requires_grad
-    assert loss.item() == (2 * 5 + 0.5 * 4) / 2
-    assert loss.requires_grad
+def test_sample_losses_are_means_over_pixels_in_float32():
+    prediction = torch.tensor([[[1.0, 3.0]], [[0.0, 2.0]]], requires_grad=True)
+    losses = sample_losses(prediction.bfloat16(), torch.ones(2, 1, 2))
+    assert losses.dtype == torch.float32
+    assert losses.tolist() == [2.0, 1.0]
+    losses.sum().backward()
+    assert prediction.grad.flatten().tolist() == [0.0, 2.0, -1.0, 1.0]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 70), (512, 20), (5, 3), (1, 9)])

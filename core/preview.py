@@ -1,0 +1,68 @@
+"""Sheets of previews during training: real, reconstructed, and sampled at low and at high resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.conditioning import Conditions
+from core.images import to_image
+from core.passes import NoiseSource, high_resolution_pass, low_resolution_pass, prepare_stage_c
+from core.resolution import Plan
+from core.settings import Settings
+from gdf.targets import Target
+from modules.guidance import Guidance
+from modules.previewer import Previewer
+from modules.stage_c import StageC
+
+SIDE = 256  # pixels of a picture on the sheet
+
+
+@torch.no_grad()
+def sample_latents(
+    stage_c: StageC,
+    guidance: Guidance,
+    conditions: Conditions,
+    target: Target,
+    plan: Plan,
+    settings: Settings,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Latents (1, 16, …) of both passes; the conditions are [conditional, unconditional]."""
+    device = next(stage_c.parameters()).device
+    held = prepare_stage_c(stage_c, conditions)
+    low, features = low_resolution_pass(
+        stage_c, held, target, plan, settings, NoiseSource.of(seed, 0, device)
+    )
+    bound = guidance.prepare(features, plan.hr_latent)
+    noise = NoiseSource.of(seed, 1, device)
+    return low.x0, high_resolution_pass(stage_c, held, bound, target, plan, settings, noise).x0
+
+
+def with_latents(plan: Plan, z: Tensor, z_lr: Tensor) -> Plan:
+    """The plan with the latent sizes that training sees: the encoder's, finer than generation's."""
+    hr, lr = ((latent.shape[-2], latent.shape[-1]) for latent in (z, z_lr))
+    return replace(plan, hr_latent=hr, lr_latent=lr)
+
+
+@torch.no_grad()
+def preview_row(previewer: Previewer, image: Tensor, latents: Sequence[Tensor]) -> Tensor:
+    """A picture (3, H, W) and previews of latents (1, 16, …) beside each other: (3, SIDE, n·SIDE)."""
+    weight = next(previewer.parameters())
+    seen = [previewer(latent.to(weight))[0] for latent in latents]
+    tiles = [image.to(weight), *seen]
+    resized = [
+        F.interpolate(tile[None].float(), size=(SIDE, SIDE), mode="bilinear", antialias=True)[0]
+        for tile in tiles
+    ]
+    return torch.cat(resized, dim=2).clamp(0, 1)
+
+
+def sheet(rows: Sequence[Tensor]) -> Image.Image:
+    """Rows beneath each other as one picture."""
+    return to_image(torch.cat(list(rows), dim=1))

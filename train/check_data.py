@@ -1,0 +1,126 @@
+"""What training would see of a folder or of shards: python train/check_data.py FOLDER --config CONFIG"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from core.cli import run
+from core.config import TrainConfig, load
+from core.data.buckets import Buckets, cover_size, draw_counts, make_buckets
+from core.data.folder import Broken, NamedBytes, check_broken, decode, index_folder
+from core.data.loader import LoaderSettings
+from core.data.shards import is_shards, open_shards, samples
+from core.resolution import Size
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture that training would see."""
+
+    name: str
+    caption: str
+    size: Size  # upright, in pixels
+    bucket: Size
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("folder", help="a folder of pictures with captions, or tar shards")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
+    parser.add_argument("--config", default="configs/training/t2i.yaml", help="the training's configuration")
+    parser.add_argument(
+        "--output", default="outputs/check_data", help="folder for buckets.png and broken.txt"
+    )
+    parser.add_argument("--decode", action="store_true", help="decode every picture: slow, finds all damage")
+    return parser.parse_intermixed_args(arguments)
+
+
+# --- looking --------------------------------------------------------------------------------------
+
+
+def look(path: str, buckets: Buckets, decoding: bool) -> Iterator[Found | Broken]:
+    """Every picture of a folder or of shards, and whatever is broken in it."""
+    for source, entry in _in_shards(path, buckets) if is_shards(path) else _in_folder(path, buckets):
+        try:
+            if decoding and isinstance(entry, Found):
+                decode(source, entry.bucket, np.random.default_rng())
+            yield entry
+        except (OSError, ValueError) as error:
+            yield Broken(entry.name, str(error).removeprefix(f"{source}: "))
+
+
+def _in_folder(path: str, buckets: Buckets) -> Iterator[tuple[Path, Found | Broken]]:
+    index = index_folder(path, max_broken=1)
+    for broken in index.broken:
+        yield index.folder / broken.name, broken
+    for sample in index.samples:
+        size = (sample.height, sample.width)
+        yield index.folder / sample.name, Found(sample.name, sample.caption, size, buckets.nearest(*size))
+
+
+def _in_shards(path: str, buckets: Buckets) -> Iterator[tuple[NamedBytes, Found | Broken]]:
+    for entry in samples(open_shards(path, buckets), epoch=0, seed=0, part=0, parts=1):
+        if isinstance(entry, Broken):
+            yield NamedBytes(b"", entry.name), entry
+        else:
+            found = Found(entry.name, entry.caption, entry.size, entry.bucket)
+            yield NamedBytes(entry.content, entry.name), found
+
+
+# --- telling --------------------------------------------------------------------------------------
+
+
+def describe(found: Sequence[Found], counts: Counter[Size], batch: int) -> str:
+    """Sizes, captions and buckets as text; `batch` is what a bucket must fill, over all processes."""
+    by_area = sorted((entry.size for entry in found), key=lambda size: size[0] * size[1])
+    sizes = {"smallest": by_area[0], "median": by_area[len(by_area) // 2], "largest": by_area[-1]}
+    enlarged = sum(cover_size(*entry.size, entry.bucket)[0] > entry.size[0] for entry in found)
+    lines = [
+        "height x width: " + ", ".join(f"{name} {h} x {w}" for name, (h, w) in sizes.items()),
+        f"enlarged to fill their bucket: {enlarged}",
+        f"captions that are empty: {sum(not entry.caption.strip() for entry in found)}",
+        f"buckets, height x width (thin: fewer pictures than a batch of {batch}, which repeats them):",
+    ]
+    for (height, width), count in sorted(counts.items()):
+        lines.append(f"{height:>8} x {width:<5}{count:>9}{'  thin' if count < batch else ''}")
+    return "\n".join(lines)
+
+
+def write(output: Path, counts: Counter[Size], broken: Sequence[str]) -> None:
+    """buckets.png, and broken.txt with a line for each."""
+    output.mkdir(parents=True, exist_ok=True)
+    draw_counts(counts).save(output / "buckets.png")
+    (output / "broken.txt").write_text("".join(line + "\n" for line in broken), "utf-8")
+
+
+def main() -> int:
+    arguments = parse()
+    config = load(TrainConfig, arguments.config, arguments.overrides)
+    logging.getLogger("core.data").setLevel(logging.ERROR)  # the report names what is broken
+    buckets = make_buckets(config.image_size, config.multi_aspect_ratio)
+    entries = list(look(arguments.folder, buckets, arguments.decode))
+    found = [entry for entry in entries if isinstance(entry, Found)]
+    broken = [f"{entry.name}: {entry.reason}" for entry in entries if isinstance(entry, Broken)]
+    counts = Counter(entry.bucket for entry in found)
+    print(f"{arguments.folder}: {len(found)} pictures, {len(broken)} broken")
+    if found:
+        print(describe(found, counts, max(1, config.batch_size // config.grad_accum_steps)))
+    print("".join(f"broken: {line}\n" for line in broken), end="")
+    write(Path(arguments.output), counts, broken)
+    print(f"written: {Path(arguments.output, 'buckets.png')} and broken.txt")
+    check_broken(arguments.folder, len(broken), len(entries), LoaderSettings.max_broken)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
