@@ -100,7 +100,10 @@ class GuidedStageC(nn.Module):
         return self._frozen[0]
 
     def forward(self, latents: NoisyLatents, conditions: Conditions) -> Tensor:
-        """The high-resolution prediction (B, 16, H, W), guided by features that carry no gradient."""
+        """The high-resolution prediction (B, 16, H, W), guided by features that carry no gradient.
+
+        Run it under autocast where Stage C is in bfloat16: the guidance stays in float32.
+        """
         dtype = self.stage_c.clf[1].weight.dtype
         with torch.no_grad():
             held: StageCConditions = self.stage_c.prepare(

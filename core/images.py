@@ -49,14 +49,15 @@ def load_image(path: str | Path) -> Image.Image:
 
     FileNotFoundError, or ValueError for what is not a picture, is damaged or has more than MAX_PIXELS.
     """
-    with _open(path) as image:
+    with open_image(path) as image:
         try:
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return as_rgb(ImageOps.exif_transpose(image))
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"{path}: the picture is damaged ({error})") from None
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture as RGB: transparent parts white, 16-bit grey scaled to 8."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion would clip all above 255 to white
         image = image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
     if image.has_transparency_data:
@@ -64,8 +65,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _open(path: str | Path) -> Image.Image:
-    """Open without decoding; the caller closes it."""
+def open_image(path: str | Path) -> Image.Image:
+    """Open a picture without decoding it; errors as in `load_image`, and the caller closes it."""
     too_large = f"{path}: the picture has more than {MAX_PIXELS} pixels, the most that is read"
     try:
         image = Image.open(path)
@@ -142,7 +143,7 @@ def save_image(image: Image.Image, path: str | Path, format: str, metadata: Mapp
 
 def read_image_metadata(path: str | Path) -> dict[str, Any]:
     """The settings that `save_image` wrote into a picture; ValueError or FileNotFoundError if none."""
-    with _open(path) as image:
+    with open_image(path) as image:
         try:
             metadata = json.loads(image.info.get(METADATA_KEY) or _user_comment(image))
         except (OSError, ValueError, SyntaxError):

@@ -61,7 +61,7 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wider = None if x.dtype == torch.float32 else torch.float32  # naming the dtype x has slows the sum
+        wider = torch.float32 if x.element_size() < 4 else None  # naming the dtype x has slows the sum
         energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wider)  # (B, 1, 1, C)
         response = energy / (energy.mean(dim=-1, keepdim=True) + GRN_EPS)
         return torch.addcmul(self.beta, x, 1 + self.gamma * response.to(x.dtype))

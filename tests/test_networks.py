@@ -239,3 +239,11 @@ def test_gradient_checkpointing_keeps_outputs_and_gradients(stage_c: StageC, gui
         stage_c(x, r, *inputs, guidance=guidance.prepare(features, (6, 6))).square().mean().backward()
         gradients.append([p.grad.clone() for p in guidance.parameters()])
     assert all(torch.equal(kept, again) for kept, again in zip(*gradients, strict=True))
+
+
+@torch.no_grad()
+def test_float64_runs_and_agrees(stage_c: StageC) -> None:
+    inputs, x, r = text_inputs(), torch.randn(1, 16, 6, 6), torch.tensor([0.5])
+    single = stage_c(x, r, *inputs)
+    double = stage_c.double()(x.double(), r, *(t.double() for t in inputs))
+    torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,14 @@ def test_two_processes_train_like_one(config_file: Path, whole: Path, tmp_path: 
     torch.testing.assert_close(
         torch.tensor(losses(tmp_path)), torch.tensor(losses(whole)[:2]), rtol=1e-4, atol=0
     )
+
+
+def test_shards_train_too(config_file: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as shard:
+        for path in sorted((config_file.parent / "pictures" / "a").iterdir()):
+            shard.add(path, path.name)
+    train(config_file, tmp_path, f"webdataset_path={tmp_path / 'shard-0.tar'}", "updates=2")
+    assert len(losses(tmp_path)) == 2
 
 
 def test_bfloat16_trains_and_samples(config_file: Path, tmp_path: Path) -> None:

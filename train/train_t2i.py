@@ -26,6 +26,7 @@ from core.config import TrainConfig, as_yaml, guidance_sizes, load, stage_c_size
 from core.data.buckets import make_buckets
 from core.data.folder import index_folder
 from core.data.loader import Batch, FolderData, LoaderSettings, Position, batches, into_buckets
+from core.data.shards import ShardData, is_shards, open_shards, shard_batches
 from core.guidance_training import (
     GuidedStageC,
     SampleNoise,
@@ -75,7 +76,7 @@ class Networks:
     image: ImageEncoder | None
 
 
-def check_inputs(config: TrainConfig, folder: Path, processes: int) -> FolderData:
+def check_inputs(config: TrainConfig, folder: Path, processes: int) -> FolderData | ShardData:
     """The data, indexed; raises what is wrong with it, the batch size or a file before any model loads."""
     check_batch_size(config.batch_size, processes, config.grad_accum_steps)
     if config.effnet_checkpoint_path is None:
@@ -87,9 +88,10 @@ def check_inputs(config: TrainConfig, folder: Path, processes: int) -> FolderDat
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"checkpoint_path {folder} cannot be written to: choose another folder")
-    return into_buckets(
-        index_folder(config.webdataset_path), make_buckets(config.image_size, config.multi_aspect_ratio)
-    )
+    buckets = make_buckets(config.image_size, config.multi_aspect_ratio)
+    if is_shards(config.webdataset_path):
+        return open_shards(config.webdataset_path, buckets)
+    return into_buckets(index_folder(config.webdataset_path), buckets)
 
 
 def load_networks(config: TrainConfig, device: torch.device) -> Networks:
@@ -149,7 +151,7 @@ def make_loss(config: TrainConfig, networks: Networks, device: torch.device) -> 
     return loss
 
 
-def make_batches(config: TrainConfig, data: FolderData, accelerator: Accelerator):
+def make_batches(config: TrainConfig, data: FolderData | ShardData, accelerator: Accelerator):
     """The data from a position (a plain dictionary in checkpoints) on."""
     settings = LoaderSettings(
         batch_size=config.batch_size // accelerator.num_processes // config.grad_accum_steps,
@@ -159,7 +161,8 @@ def make_batches(config: TrainConfig, data: FolderData, accelerator: Accelerator
 
     def from_position(position: Mapping[str, int] | None) -> Iterator[tuple[Batch, dict[str, int]]]:
         start = None if position is None else Position(**position)
-        for batch, after in batches(data, settings, start):
+        stream = shard_batches if isinstance(data, ShardData) else batches
+        for batch, after in stream(data, settings, start):
             yield batch, asdict(after)
 
     return from_position

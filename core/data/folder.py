@@ -20,8 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from core.data.buckets import cover_size
-from core.images import _as_rgb as as_rgb
-from core.images import _open as open_image
+from core.images import as_rgb, open_image
 from core.resolution import Size
 
 log = logging.getLogger(__name__)
