@@ -161,18 +161,19 @@ def two_passes(
 
 
 def weights_beside(ref: Reference) -> Reference:
-    """The guided Stage C of a sampling file: itself, that of the same suffix, or the one its note names."""
+    """The guided Stage C of a sampling file: itself, or one of its sizes that lies beside it."""
     if ref.weights:
         return ref
-    suffix = ref.path.name.partition("sample_guided_ddim")[2]
-    candidates = [ref.path.with_name(f"stage_c_guided{suffix}")] if suffix else []
-    candidates += [
-        ref.path.with_name(m) for m in re.findall(r"\S+?\.safetensors", ref.config.get("note", ""))
-    ]
-    candidates += sorted(ref.path.parent.glob("stage_c_guided*.safetensors"))
-    for path in candidates:
+    names = [ref.path.name.replace("sample_guided_ddim", "stage_c_guided")]
+    names += re.findall(r"\S+?\.safetensors", ref.config.get("note", ""))
+    names += [path.name for path in sorted(ref.path.parent.glob("*stage_c_guided*.safetensors"))]
+    widths = [ref.inputs[f"cond.{name}"].shape[-1] for name in CLIP_INPUTS]
+    for path in (ref.path.with_name(name) for name in names if name != ref.path.name):
         if path.is_file():
-            return read_reference(path)
+            found = read_reference(path)
+            sizes = found.config["stage_c"]
+            if [sizes[f"c_{name}"] for name in CLIP_INPUTS] == widths:
+                return found
     raise SystemExit(f"{ref.path}: no stage_c_guided*.safetensors with its weights lies beside it")
 
 
