@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from core.checkpoint import read_tensors, save_archive
-from core.config import GuidanceSizes, LatentGeometry, PreviewerSizes, StageASizes, StageBSizes, StageCSizes
+from core.config import LatentGeometry
+from core.sizes import GuidanceSizes, PreviewerSizes, StageASizes, StageBSizes, StageCSizes
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "models"))

@@ -40,7 +40,7 @@ def main() -> None:
 
     def run(x: Tensor, prepared: PreparedGuidance | None) -> Tensor:
         for step in times:
-            bound = prepared or guidance.prepare(both, (x.shape[-2], x.shape[-1]), 0.7)
+            bound = prepared or guidance.prepare(both, stage_c.site_sizes((x.shape[-2], x.shape[-1])), 0.7)
             r = cosine_t(step.logsnr).expand(2)
             x = x - 0.1 * stage_c.predict(torch.cat([x, x]), r, conditions, guidance=bound)[:1]
         return x
@@ -48,7 +48,7 @@ def main() -> None:
     for side in (24, 48):
         x = torch.randn(1, 16, side, side)
         print(compare(f"prepared against every step, latent {side} x {side}",
-                      lambda x=x, size=(side, side): run(x, guidance.prepare(features, size, 0.7)),
+                      lambda x=x, size=(side, side): run(x, guidance.prepare(features, stage_c.site_sizes(size), 0.7)),
                       lambda x=x: run(x, None), runs=2), flush=True)  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from core.config import FLOAT16_REFUSED
+from core.config_files import FLOAT16_REFUSED
 from core.images import FORMATS
 from core.pipeline import Job, Progress, StageUse
 from core.settings import Settings

@@ -56,6 +56,10 @@ class Conditions:
     clip_text_pooled: Tensor  # (B, 1, P)
     clip_img: Tensor  # (B, 1, I), zero without an image
 
+    def only(self, i: int) -> Conditions:
+        """Those of sample i alone."""
+        return Conditions(*(value[i : i + 1] for value in vars(self).values()))
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditions:
         """The same on a device and in a dtype."""
         return Conditions(
@@ -109,27 +113,34 @@ class TextEncoder:
         self.model.to(device)
         return self
 
-    def encode(self, prompts: Sequence[str], device: torch.device | str) -> dict[str, TextCondition]:
+    def encode(
+        self, prompts: Sequence[str], device: torch.device | str, together: bool = False
+    ) -> dict[str, TextCondition]:
         """Encode every distinct prompt once, on `device`, where the model stays until it is moved away.
 
-        Prompts go through one by one, so that none depends on its neighbours in the last bit.
-        A prompt that is too long is cut with a warning.
+        Prompts go through one by one, so that none depends on its neighbours in the last bit; `together` is
+        faster where that does not matter. A prompt that is too long is cut with a warning.
         """
         assert not isinstance(prompts, str), "prompts is a sequence of prompts"
         self.to(device)
-        return {prompt: self._encode(prompt, device) for prompt in dict.fromkeys(prompts)}
+        distinct = list(dict.fromkeys(prompts))
+        groups = [distinct] if together else [[prompt] for prompt in distinct]
+        rows = [row for group in groups for row in self._encode(group, device)]
+        return dict(zip(distinct, rows, strict=True))
 
     @torch.no_grad()
-    def _encode(self, prompt: str, device: torch.device | str) -> TextCondition:
-        ids, mask = self._tokenize(prompt)  # (1, L) each
+    def _encode(self, prompts: Sequence[str], device: torch.device | str) -> list[TextCondition]:
+        ids, mask = (torch.cat(column) for column in zip(*map(self._tokenize, prompts), strict=True))
         norm, captured = _final_layer_norm(self.model), []
         # What `hidden_states` holds depends on transformers' release; the input of the last norm does not.
         with norm.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0])):
             self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
-        (tokens,) = captured  # (1, L, D)
+        (tokens,) = captured  # (B, L, D)
         # The first end of text: padding repeats it, and an added token may have a higher id.
-        end = ids[0].tolist().index(self.tokenizer.eos_token_id)
-        return TextCondition(tokens, self.model.text_projection(norm(tokens[:, end : end + 1])))
+        ends = [row.index(self.tokenizer.eos_token_id) for row in ids.tolist()]
+        last = torch.stack([row[end] for row, end in zip(tokens, ends, strict=True)])[:, None]  # (B, 1, D)
+        pooled = self.model.text_projection(norm(last))
+        return [TextCondition(tokens[i : i + 1], pooled[i : i + 1]) for i in range(len(ids))]
 
     def _tokenize(self, prompt: str) -> tuple[Tensor, Tensor]:
         length = self.model.config.max_position_embeddings

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from core.conditioning import Conditions
-from core.config import LatentGeometry
-from core.resolution import lr_training_size
+from core.noising import noised
+from core.random_keys import generator_of
 from core.settings import TRAINING_R
-from gdf.diffusion import diffuse
-from gdf.noise_conditions import cosine_t
-from gdf.scalers import expand_like, variance_preserving
-from gdf.schedules import cosine, draw_times
+from gdf.schedules import draw_times
 from gdf.targets import Target
-from modules.effnet import imagenet_normalise
 from modules.guidance import Guidance
 from modules.stage_c import StageC, StageCConditions
 
@@ -50,16 +44,17 @@ class NoisyLatents:
     target: Tensor  # (B, 16, H, W)
 
 
-def draw_noise(keys: Sequence[Sequence[int]], size: Sequence[int], size_lr: Sequence[int]) -> SampleNoise:
+def draw_noise(
+    keys: Sequence[Sequence[int]], size: Sequence[int], size_lr: Sequence[int] = (0, 0, 0)
+) -> SampleNoise:
     """Random numbers for samples with these keys, such as (seed, update, index in the update).
 
-    `size` and `size_lr` are (channels, height, width). However a batch is split over processes and
-    accumulation, a sample's numbers stay the same; they are drawn on the CPU.
+    `size` and `size_lr`, where there is a low resolution, are (channels, height, width). However a batch is
+    split over processes and accumulation, a sample's numbers stay the same; they are drawn on the CPU.
     """
     drawn = []
     for key in keys:
-        state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state % 2**63))
+        generator = generator_of(key)
         t = draw_times(1, generator)[0]
         epsilon, epsilon_lr = (
             torch.randn(*size, generator=generator),
@@ -72,18 +67,9 @@ def draw_noise(keys: Sequence[Sequence[int]], size: Sequence[int], size_lr: Sequ
 
 def noise_latents(z: Tensor, z_lr: Tensor, noise: SampleNoise, target: Target) -> NoisyLatents:
     """Diffuse latents (B, 16, H, W) at the samples' times and (B, 16, h, w) at t = 0.05 (section 4.1)."""
-    epsilon, epsilon_lr = noise.epsilon.to(z), noise.epsilon_lr.to(z_lr)
-    logsnr = cosine(noise.t).to(z.device)
-    logsnr_lr = cosine(torch.full_like(noise.t, TRAINING_R)).to(z.device)
-    a, b = (expand_like(value, z) for value in variance_preserving(logsnr))
-    return NoisyLatents(
-        x=diffuse(z, epsilon, logsnr),
-        r=cosine_t(logsnr),
-        x_lr=diffuse(z_lr, epsilon_lr, logsnr_lr),
-        r_lr=cosine_t(logsnr_lr),
-        logsnr=logsnr,
-        target=target.of(z, epsilon, a, b),
-    )
+    high = noised(z, noise.t, noise.epsilon, target)
+    low = noised(z_lr, torch.full_like(noise.t, TRAINING_R), noise.epsilon_lr, target)
+    return NoisyLatents(high.x, high.r, low.x, low.r, high.logsnr, high.target)
 
 
 class GuidedStageC(nn.Module):
@@ -111,7 +97,7 @@ class GuidedStageC(nn.Module):
             )
             _, features = self.stage_c.predict_with_features(latents.x_lr.to(dtype), latents.r_lr, held)
         size = (latents.x.shape[-2], latents.x.shape[-1])
-        guidance = self.guidance.prepare(features, size)
+        guidance = self.guidance.prepare(features, self.stage_c.site_sizes(size))
         return self.stage_c.predict(latents.x.to(dtype), latents.r, held, guidance=guidance)
 
 
@@ -124,13 +110,3 @@ def drop_conditions(conditions: Conditions, empty: Conditions, noise: SampleNois
         torch.where(drop, empty.clip_text_pooled, conditions.clip_text_pooled),
         conditions.clip_img * use,
     )
-
-
-@torch.no_grad()
-def encode_latents(
-    effnet: Callable[[Tensor], Tensor], images: Tensor, geometry: LatentGeometry
-) -> tuple[Tensor, Tensor]:
-    """Semantic latents of pictures (B, 3, H, W) in [0, 1] and of their low-resolution copies, float32."""
-    small = lr_training_size(images.shape[-2], images.shape[-1], geometry)
-    low = F.interpolate(images, size=small, mode="bilinear", antialias=True, align_corners=False)
-    return effnet(imagenet_normalise(images)).float(), effnet(imagenet_normalise(low)).float()

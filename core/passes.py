@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from core.conditioning import Conditions
+from core.random_keys import generator_of
 from core.resolution import Plan
 from core.settings import Settings
 from gdf.noise_conditions import cosine_t
@@ -41,8 +41,7 @@ class NoiseSource:
     @classmethod
     def of(cls, seed: int, pass_index: int, device: torch.device) -> NoiseSource:
         """The stream of a seed for a pass: each has its own, so that steps of one do not move another."""
-        state = int(np.random.SeedSequence([seed % 2**64, pass_index]).generate_state(1, np.uint64)[0])
-        return cls(torch.Generator().manual_seed(state % 2**63), device)
+        return cls(generator_of((seed % 2**64, pass_index)), device)
 
     def draw(self, *shape: int) -> Tensor:
         """Standard normal noise of a shape, float32."""

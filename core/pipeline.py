@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,14 @@ from core.config import (
     StageBConfig,
     StageCConfig,
     guidance_sizes,
-    load_stage_b,
-    load_stage_c,
+    previewer_sizes,
+    stage_a_sizes,
     stage_b_sizes,
     stage_c_sizes,
 )
+from core.config_files import load_stage_b, load_stage_c
 from core.layouts import guidance_names
+from core.memory import peak_memory
 from core.offload import Offloaded
 from core.passes import (
     NoiseSource,
@@ -44,11 +45,6 @@ from modules.previewer import Previewer
 from modules.stage_a import StageA
 from modules.stage_b import StageB
 from modules.stage_c import StageC
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
@@ -139,7 +135,7 @@ class UltraPixelPipeline:
         build_b = partial(StageB, **asdict(stage_b_sizes(config_b)))
         self.stage_b = stage(build_b, config_b.generator_checkpoint_path, dtype_b, "Stage B")
         # In bfloat16 neighbouring shades of the picture would fall together, so Stage A stays in float32.
-        build_a = partial(StageA, **asdict(config_b.stage_a))
+        build_a = partial(StageA, **asdict(stage_a_sizes(config_b)))
         self.stage_a = stage(build_a, config_b.stage_a_checkpoint_path, torch.float32, "Stage A")
 
     @classmethod
@@ -246,7 +242,7 @@ class UltraPixelPipeline:
                 prepared = None
                 if guidance is not None:
                     strength = guidance_strength(sizes.hr_latent, self.config_c.guidance_strength)
-                    prepared = guidance.prepare(features, sizes.hr_latent, strength)
+                    prepared = guidance.prepare(features, stage_c.site_sizes(sizes.hr_latent), strength)
                 high = high_resolution_pass(
                     stage_c,
                     held,
@@ -335,19 +331,8 @@ class UltraPixelPipeline:
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak = _process_peak()
-        use.peak_memory = max(use.peak_memory, peak)
+        use.peak_memory = max(use.peak_memory, peak_memory(self.device))
         use.seconds += time.perf_counter() - start
-
-
-def _process_peak() -> int:
-    """The most memory the process has held so far, in bytes; 0 where the system does not tell (Windows)."""
-    if resource is None:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _report(observer: Observer | None, stage: str, job: Job) -> Callable[[Step, Estimate], None] | None:
@@ -360,7 +345,7 @@ def load_previewer(config: StageCConfig, device: torch.device | str) -> Previewe
     """The previewer of a Stage C configuration; ValueError where it names none."""
     if config.previewer_checkpoint_path is None:
         raise ValueError("a preview needs 'previewer_checkpoint_path' in the Stage C configuration")
-    build = partial(Previewer, **asdict(config.previewer))
+    build = partial(Previewer, **asdict(previewer_sizes(config)))
     return load_module(
         build, config.previewer_checkpoint_path, dtype=torch.float32, device=device, what="previewer"
     )

@@ -39,7 +39,7 @@ def sample_latents(
     low, features = low_resolution_pass(
         stage_c, held, target, plan, settings, NoiseSource.of(seed, 0, device)
     )
-    bound = guidance.prepare(features, plan.hr_latent)
+    bound = guidance.prepare(features, stage_c.site_sizes(plan.hr_latent))
     noise = NoiseSource.of(seed, 1, device)
     return low.x0, high_resolution_pass(stage_c, held, bound, target, plan, settings, noise).x0
 
@@ -54,11 +54,14 @@ def with_latents(plan: Plan, z: Tensor, z_lr: Tensor) -> Plan:
 def preview_row(previewer: Previewer, image: Tensor, latents: Sequence[Tensor]) -> Tensor:
     """A picture (3, H, W) and previews of latents (1, 16, …) beside each other: (3, SIDE, n·SIDE)."""
     weight = next(previewer.parameters())
-    seen = [previewer(latent.to(weight))[0] for latent in latents]
-    tiles = [image.to(weight), *seen]
+    return row_of([image.to(weight), *(previewer(latent.to(weight))[0] for latent in latents)])
+
+
+def row_of(pictures: Sequence[Tensor]) -> Tensor:
+    """Pictures (3, …) of any sizes beside each other: (3, SIDE, n·SIDE), clamped to [0, 1]."""
     resized = [
-        F.interpolate(tile[None].float(), size=(SIDE, SIDE), mode="bilinear", antialias=True)[0]
-        for tile in tiles
+        F.interpolate(picture[None].float(), size=(SIDE, SIDE), mode="bilinear", antialias=True)[0]
+        for picture in pictures
     ]
     return torch.cat(resized, dim=2).clamp(0, 1)
 

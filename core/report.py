@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from core.checkpoint import file_sha256
-from core.config import as_yaml, guidance_sizes, stage_b_sizes, stage_c_sizes
+from core.config import guidance_sizes, stage_a_sizes, stage_b_sizes, stage_c_sizes
+from core.config_files import as_yaml
 from core.estimate import (
     StageEstimate,
     parameter_count,
@@ -39,7 +40,11 @@ GIB = 2**30
 
 def estimate_stages(pipeline: UltraPixelPipeline, sizes: Plan, settings: Settings) -> list[StageEstimate]:
     """Device memory of each stage for a picture, counted from the networks' sizes."""
-    c, b, a = stage_c_sizes(pipeline.config_c), stage_b_sizes(pipeline.config_b), pipeline.config_b.stage_a
+    c, b, a = (
+        stage_c_sizes(pipeline.config_c),
+        stage_b_sizes(pipeline.config_b),
+        stage_a_sizes(pipeline.config_b),
+    )
     bytes_c, bytes_b = (DTYPES[config.dtype].itemsize for config in (pipeline.config_c, pipeline.config_b))
     halves_c, halves_b = (1 + both for both in needs_unconditional(settings))
     count_c = parameter_count(partial(StageC, **asdict(c)))

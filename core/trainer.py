@@ -6,29 +6,43 @@ loss of a batch, what to sample and what to export. Everything else is here.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from core.checkpoint import save_archive
+from core.distributed import (
+    accumulating,
+    distribute,
+    fill,
+    is_sharded,
+    load_optimizer_state,
+    optimizer_state,
+    whole,
+    wholes,
+)
+from core.memory import peak_memory
+from core.random_keys import seed_of
 from gdf.loss_weights import AdaptiveLossWeight, constant
 
 log = logging.getLogger(__name__)
 
 CLIP_NORM = 1.0
-MAX_BAD_UPDATES = 5  # with a loss that is not finite, in a row
+MAX_BAD_UPDATES = 5  # with a loss or gradient that is not finite, in a row
 CHECKPOINT = "step_{:08d}.pt"
+
+Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,9 @@ class TrainSettings:
     batch_size: int  # samples per update: processes × samples each × accumulation
     grad_accum_steps: int = 1
     warmup_updates: int = 0
+    lr_end: float | None = None  # at the last update, along a cosine; None: lr stays
+    optimizer: Optimizer = "adamw"
+    shard: bool = False  # the trained weights over the processes (FSDP2), instead of a copy in each
     save_every: int = 500
     keep: int = 2  # checkpoints beside those of backup_every
     backup_every: int = 0
@@ -50,10 +67,14 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """A micro-batch's result: the loss of each sample (B,), with gradients, and its logSNR (B,)."""
+    """A micro-batch's result: the loss of each sample (B,), with gradients, and its logSNR (B,).
+
+    `extra` () is added to the mean as it is, without a weight.
+    """
 
     per_sample: Tensor
     logsnr: Tensor
+    extra: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +83,8 @@ class Recipe:
 
     `batches(position)` yields (batch, position after it) from a position on (None: the start); positions are
     plain data. `loss(module, batch, keys)` gets the module as wrapped for several processes, and a key per
-    sample for its random numbers. `sample(step)` may write pictures; `export(parameters, step)` weights.
+    sample for its random numbers. `sample(step)` may write pictures, in every process where the weights are
+    sharded, else in the main one alone; `export(tensors, step)` weights (the running means where there are).
     """
 
     module: nn.Module
@@ -70,6 +92,15 @@ class Recipe:
     loss: Callable[[nn.Module, Any, list[tuple[int, ...]]], StepLoss]
     sample: Callable[[int], None] | None = None
     export: Callable[[Mapping[str, Tensor], int], None] | None = None
+
+
+@dataclass(frozen=True)
+class LossesSeen:
+    """Mean loss by logSNR since the last save: sums and counts (buckets,), edges between them."""
+
+    sums: Tensor
+    counts: Tensor
+    edges: Tensor
 
 
 def check_batch_size(batch_size: int, processes: int, grad_accum_steps: int) -> int:
@@ -81,6 +112,29 @@ def check_batch_size(batch_size: int, processes: int, grad_accum_steps: int) -> 
             f"micro-batches: choose a multiple of {parts}"
         )
     return batch_size // parts
+
+
+def make_optimizer(name: Optimizer, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """AdamW with PyTorch's defaults: plain, fused into one kernel, or with 8-bit states (bitsandbytes)."""
+    if name != "adamw_8bit":
+        return torch.optim.AdamW(parameters, lr=lr, fused=name == "adamw_fused" or None)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError("optimizer adamw_8bit needs a package: pip install bitsandbytes") from None
+    if is_sharded(parameters):
+        raise ValueError("optimizer adamw_8bit cannot be sharded: use adamw or adamw_fused with use_fsdp")
+    return AdamW8bit(parameters, lr=lr)
+
+
+def learning_rate(settings: TrainSettings, step: int) -> float:
+    """The rate of an update counted from 0: linear warm-up, then constant, or a cosine down to `lr_end`."""
+    warm = min(1.0, (step + 1) / max(1, settings.warmup_updates))
+    if settings.lr_end is None:
+        return settings.lr * warm
+    share = max(0, step - settings.warmup_updates) / max(1, settings.updates - settings.warmup_updates)
+    cosine = (1 + math.cos(math.pi * min(1.0, share))) / 2
+    return warm * (settings.lr_end + (settings.lr - settings.lr_end) * cosine)
 
 
 class Trainer:
@@ -95,94 +149,142 @@ class Trainer:
         )
         self.step, self.bad_updates, self.skipped = 0, 0, 0
         self.position: Any = None
+        self.module = distribute(recipe.module, accelerator, settings.shard)
         self._parameters = {n: p for n, p in recipe.module.named_parameters() if p.requires_grad}
-        self.module = accelerator.prepare_model(recipe.module)
-        self.optimizer = torch.optim.AdamW(self._parameters.values(), lr=settings.lr)
+        self._buffers = dict(recipe.module.named_buffers())
+        self.optimizer = make_optimizer(settings.optimizer, list(self._parameters.values()), settings.lr)
         self.weight = AdaptiveLossWeight(accelerator.device)
         self.ema = {n: p.detach().clone() for n, p in self._parameters.items()} if settings.ema else {}
+        self.seen = self._no_losses()
         self._stop = False
+        self._writer, self._written = ThreadPoolExecutor(max_workers=1), Future()
+        self._written.set_result(None)
 
     # --- the loop ---------------------------------------------------------------------------------
 
-    def run(self, on_update: Callable[[dict[str, float]], None] | None = None) -> None:
+    def run(
+        self,
+        on_update: Callable[[dict[str, float]], None] | None = None,
+        on_save: Callable[[LossesSeen], None] | None = None,
+    ) -> None:
         """Train to the last update, or until SIGTERM or Ctrl-C; saves at the end in any case."""
-        self.resume()
         handlers = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._loop(on_update)
+            self._loop(on_update, on_save)
         finally:
+            self._writer.shutdown()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        self._written.result()
 
-    def _loop(self, on_update: Callable[[dict[str, float]], None] | None) -> None:
+    def _loop(
+        self,
+        on_update: Callable[[dict[str, float]], None] | None,
+        on_save: Callable[[LossesSeen], None] | None,
+    ) -> None:
         batches = self.recipe.batches(self.position)
+        saved = self.step
         while self.step < self.settings.updates and not self._stop_everywhere():
             start = time.perf_counter()
             figures = self._update(batches)
             self.step += 1
             if figures and on_update is not None:
-                seconds = time.perf_counter() - start
-                on_update(
-                    {**figures, "step": self.step, "images_per_second": self.settings.batch_size / seconds}
-                )
+                speed = self.settings.batch_size / (time.perf_counter() - start)
+                memory = peak_memory(self.accelerator.device) / 2**30
+                on_update({**figures, "step": self.step, "images_per_second": speed, "memory_gib": memory})
             if self.step % self.settings.save_every == 0 or self.step == self.settings.updates:
                 self.save()
-                if self.recipe.sample is not None:
-                    self.recipe.sample(self.step)
-        if self.step % self.settings.save_every and self.step != self.settings.updates:
+                saved = self.step
+                self._sample()
+                if on_save is not None:
+                    on_save(self.seen)
+                self.seen = self._no_losses()
+        if self.step != saved:
             self.save()
 
     def _update(self, batches: Iterator[tuple[Any, Any]]) -> dict[str, float]:
-        """One update over all micro-batches; {} where it was skipped because the loss was not finite."""
+        """One update over all micro-batches; {} where it was skipped because something was not finite."""
         settings, rank = self.settings, self.accelerator.process_index
+        self._seed_dropout()
         total, tallies = torch.zeros((), device=self.accelerator.device), []
         for micro in range(settings.grad_accum_steps):
             batch, self.position = next(batches)
             first = (micro * self.accelerator.num_processes + rank) * self.micro_batch
             keys = [(settings.seed, self.step, first + i) for i in range(self.micro_batch)]
             last = micro == settings.grad_accum_steps - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
+            with accumulating(self.module, self.accelerator, last):
                 result = self.recipe.loss(self.module, batch, keys)
-                weight = (self.weight if settings.adaptive_loss_weight else constant)(result.logsnr)
-                loss = (result.per_sample * weight.detach()).mean() / settings.grad_accum_steps
-                self.accelerator.backward(loss)
-            total += loss.detach()
+                self.accelerator.backward(self._weighted(result) / settings.grad_accum_steps)
+            total += result.per_sample.detach().mean() / settings.grad_accum_steps
             tallies.append((result.logsnr.detach(), result.per_sample.detach()))
         mean_loss = float(self.accelerator.reduce(total, "mean"))
-        if not math.isfinite(mean_loss):
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters.values(), CLIP_NORM))
+        if not math.isfinite(mean_loss) or not norm.isfinite():
             self._skip()
             return {}
         self.bad_updates = 0
-        norm = self._apply_gradients()
+        self._apply_gradients()
         self._update_weights_of_loss(tallies)
-        return {"loss": mean_loss, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
+        return {"loss": mean_loss, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
 
-    def _apply_gradients(self) -> float:
-        warm = min(1.0, (self.step + 1) / max(1, self.settings.warmup_updates))
+    def _seed_dropout(self) -> None:
+        """The global random state follows from seed, update and process, so that no checkpoint needs it."""
+        torch.manual_seed(seed_of((self.settings.seed, self.step, self.accelerator.process_index)))
+
+    def _weighted(self, result: StepLoss) -> Tensor:
+        weight = (self.weight if self.settings.adaptive_loss_weight else constant)(result.logsnr)
+        loss = (result.per_sample * weight.detach()).mean()
+        return loss if result.extra is None else loss + result.extra
+
+    def _apply_gradients(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * warm
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), CLIP_NORM)
+            group["lr"] = learning_rate(self.settings, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for name, average in self.ema.items():
-            average.lerp_(self._parameters[name].detach(), 1 - self.settings.ema)
-        return float(norm)
+        with torch.no_grad():
+            for name, average in self.ema.items():
+                average.lerp_(self._parameters[name], 1 - self.settings.ema)
 
     def _update_weights_of_loss(self, tallies: list[tuple[Tensor, Tensor]]) -> None:
         logsnr, losses = (torch.cat(column) for column in zip(*tallies, strict=True))
         sums, counts = self.weight.tally(logsnr, losses)
-        self.weight.apply(self.accelerator.reduce(sums, "sum"), self.accelerator.reduce(counts, "sum"))
+        sums, counts = self.accelerator.reduce(sums, "sum"), self.accelerator.reduce(counts, "sum")
+        self.weight.apply(sums, counts)
+        self.seen = LossesSeen(self.seen.sums + sums, self.seen.counts + counts, self.seen.edges)
+
+    def _no_losses(self) -> LossesSeen:
+        zeros = torch.zeros_like(self.weight.mean)
+        return LossesSeen(zeros, zeros, self.weight.edges)
 
     def _skip(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_updates += 1
         self.skipped += 1
-        log.warning("update %d was skipped: its loss is not finite", self.step)
+        log.warning("update %d was skipped: its loss or gradient is not finite", self.step)
         if self.bad_updates >= MAX_BAD_UPDATES:
             raise ValueError(
                 f"the loss was not finite in {MAX_BAD_UPDATES} updates in a row, up to update {self.step}: "
                 f"the checkpoints in {self.folder} are from before; resume with a smaller lr"
             )
+
+    def _sample(self) -> None:
+        if self.recipe.sample is None:
+            return
+        if is_sharded(self._parameters.values()) or self.accelerator.is_main_process:
+            with torch.no_grad(), self._averaged():
+                self.recipe.sample(self.step)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within it, the weights are their running means, where there are any."""
+        own = {name: self._parameters[name].detach().clone() for name in self.ema}
+        try:
+            for name, average in self.ema.items():
+                self._parameters[name].data.copy_(average)
+            yield
+        finally:
+            for name, value in own.items():
+                self._parameters[name].data.copy_(value)
 
     # --- stopping, saving, resuming ---------------------------------------------------------------
 
@@ -194,35 +296,41 @@ class Trainer:
         asked = torch.tensor(float(self._stop), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)
 
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints in the folder, oldest first."""
-        return sorted(self.folder.glob("step_*.pt"))
-
     def save(self) -> None:
-        """Write a checkpoint whole or not at all, and remove old ones."""
+        """Write a checkpoint whole or not at all, beside the training, and remove old ones.
+
+        The state is copied before this returns; a kill at any moment leaves the checkpoint before.
+        """
+        self._written.result()
+        state = {
+            "step": self.step, "position": self.position, "skipped": self.skipped,
+            "parameters": wholes(self._parameters), "ema": wholes(self.ema), "buffers": wholes(self._buffers),
+            "optimizer": optimizer_state(self.recipe.module, self.optimizer),
+            "loss_weight": self.weight.state_dict(),
+        }  # fmt: skip
         if self.accelerator.is_main_process:
-            state = {
-                "step": self.step, "position": self.position, "skipped": self.skipped,
-                "parameters": {n: p.detach().cpu() for n, p in self._parameters.items()},
-                "ema": {n: p.cpu() for n, p in self.ema.items()},
-                "optimizer": self.optimizer.state_dict(), "loss_weight": self.weight.state_dict(),
-                "random": torch.get_rng_state(),
-            }  # fmt: skip
-            save_archive(self.folder / CHECKPOINT.format(self.step), state)
-            self._prune()
-            if self.recipe.export is not None:
-                self.recipe.export(self.ema or self._parameters, self.step)
+            self._written = self._writer.submit(self._write, _copied(state))
         self.accelerator.wait_for_everyone()
+
+    def _write(self, state: dict[str, Any]) -> None:
+        save_archive(self.folder / CHECKPOINT.format(state["step"]), state)
+        self._prune()
+        if self.recipe.export is not None:
+            tensors = {**state["parameters"], **state["buffers"], **state["ema"]}
+            self.recipe.export(tensors, state["step"])
 
     def _prune(self) -> None:
         backup = self.settings.backup_every
-        loose = [p for p in self.checkpoints() if not backup or int(p.stem[5:]) % backup]
+        loose = [p for p in checkpoints(self.folder) if not backup or int(p.stem[5:]) % backup]
         for path in loose[: -self.settings.keep]:
             path.unlink()
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint in the folder, if there is one."""
-        paths = self.checkpoints()
+        """Continue from the newest checkpoint in the folder, if any; removes what a kill left half."""
+        if self.accelerator.is_main_process:
+            for path in self.folder.glob(".*.part"):
+                path.unlink()
+        paths = checkpoints(self.folder)
         if not paths:
             return
         state = torch.load(paths[-1], map_location="cpu", weights_only=True)
@@ -232,26 +340,24 @@ class Trainer:
             raise ValueError(
                 f"{paths[-1]} is of another training: name another folder, or remove the checkpoints"
             )
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(state["parameters"][name])
-            for name, average in self.ema.items():
-                average.copy_(state["ema"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for own, kept in ((self._parameters, "parameters"), (self.ema, "ema"), (self._buffers, "buffers")):
+            for name, tensor in own.items():
+                fill(tensor, state[kept][name])
+        load_optimizer_state(self.recipe.module, self.optimizer, state["optimizer"])
         self.weight.load_state_dict(state["loss_weight"])
-        torch.set_rng_state(state["random"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
         log.info("resumed from %s", paths[-1])
 
 
-class RunLog:
-    """Figures of every update as lines of JSON in a file, beside what a progress bar shows."""
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a run's folder, oldest first."""
+    return sorted(folder.glob("step_*.pt"))
 
-    def __init__(self, path: Path, every: int = 1) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._every = path, every
 
-    def __call__(self, figures: Mapping[str, float]) -> None:
-        if figures["step"] % self._every == 0:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(figures) + "\n")
+def _copied(value: Any) -> Any:
+    """Nested plain data with a copy of every tensor in it, on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(entry) for key, entry in value.items()}
+    return [_copied(entry) for entry in value] if isinstance(value, list) else value

@@ -16,18 +16,10 @@ from torch import nn
 
 import modules.torchvision_operators  # noqa: F401  before transformers
 from core.checkpoint import config_metadata, save_archive, save_tensors
-from core.config import (
-    GuidanceSizes,
-    LatentGeometry,
-    PreviewerSizes,
-    StageASizes,
-    StageBConfig,
-    StageBSizes,
-    StageCConfig,
-    StageCSizes,
-    as_yaml,
-)
+from core.config import LatentGeometry, StageBConfig, StageCConfig
+from core.config_files import as_yaml
 from core.layouts import to_published_guidance
+from core.sizes import GuidanceSizes, PreviewerSizes, StageASizes, StageBSizes, StageCSizes
 from modules.guidance import Guidance
 from modules.previewer import Previewer
 from modules.stage_a import StageA

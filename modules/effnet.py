@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from torch import Tensor, nn
 
 import modules.torchvision_operators  # noqa: F401  before torchvision
 
 from torchvision.models import efficientnet_v2_s  # isort: skip
+from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig  # isort: skip
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BACKBONE_WIDTH = 1280
+BACKBONE_STEM = 24
+BLOCK_KINDS = {"fused": FusedMBConvConfig, "mb": MBConvConfig}
+
+StageRow = tuple[str, int, int, int, int]  # kind of block, expansion, stride, width, blocks
 
 
 def imagenet_normalise(image: Tensor) -> Tensor:
@@ -19,19 +27,42 @@ def imagenet_normalise(image: Tensor) -> Tensor:
     return (image - mean) / std
 
 
-def efficientnet_features() -> nn.Sequential:
-    """EfficientNetV2-S without its classifier: (B, 3, H, W) -> (B, 1280, H / 32, W / 32)."""
-    return efficientnet_v2_s(weights=None).features
+def efficientnet_features(
+    stem: int = BACKBONE_STEM, stages: Sequence[StageRow] | None = None, head: int = BACKBONE_WIDTH
+) -> nn.Sequential:
+    """EfficientNetV2-S, or one of these stages, without its classifier.
+
+    (B, 3, H, W) -> (B, head, H / stride, W / stride); the stride is the stem's 2 times the stages', 32 for S.
+    """
+    if stages is None:
+        return efficientnet_v2_s(weights=None).features
+    rows, width = [], stem
+    for kind, expand, stride, wider, count in stages:
+        if kind not in BLOCK_KINDS:
+            raise ValueError(f"unknown encoder block {kind!r}: known are {', '.join(BLOCK_KINDS)}")
+        rows.append(BLOCK_KINDS[kind](expand, 3, stride, width, wider, count))
+        width = wider
+    norm = partial(nn.BatchNorm2d, eps=1e-3)  # as in V2-S
+    return EfficientNet(rows, dropout=0, stochastic_depth_prob=0, last_channel=head, norm_layer=norm).features
 
 
 class EfficientNetEncoder(nn.Module):
-    """Pictures (B, 3, H, W), ImageNet-normalised, to semantic latents (B, 16, H / 32, W / 32)."""
+    """Pictures (B, 3, H, W), ImageNet-normalised, to semantic latents (B, 16, H / 32, W / 32).
 
-    def __init__(self, c_latent: int = 16) -> None:
+    With `stages` given, a smaller encoder of another stride. It starts in evaluation mode.
+    """
+
+    def __init__(
+        self,
+        c_latent: int = 16,
+        stem: int = BACKBONE_STEM,
+        stages: Sequence[StageRow] | None = None,
+        head: int = BACKBONE_WIDTH,
+    ) -> None:
         super().__init__()
-        self.backbone = efficientnet_features()
+        self.backbone = efficientnet_features(stem, stages, head)
         self.mapper = nn.Sequential(
-            nn.Conv2d(BACKBONE_WIDTH, c_latent, 1, bias=False), nn.BatchNorm2d(c_latent, affine=False)
+            nn.Conv2d(head, c_latent, 1, bias=False), nn.BatchNorm2d(c_latent, affine=False)
         )
         self.eval()
 

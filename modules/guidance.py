@@ -9,6 +9,7 @@ target size alone is done once per picture (`Guidance.prepare`); each step only 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -293,13 +294,14 @@ class Guidance(nn.Module):
             block.init_weights()
 
     def prepare(
-        self, features: GuidanceFeatures, size: tuple[int, int], up_strength: float = 1.0
+        self, features: GuidanceFeatures, sizes: Sequence[tuple[int, int]], up_strength: float = 1.0
     ) -> PreparedGuidance:
-        """Bind to the features of a low-resolution pass for latents of `size` (H, W).
+        """Bind to the features of a low-resolution pass, for maps of these sizes (H, W) at the sites.
 
         `up_strength` scales the guidance on the up path (1 in training, less at smaller sizes in inference).
         """
         blocks = (*self.down, *self.up)
-        sites = tuple(block.prepare(g, size) for block, g in zip(blocks, features.maps, strict=True))
+        bound = zip(blocks, features.maps, sizes, strict=True)
+        sites = tuple(block.prepare(g, size) for block, g, size in bound)
         strengths = (1.0,) * len(self.down) + (up_strength,) * len(self.up)
         return PreparedGuidance(blocks, sites, strengths)

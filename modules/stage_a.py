@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.blocks import LAYER_NORM_EPS, channels_first, pixels_last
+from modules.blocks import LAYER_NORM_EPS, channels_first, pixels_last, xavier_linears
 
 COMPRESSION = 4  # picture pixels per latent pixel and side
 LATENT_SCALE = 0.43
@@ -79,6 +79,15 @@ class StageA(nn.Module):
             StageAResBlock(narrow),
         )
         self.out_block = nn.Sequential(nn.Conv2d(narrow, 12, 1), nn.PixelShuffle(2))
+
+    def init_weights(self) -> None:
+        """Initial values for training from nothing: blocks start idle, scaled latents at variance 1."""
+        xavier_linears(self)
+        for module in self.modules():
+            if isinstance(module, StageAResBlock):
+                nn.init.zeros_(module.gammas)
+        nn.init.constant_(self.down_blocks[3][1].weight, LATENT_SCALE)
+        nn.init.uniform_(self.vquantizer.codebook.weight, -2 * LATENT_SCALE, 2 * LATENT_SCALE)
 
     def encode_unscaled(self, image: Tensor) -> Tensor:
         """The unquantised latent before the division by 0.43 (training the codebook needs it)."""

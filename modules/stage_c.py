@@ -101,6 +101,7 @@ class StageC(CascadeUNet):
             ),
         )
         self.c_cond, self.c_clip_seq = c_cond, c_clip_seq
+        self.patch_size, self.switch_level = patch_size, tuple(switch_level)
         self.clip_txt_mapper = nn.Linear(c_clip_text, c_cond)
         self.clip_txt_pooled_mapper = nn.Linear(c_clip_text_pooled, c_cond * c_clip_seq)
         self.clip_img_mapper = nn.Linear(c_clip_img, c_cond * c_clip_seq)
@@ -118,6 +119,15 @@ class StageC(CascadeUNet):
             nn.init.normal_(mapper.weight, std=0.02)
         nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
         nn.init.zeros_(self.clf[1].weight)
+
+    def site_sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """Sizes (H, W) of the maps that guidance meets for a latent of this size, in running order."""
+        height, width = (side // self.patch_size for side in size)
+        sizes = [(height, width)]
+        for switch in self.switch_level:
+            height, width = (height // 2, width // 2) if switch else (height, width)
+            sizes.append((height, width))
+        return (*sizes, *reversed(sizes))
 
     def condition_tokens(self, clip_text: Tensor, clip_text_pooled: Tensor, clip_img: Tensor) -> Tensor:
         """The condition tokens (B, L + 2·c_clip_seq, c_cond).

@@ -115,7 +115,7 @@ def check_guided(ref: Reference) -> Outputs:
             x = i[f"x_hr.{match[2]}x{match[3]}"]
             few = stage_c.prepare(*(i[k][: len(x)] for k in CLIP_INPUTS))
             strength = 1.0 if kind == "train" else default_strength(size)
-            bound = guidance.prepare(features.first(len(x)), size, strength)
+            bound = guidance.prepare(features.first(len(x)), stage_c.site_sizes(size), strength)
             entries = control if kind == "eval_with_cnet" else None
             out[name] = stage_c.predict(x, i["r"][: len(x)], few, control=entries, guidance=bound)
     block, target = guidance.down[0], i["block_target"]
@@ -156,7 +156,7 @@ def two_passes(
     denoise = samplers.denoiser(predict, EPSILON, cfg)
     low = samplers.sample(denoise, ref.inputs["noise_lr"], steps, samplers.ddim, noise_free)
     size = tuple(ref.inputs["noise_hr"].shape[-2:])
-    bound = guidance.prepare(taken[0], size, default_strength(size))
+    bound = guidance.prepare(taken[0], stage_c.site_sizes(size), default_strength(size))
     return low, samplers.sample(denoise, ref.inputs["noise_hr"], steps, samplers.ddim, noise_free)
 
 

@@ -11,25 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.config import (
-    STAGE_B_VERSIONS,
-    STAGE_C_VERSIONS,
-    ConfigError,
-    GuidanceSizes,
     LatentGeometry,
-    PreviewerSizes,
-    StageASizes,
     StageBConfig,
-    StageBSizes,
     StageCConfig,
-    StageCSizes,
     TrainConfig,
-    as_yaml,
     guidance_sizes,
-    load,
-    load_stage_b,
-    load_stage_c,
     stage_b_sizes,
     stage_c_sizes,
+)
+from core.config_files import ConfigError, as_yaml, load, load_stage_b, load_stage_c
+from core.sizes import (
+    STAGE_B_VERSIONS,
+    STAGE_C_VERSIONS,
+    GuidanceSizes,
+    PreviewerSizes,
+    StageASizes,
+    StageBSizes,
+    StageCSizes,
 )
 
 ROOT = Path(__file__).parents[1]

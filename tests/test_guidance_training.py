@@ -19,9 +19,9 @@ from core.guidance_training import (
     SampleNoise,
     draw_noise,
     drop_conditions,
-    encode_latents,
     noise_latents,
 )
+from core.training_encoders import at_low_resolution, encode_latent
 from gdf.targets import EPSILON, target_named
 from modules.effnet import IMAGENET_MEAN, IMAGENET_STD
 from modules.guidance import Guidance
@@ -254,6 +254,11 @@ def averaging(stride: int) -> Callable[[Tensor], Tensor]:
     return lambda image: F.avg_pool2d(image.double(), stride)
 
 
+def encode_both(stride: int, picture: Tensor, geometry: LatentGeometry) -> tuple[Tensor, Tensor]:
+    encoder = averaging(stride)
+    return encode_latent(encoder, picture), encode_latent(encoder, at_low_resolution(picture, geometry))
+
+
 @pytest.mark.parametrize(
     ("height", "width", "latent", "latent_lr"),
     [
@@ -267,7 +272,7 @@ def test_latents_have_the_sizes_of_the_picture_and_of_its_copy(
     height: int, width: int, latent: tuple[int, int], latent_lr: tuple[int, int]
 ) -> None:
     geometry = LatentGeometry()
-    z, z_lr = encode_latents(averaging(geometry.stride), torch.rand(1, 3, height, width), geometry)
+    z, z_lr = encode_both(geometry.stride, torch.rand(1, 3, height, width), geometry)
     assert z.shape == (1, 3, *latent) and z_lr.shape == (1, 3, *latent_lr)
     assert z.dtype == z_lr.dtype == torch.float32
 
@@ -278,7 +283,7 @@ def test_both_latents_show_the_normalised_picture() -> None:
     picture = torch.stack([rows[:, None].expand(40, 80), columns.expand(40, 80), torch.full((40, 80), 0.5)])
     picture = picture[None].requires_grad_()
     mean, std = (torch.tensor(v)[None, :, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    for latent, size in zip(encode_latents(averaging(4), picture, geometry), [(10, 20), (4, 8)], strict=True):
+    for latent, size in zip(encode_both(4, picture, geometry), [(10, 20), (4, 8)], strict=True):
         expected = F.interpolate(picture.detach(), size=size, mode="area")
         torch.testing.assert_close(latent * std + mean, expected, rtol=0, atol=0.02)
         assert not latent.requires_grad

@@ -51,7 +51,7 @@ def test_prepared_guidance_equals_the_plain_formula(guidance: Guidance) -> None:
 def test_one_preparation_serves_every_step_and_both_halves(stage_c: StageC, guidance: Guidance) -> None:
     inputs = text_inputs()
     _, features = stage_c.forward_lr(torch.randn(1, 16, 4, 5), torch.tensor([0.05]), *inputs)
-    bound = guidance.prepare(features, (9, 8), 0.5)
+    bound = guidance.prepare(features, stage_c.site_sizes((9, 8)), 0.5)
     x = torch.randn(1, 16, 9, 8)
     for r in (0.9, 0.2):
         single = stage_c(x, torch.tensor([r]), *inputs, guidance=bound)
@@ -65,7 +65,7 @@ def test_strength_zero_everywhere_is_no_guidance(stage_c: StageC, guidance: Guid
     inputs = text_inputs()
     x, r = torch.randn(1, 16, 6, 6), torch.tensor([0.5])
     _, features = stage_c.forward_lr(torch.randn(1, 16, 3, 3), torch.tensor([0.05]), *inputs)
-    bound = guidance.prepare(features, (6, 6), 0.0)
+    bound = guidance.prepare(features, stage_c.site_sizes((6, 6)), 0.0)
     silent = type(bound)(bound.blocks, bound.sites, (0.0,) * 4)
     torch.testing.assert_close(stage_c(x, r, *inputs, guidance=silent), stage_c(x, r, *inputs))
     assert not torch.allclose(stage_c(x, r, *inputs, guidance=bound), stage_c(x, r, *inputs))
@@ -236,7 +236,9 @@ def test_gradient_checkpointing_keeps_outputs_and_gradients(stage_c: StageC, gui
     for checkpointing in (False, True):
         stage_c.gradient_checkpointing = checkpointing
         guidance.zero_grad()
-        stage_c(x, r, *inputs, guidance=guidance.prepare(features, (6, 6))).square().mean().backward()
+        stage_c(
+            x, r, *inputs, guidance=guidance.prepare(features, stage_c.site_sizes((6, 6)))
+        ).square().mean().backward()
         gradients.append([p.grad.clone() for p in guidance.parameters()])
     assert all(torch.equal(kept, again) for kept, again in zip(*gradients, strict=True))
 

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from core.guidance_training import draw_noise
-from core.trainer import Recipe, RunLog, StepLoss, Trainer, TrainSettings
+from core.trainer import Recipe, StepLoss, Trainer, TrainSettings
+from core.training_log import RunLog
 from gdf.schedules import cosine
 
 BATCH = 8
@@ -59,8 +60,9 @@ def train(
 
     recipe = Recipe(nn.Linear(width, width), batches, loss)
     trainer = Trainer(recipe, settings, folder, accelerator)
-    log = RunLog(folder / "log.jsonl")
-    trainer.run(log if accelerator.is_main_process else None)
+    trainer.resume()
+    log = RunLog(folder / "log.jsonl", trainer.step) if accelerator.is_main_process else None
+    trainer.run(log)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

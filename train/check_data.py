@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from core.cli import run
-from core.config import TrainConfig, load
+from core.config import TrainConfig
+from core.config_files import load
 from core.data.buckets import Buckets, cover_size, draw_counts, make_buckets
 from core.data.folder import Broken, NamedBytes, check_broken, decode, index_folder
 from core.data.loader import LoaderSettings

@@ -1,4 +1,4 @@
-"""Batches from a folder: one bucket each, in an order that seed and epoch decide, decoded by workers."""
+"""Batches from indexed data: one bucket each, in an order that seed and epoch decide, read by workers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -86,12 +87,47 @@ class Loaded:
 # --- buckets and their order ----------------------------------------------------------------------
 
 
+class IndexedData(Protocol):
+    """Numbered samples, of which it is known beforehand in which bucket (height, width) each is."""
+
+    source: str  # as the user named it
+    members: Mapping[Size, np.ndarray]  # numbers of the samples
+    broken: int  # how many more were found that cannot be used
+
+    def read(self, number: int, bucket: Size, key: Sequence[int]) -> Picture | Broken:
+        """A decoded sample, whatever is random in it drawn from `key` alone, or why there is none."""
+
+    def identity(self, number: int) -> str:
+        """What tells a sample's content from any other's, as far as that is known without reading it."""
+
+
 @dataclass(frozen=True)
 class FolderData:
     """A folder's index, and which of its samples are in which bucket (height, width)."""
 
     index: FolderIndex
     members: dict[Size, np.ndarray]  # indices into index.samples
+
+    @property
+    def source(self) -> str:
+        """The folder."""
+        return str(self.index.folder)
+
+    @property
+    def broken(self) -> int:
+        """Pictures that the index left out."""
+        return len(self.index.broken)
+
+    def read(self, number: int, bucket: Size, key: Sequence[int]) -> Picture | Broken:
+        """A picture, decoded and cropped, or why it cannot be."""
+        sample = self.index.samples[number]
+        return read_picture(self.index.folder / sample.name, sample.name, sample.caption, bucket, key)
+
+    def identity(self, number: int) -> str:
+        """Name, caption, and the file's size and time."""
+        sample = self.index.samples[number]
+        status = (self.index.folder / sample.name).stat()
+        return f"{sample.name}\n{sample.caption}\n{status.st_size} {status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -112,13 +148,13 @@ def into_buckets(index: FolderIndex, buckets: Buckets) -> FolderData:
     return FolderData(index, {size: np.array(members[size]) for size in sorted(members)})
 
 
-def thin_buckets(data: FolderData, total_batch: int) -> dict[Size, int]:
+def thin_buckets(data: IndexedData, total_batch: int) -> dict[Size, int]:
     """Buckets with fewer pictures than a batch over all processes, which repeats them to be full."""
     counts = {size: len(members) for size, members in data.members.items()}
     return {size: count for size, count in counts.items() if count < total_batch}
 
 
-def plans(data: FolderData, settings: LoaderSettings, start: Position) -> Iterator[Plan]:
+def plans(data: IndexedData, settings: LoaderSettings, start: Position) -> Iterator[Plan]:
     """This process's plans from a position on, endlessly; at each step all processes are in one bucket.
 
     An epoch shows every sample; the last batch of each bucket is completed from the start of its order.
@@ -134,7 +170,7 @@ def plans(data: FolderData, settings: LoaderSettings, start: Position) -> Iterat
         epoch, first = epoch + 1, 0
 
 
-def _epoch_order(data: FolderData, settings: LoaderSettings, epoch: int) -> list[tuple[Size, np.ndarray]]:
+def _epoch_order(data: IndexedData, settings: LoaderSettings, epoch: int) -> list[tuple[Size, np.ndarray]]:
     """All batches of an epoch over all processes: the bucket, and the indices of its samples."""
     rng = np.random.default_rng([settings.seed, epoch])
     total = settings.batch_size * settings.world_size
@@ -150,7 +186,7 @@ def _epoch_order(data: FolderData, settings: LoaderSettings, epoch: int) -> list
 
 
 def batches(
-    data: FolderData, settings: LoaderSettings, start: Position | None = None
+    data: IndexedData, settings: LoaderSettings, start: Position | None = None
 ) -> Iterator[tuple[Batch, Position]]:
     """Endless batches from a position on, each with the position after it.
 
@@ -159,10 +195,10 @@ def batches(
     where broken pictures are more than the share max_broken.
     """
     warn_of_thin(thin_buckets(data, settings.batch_size * settings.world_size))
-    dataset = _FolderDataset(data, settings.seed)
+    dataset = _IndexedDataset(data, settings.seed)
     loader = as_loader(dataset, settings, plans(data, settings, start or Position()))
-    bad, good = len(data.index.broken), len(data.index.samples)
-    return finish(loader, str(data.index.folder), settings.max_broken, bad, bad + good)
+    good = sum(map(len, data.members.values()))
+    return finish(loader, data.source, settings.max_broken, data.broken, data.broken + good)
 
 
 def warn_of_thin(buckets: Mapping[Size, int]) -> None:
@@ -185,20 +221,18 @@ def as_loader(
     )
 
 
-class _FolderDataset(Dataset):
+class _IndexedDataset(Dataset):
     """Decoded batches by their plan."""
 
-    def __init__(self, data: FolderData, seed: int) -> None:
+    def __init__(self, data: IndexedData, seed: int) -> None:
         self._data, self._seed = data, seed
 
     def __getitem__(self, plan: Plan) -> Loaded:
         members = self._data.members[plan.bucket]
 
         def read(place: int) -> Picture | Broken:
-            sample, number = self._data.index.samples[members[place]], int(members[place])
-            path = self._data.index.folder / sample.name
-            key = (self._seed, plan.epoch, number)
-            return read_picture(path, sample.name, sample.caption, plan.bucket, key)
+            number = int(members[place])
+            return self._data.read(number, plan.bucket, (self._seed, plan.epoch, number))
 
         return load(np.searchsorted(members, plan.members), len(members), read, plan.after)
 

@@ -1,0 +1,75 @@
+"""Where a training's pictures come from: a folder, shards, or scenes drawn as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from core.config import RunConfig, SceneData
+from core.data.buckets import make_buckets
+from core.data.folder import Broken, index_folder
+from core.data.loader import Batch, IndexedData, LoaderSettings, Picture, Position, batches, into_buckets
+from core.data.scenes import caption, render, sample_scene
+from core.data.shards import ShardData, is_shards, open_shards, shard_batches
+from core.resolution import Size
+
+Data = IndexedData | ShardData
+
+
+@dataclass(frozen=True)
+class DrawnScenes:
+    """Scenes of the procedural world as pictures of one size (height, width), numbered by their seeds."""
+
+    settings: SceneData
+    size: Size
+    broken: int = 0
+
+    @property
+    def source(self) -> str:
+        """What it is, for messages."""
+        return f"{self.settings.count} drawn scenes"
+
+    @cached_property
+    def members(self) -> dict[Size, np.ndarray]:
+        """All seeds, in one bucket."""
+        return {self.size: np.arange(self.settings.count)}
+
+    def read(self, number: int, bucket: Size, key: Sequence[int]) -> Picture | Broken:
+        """A scene, drawn at one of the scales and cut out, with one of its captions."""
+        rng = np.random.default_rng(key)
+        scene = sample_scene(number, self.settings.split)
+        scale = int(rng.choice(self.settings.scales))
+        height, width = bucket
+        drawn = render(scene, scale * height, scale * width)
+        top, left = (int(rng.integers((scale - 1) * side + 1)) for side in bucket)
+        pixels = np.ascontiguousarray(drawn[top : top + height, left : left + width].transpose(2, 0, 1))
+        words = caption(scene, int(rng.integers(2**31)))
+        return Picture(torch.from_numpy(pixels), words, f"{self.settings.split} scene {number}")
+
+    def identity(self, number: int) -> str:
+        """The scene and how it is cut out."""
+        return f"{self.settings.split} {number} {self.settings.scales}"
+
+
+def open_data(config: RunConfig) -> Data:
+    """The data that a configuration names, indexed; raises what is wrong with it."""
+    if config.scenes is not None:
+        side = config.image_size
+        if not isinstance(side, int):
+            raise ValueError(f"'scenes' are drawn at one image_size, not at {list(side)}")
+        return DrawnScenes(config.scenes, (side, side))
+    buckets = make_buckets(config.image_size, config.multi_aspect_ratio)
+    if is_shards(config.webdataset_path):
+        return open_shards(config.webdataset_path, buckets)
+    return into_buckets(index_folder(config.webdataset_path, config.max_broken), buckets)
+
+
+def stream(
+    data: Data, settings: LoaderSettings, start: Position | None = None
+) -> Iterator[tuple[Batch, Position]]:
+    """Endless batches from a position on, each with the position after it."""
+    return (shard_batches if isinstance(data, ShardData) else batches)(data, settings, start)

@@ -1,0 +1,133 @@
+"""Sizes of the networks: constructor values, and the published models by their version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StageCSizes:
+    """Constructor values of `modules.stage_c.StageC`; the defaults are the published 3.6B model."""
+
+    c_cond: int = 2048  # width of the condition tokens
+    c_hidden: tuple[int, ...] = (2048, 2048)  # width per level
+    nhead: tuple[int, ...] = (32, 32)  # attention heads per level
+    blocks: tuple[tuple[int, ...], tuple[int, ...]] = ((8, 24), (24, 8))  # down; up, deepest level first
+    c_clip_text: int = 1280  # width of the text tokens
+    c_clip_text_pooled: int = 1280  # width of the pooled text
+    c_clip_img: int = 768  # width of the image embedding
+    c_clip_seq: int = 4  # tokens per pooled embedding
+    dropout: tuple[float, ...] = (0.1, 0.1)  # in training, per level
+    switch_level: tuple[bool, ...] = (False,)  # between levels: whether the lower one has half the size
+
+
+@dataclass(frozen=True)
+class GuidanceSizes:
+    """Sizes of one guidance block; the defaults are the published ones for the 3.6B model (section 3.1)."""
+
+    ind: int = 2048  # width of Stage C's features
+    ch: int = 1024  # width of the guidance tokens
+    n_head: int = 32
+    head_dim: int = 32
+    n_groups: int = 64  # weight tokens per layer of the coordinate MLP
+    f_dim: int = 1024  # width of the coordinate MLP
+
+
+@dataclass(frozen=True)
+class StageBSizes:
+    """Constructor values of `modules.stage_b.StageB`; -1 heads for a level without attention."""
+
+    c_hidden: tuple[int, ...]
+    nhead: tuple[int, ...]
+    blocks: tuple[tuple[int, ...], tuple[int, ...]]  # down; up, deepest level first
+    block_repeat: tuple[tuple[int, ...], tuple[int, ...]]  # in the same order
+    c_cond: int = 1280
+    c_clip: int = 1280
+    level_config: tuple[str, ...] = ("CT", "CT", "CTA", "CTA")  # C: ResBlock, T: TimestepBlock, A: AttnBlock
+    dropout: tuple[float, ...] = (0.0, 0.0, 0.1, 0.1)  # in training, per level
+
+
+@dataclass(frozen=True)
+class StageASizes:
+    """Constructor values of `modules.stage_a.StageA`; the defaults are the published model."""
+
+    c_hidden: int = 384
+    bottleneck_blocks: int = 12
+    codebook_size: int = 8192
+
+
+@dataclass(frozen=True)
+class EffnetSizes:
+    """Constructor values of `modules.effnet.EfficientNetEncoder`; the default is the published model.
+
+    `stages` None: EfficientNetV2-S. Else rows as `modules.effnet.StageRow` has them.
+    """
+
+    stem: int = 24
+    stages: tuple[tuple[str, int, int, int, int], ...] | None = None
+    head: int = 1280
+
+
+@dataclass(frozen=True)
+class PreviewerSizes:
+    """Constructor values of `modules.previewer.Previewer`; the default is the published model."""
+
+    c_hidden: int = 512
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """Sizes of a CLIP text encoder of our own; the defaults are the tiny family's."""
+
+    width: int = 128  # of the tokens and of the pooled embedding
+    layers: int = 2
+    heads: int = 2
+    hidden: int = 256  # width inside the MLPs
+    length: int = 48  # tokens; the longest caption of a scene has 34
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All networks of a family."""
+
+    stage_c: StageCSizes
+    stage_b: StageBSizes | None = None
+    guidance: GuidanceSizes | None = None  # None: the published ones at Stage C's width
+    stage_a: StageASizes = StageASizes()
+    effnet: EffnetSizes = EffnetSizes()
+    previewer: PreviewerSizes = PreviewerSizes()
+
+
+PUBLISHED = Sizes(StageCSizes())
+TINY = Sizes(
+    stage_c=StageCSizes(
+        c_cond=128, c_hidden=(192, 192), nhead=(3, 3), blocks=((2, 3), (3, 2)), c_clip_text=128,
+        c_clip_text_pooled=128, c_clip_img=16, dropout=(0.0, 0.0), switch_level=(True,),
+    ),
+    stage_b=StageBSizes(
+        c_hidden=(96, 128, 128), nhead=(-1, -1, 2), blocks=((2, 2, 3), (3, 2, 2)),
+        block_repeat=((1, 1, 1), (1, 1, 1)), c_cond=128, c_clip=128, level_config=("CT", "CT", "CTA"),
+        dropout=(0.0, 0.0, 0.0),
+    ),
+    guidance=GuidanceSizes(ind=192, ch=64, n_head=2, head_dim=32, n_groups=16, f_dim=64),
+    stage_a=StageASizes(c_hidden=64, bottleneck_blocks=3, codebook_size=1024),
+    effnet=EffnetSizes(
+        stem=24, stages=(("fused", 1, 1, 24, 1), ("fused", 4, 2, 48, 2), ("mb", 4, 2, 96, 3)), head=256,
+    ),
+    previewer=PreviewerSizes(c_hidden=64),
+)  # fmt: skip
+
+STAGE_C_VERSIONS: dict[str, StageCSizes] = {
+    "3.6B": StageCSizes(),
+    "1B": StageCSizes(c_cond=1536, c_hidden=(1536, 1536), nhead=(24, 24), blocks=((4, 12), (12, 4))),
+    "tiny": TINY.stage_c,
+}
+STAGE_B_VERSIONS: dict[str, StageBSizes] = {
+    "3B": StageBSizes(
+        (320, 640, 1280, 1280), (-1, -1, 20, 20), ((2, 6, 28, 6), (6, 28, 6, 2)), ((1, 1, 1, 1), (3, 3, 2, 2))
+    ),
+    "700M": StageBSizes(
+        (320, 576, 1152, 1152), (-1, 9, 18, 18), ((2, 4, 14, 4), (4, 14, 4, 2)), ((1, 1, 1, 1), (2, 2, 2, 2))
+    ),
+    "tiny": TINY.stage_b,
+}

@@ -1,0 +1,174 @@
+"""What every training script does around its recipe: command line, checks, run folder, trackers, the loop."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from core.checkpoint import check_file
+from core.config import RunConfig
+from core.config_files import as_yaml, load
+from core.data.loader import Batch, LoaderSettings, Position
+from core.data.sources import Data, open_data, stream
+from core.trainer import Recipe, Trainer, TrainSettings, check_batch_size, checkpoints
+from core.training_log import UpdateBar, save_losses, tracker_named
+
+Config = TypeVar("Config", bound=RunConfig)
+
+CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
+# What cannot change between the parts of a run, since its checkpoints would not fit.
+FIXED = ("model_version", "stage_c", "stage_b", "stage_a", "guidance", "effnet", "previewer", "target")
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def read_command(cls: type[Config], description: str | None) -> Config | None:
+    """The configuration of a script's command line; None where --dry_run only wanted it printed."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a YAML file such as configs/training/t2i.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved configuration and stop")
+    arguments = parser.parse_args()
+    config = load(cls, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        parser.exit(message=as_yaml(config))
+    return config
+
+
+# --- before any model loads -----------------------------------------------------------------------
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a run keeps its configuration, log and checkpoints."""
+    return Path(config.checkpoint_path, config.experiment_id)
+
+
+def check_run(config: RunConfig, files: Iterable[str | None], processes: int) -> Data:
+    """The data, indexed; raises what is wrong with it, the batch size, a file or the folder of the run."""
+    check_batch_size(config.batch_size, processes, config.grad_accum_steps)
+    for path in chain(files, [config.pretrained_path]):
+        if path is not None:
+            check_file(path)
+    for folder in (run_folder(config), Path(config.output_path)):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{folder} cannot be written to: choose another folder")
+    _check_continues(config)
+    return open_data(config)
+
+
+def _check_continues(config: RunConfig) -> None:
+    """ValueError where the folder's checkpoints are of a run with other networks."""
+    folder = run_folder(config)
+    path = folder / CONFIG_FILE
+    if not checkpoints(folder) or not path.exists():
+        return
+    then, now = (yaml.safe_load(text) for text in (path.read_text("utf-8"), as_yaml(config)))
+    for key in FIXED:
+        if then.get(key) != now.get(key):
+            raise ValueError(
+                f"the checkpoints in {folder} are of a run with another '{key}' (see {path}): choose another "
+                "experiment_id, or remove them"
+            )
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a recipe is made with."""
+
+    config: Any  # the script's own kind of RunConfig
+    accelerator: Accelerator
+    data: Data
+    folder: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process trains."""
+        return self.accelerator.device
+
+    @property
+    def loader_settings(self) -> LoaderSettings:
+        """How this process's part of the data is read."""
+        config, accelerator = self.config, self.accelerator
+        return LoaderSettings(
+            batch_size=config.batch_size // accelerator.num_processes // config.grad_accum_steps,
+            rank=accelerator.process_index, world_size=accelerator.num_processes, seed=config.seed,
+            num_workers=config.num_workers, max_broken=config.max_broken,
+        )  # fmt: skip
+
+    def batches(self, position: Mapping[str, int] | None) -> Iterator[tuple[Batch, dict[str, int]]]:
+        """The data from a position (a plain dictionary in checkpoints) on."""
+        yield from plain_positions(partial(stream, self.data), self.loader_settings, position)
+
+    def export_path(self, name: str) -> Path:
+        """Where trained weights go."""
+        return self.folder / name if self.config.export_path is None else Path(self.config.export_path)
+
+    def sheet_path(self, step: int) -> Path:
+        """Where the previews of an update go."""
+        return Path(self.config.output_path, self.config.experiment_id, f"step_{step:08d}.jpg")
+
+
+def plain_positions(
+    read: Callable[[LoaderSettings, Position | None], Iterator[tuple[Any, Position]]],
+    settings: LoaderSettings,
+    position: Mapping[str, int] | None,
+) -> Iterator[tuple[Any, dict[str, int]]]:
+    """What `read` gives from a position on, positions as plain dictionaries."""
+    for batch, after in read(settings, None if position is None else Position(**position)):
+        yield batch, asdict(after)
+
+
+def train(
+    config: RunConfig,
+    files: Iterable[str | None],
+    build: Callable[[Run], Recipe],
+    mixed_precision: bool = False,
+) -> int:
+    """Run, or go on with, the training that a script describes; `files` are weights that it reads."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    folder = run_folder(config)
+    tracker = tracker_named(config.tracker)
+    mixed = "bf16" if mixed_precision else "no"
+    accelerator = Accelerator(mixed_precision=mixed, log_with=tracker, project_dir=folder)
+    data = check_run(config, files, accelerator.num_processes)
+    accelerator.init_trackers(config.experiment_id)
+    recipe = build(Run(config, accelerator, data, folder))
+    trainer = Trainer(recipe, settings_of(config), folder, accelerator)
+    trainer.resume()
+    if accelerator.is_main_process:
+        (folder / CONFIG_FILE).write_text(as_yaml(config), "utf-8")
+        bar = UpdateBar(accelerator, folder / LOG_FILE, trainer.step, config.updates)
+        trainer.run(bar, lambda seen: save_losses(seen, folder, trainer.step))
+    else:
+        trainer.run()
+    accelerator.end_training()
+    return 0
+
+
+def settings_of(config: RunConfig) -> TrainSettings:
+    """What the loop needs of a configuration."""
+    return TrainSettings(
+        lr=config.lr, lr_end=config.lr_end, updates=config.updates, batch_size=config.batch_size,
+        grad_accum_steps=config.grad_accum_steps, warmup_updates=config.warmup_updates,
+        optimizer=config.optimizer, shard=config.use_fsdp, save_every=config.save_every, keep=config.keep,
+        backup_every=config.backup_every, ema=config.ema, adaptive_loss_weight=config.adaptive_loss_weight,
+        seed=config.seed,
+    )  # fmt: skip

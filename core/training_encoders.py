@@ -1,0 +1,136 @@
+"""The frozen encoders of a training: pictures and captions to latents and conditions of Stage C."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from core.checkpoint import file_sha256, load_module
+from core.conditioning import Conditions, ImageEncoder, TextEncoder, conditions, find_text_encoder
+from core.config import LatentGeometry, TrainConfig, effnet_sizes, stage_c_sizes
+from core.data.cache import Cache, cached_batches, fill
+from core.data.loader import Batch
+from core.images import to_image
+from core.pipeline import DTYPES
+from core.resolution import lr_training_size
+from core.training import Run, plain_positions
+from modules.effnet import EfficientNetEncoder, imagenet_normalise
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What frozen encoders make of a batch."""
+
+    z: Tensor  # (B, 16, H, W)
+    z_lr: Tensor | None  # (B, 16, h, w), of the pictures at low resolution, where that is asked for
+    conditions: Conditions
+
+    def named(self) -> dict[str, Tensor]:
+        """As named tensors, for a cache."""
+        latents = {"z": self.z} if self.z_lr is None else {"z": self.z, "z_lr": self.z_lr}
+        return {**latents, **vars(self.conditions)}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> EncodedBatch:
+        """From named tensors, on a device."""
+        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return cls(moved.pop("z"), moved.pop("z_lr", None), Conditions(**moved))
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The encoder of pictures and those of the conditions, and how pictures are brought to low resolution."""
+
+    effnet: EfficientNetEncoder
+    text: TextEncoder
+    image: ImageEncoder | None
+    geometry: LatentGeometry
+    clip_img_width: int
+    device: torch.device
+
+    @classmethod
+    def load(cls, config: TrainConfig, device: torch.device) -> Encoders:
+        """From a configuration's files; the picture's encoder in float32, the others in its number format."""
+        build = partial(EfficientNetEncoder, **asdict(effnet_sizes(config)))
+        effnet = load_module(
+            build, config.effnet_checkpoint_path, dtype=torch.float32, device=device,
+            what="EfficientNet encoder",
+        )  # fmt: skip
+        dtype = DTYPES[config.dtype]
+        text = TextEncoder.load(config.clip_text_path, dtype)
+        image = ImageEncoder.load(config.clip_image_path, dtype) if config.clip_image_path else None
+        return cls(effnet, text, image, config.geometry, stage_c_sizes(config).c_clip_img, device)
+
+    def encode(self, batch: Batch, with_lr: bool = True) -> EncodedBatch:
+        """Latents, at both resolutions or one, and conditions of a batch, with nothing dropped."""
+        images = batch.images.to(self.device)
+        z = encode_latent(self.effnet, images)
+        z_lr = encode_latent(self.effnet, at_low_resolution(images, self.geometry)) if with_lr else None
+        return EncodedBatch(z, z_lr, self.conditions(batch))
+
+    def conditions(self, batch: Batch) -> Conditions:
+        """The captions' conditions, with image embeddings where there is an encoder for them."""
+        texts = self.text.encode(batch.captions, self.device, together=True)
+        images = [None] * len(batch.captions)
+        if self.image is not None:
+            images = [self.image.encode(to_image(picture), self.device) for picture in batch.images]
+        pairs = zip(batch.captions, images, strict=True)
+        rows = [conditions(texts[caption], image, self.clip_img_width) for caption, image in pairs]
+        columns = zip(*(vars(row).values() for row in rows), strict=True)
+        return Conditions(*(torch.cat(column) for column in columns))
+
+    def empty(self) -> Conditions:
+        """The conditions (1, …) of the empty caption."""
+        return conditions(self.text.encode([""], self.device)[""], None, self.clip_img_width)
+
+
+def fingerprint(config: TrainConfig, with_lr: bool) -> str:
+    """What stands for the encoders' files and the geometry in a cache."""
+    files = [Path(config.effnet_checkpoint_path)]
+    for source in (config.clip_text_path, config.clip_image_path):
+        if source is not None and Path(source).is_dir():
+            files += sorted(Path(source).rglob("model*.safetensors"))
+    folder, tokenizer = find_text_encoder(config.clip_text_path)
+    files += [*sorted(folder.glob("model*.safetensors")), *sorted(tokenizer.glob("*.json"))]
+    hashes = sorted({file_sha256(path) for path in files})
+    parts = [hashes, asdict(config.geometry), config.clip_image_path, config.dtype, with_lr]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@torch.no_grad()
+def encode_latent(effnet: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Semantic latents (B, 16, H / stride, W / stride), float32, of pictures (B, 3, H, W) in [0, 1]."""
+    return effnet(imagenet_normalise(images)).float()
+
+
+def at_low_resolution(images: Tensor, geometry: LatentGeometry) -> Tensor:
+    """Pictures (B, 3, H, W) at the size of the low-resolution pass in training."""
+    small = lr_training_size(images.shape[-2], images.shape[-1], geometry)
+    return F.interpolate(images, size=small, mode="bilinear", antialias=True, align_corners=False)
+
+
+def batches_of(run: Run, encoders: Encoders, with_lr: bool = True) -> Callable[[Any], Iterator]:
+    """The run's batches of pictures or, where it has a cache, of `EncodedBatch` as named tensors.
+
+    The cache is filled first where it lacks samples.
+    """
+    config, settings = run.config, run.loader_settings
+    if config.cache_path is None:
+        return run.batches
+    cache = Cache(Path(config.cache_path), fingerprint(config, with_lr), config.seed)
+    total = sum(map(len, run.data.members.values()))
+    with tqdm(total=total // settings.world_size, desc="caching latents", unit="picture") as bar:
+        for count in fill(run.data, cache, settings, lambda batch: encoders.encode(batch, with_lr).named()):
+            bar.update(count)
+    run.accelerator.wait_for_everyone()
+    return lambda position: plain_positions(partial(cached_batches, run.data, cache), settings, position)

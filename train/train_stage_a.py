@@ -1,0 +1,92 @@
+"""Train Stage A from nothing: python train/train_stage_a.py CONFIG.yaml [key=value ...], or under torchrun.
+
+Running the same command again continues from the last checkpoint in checkpoint_path/experiment_id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from core.checkpoint import config_metadata, load_module, save_tensors
+from core.cli import run
+from core.config import StageATrainConfig, stage_a_sizes
+from core.data.loader import Batch
+from core.images import save_image
+from core.preview import row_of, sheet
+from core.random_keys import generator_of
+from core.stage_a_training import StageATraining
+from core.trainer import Recipe, StepLoss
+from core.training import Run, read_command, train
+from modules.stage_a import StageA
+
+EXPORT = "stage_a.safetensors"
+PREVIEWED = 4  # pictures on a sheet
+NO_LOGSNR = 0.0  # a picture has no noise level
+
+
+def make_stage_a(config: StageATrainConfig, device: torch.device) -> StageA:
+    """Stage A from a file, or with new weights."""
+    make = partial(StageA, **asdict(stage_a_sizes(config)))
+    if config.pretrained_path is None:
+        torch.manual_seed(config.seed)
+        stage_a = make().to(device)
+        stage_a.init_weights()
+        return stage_a
+    stage_a = load_module(make, config.pretrained_path, dtype=torch.float32, device=device, what="Stage A")
+    return stage_a.train().requires_grad_(True)
+
+
+def make_loss(run: Run) -> Callable[..., StepLoss]:
+    """Squared error per picture, and the other losses."""
+
+    def loss(module: nn.Module, batch: Batch, keys: list[tuple[int, ...]]) -> StepLoss:
+        images, config = batch.images.to(run.device), run.config
+        shares = torch.stack([torch.rand((), generator=generator_of(key)) for key in keys])
+        quantised = (shares < config.quantised_share).to(run.device)
+        losses = module(images, quantised, keys[0][1] >= config.adversarial_start)
+        return StepLoss(losses.squared_error, torch.full_like(losses.squared_error, NO_LOGSNR), losses.other)
+
+    return loss
+
+
+def make_sampler(run: Run, stage_a: StageA, example: Batch) -> Callable[[int], None]:
+    """Writes sheets: real, decoded from plain latents, decoded from quantised ones."""
+    images = example.images[:PREVIEWED].to(run.device)
+
+    def sample(step: int) -> None:
+        stage_a.eval()
+        latent = stage_a.encode(images)
+        plain, quantised = stage_a.decode(latent), stage_a.decode(stage_a.quantise(latent))
+        stage_a.train()
+        rows = [row_of([images[i], plain[i], quantised[i]]) for i in range(len(images))]
+        save_image(sheet(rows), run.sheet_path(step), "jpg", {})
+
+    return sample
+
+
+def build(run: Run) -> Recipe:
+    """Stage A's recipe."""
+    stage_a = make_stage_a(run.config, run.device)
+    metadata = config_metadata(asdict(stage_a_sizes(run.config)))
+
+    def export(tensors: Mapping[str, Tensor], _step: int) -> None:
+        named = {n.removeprefix("stage_a."): t for n, t in tensors.items() if n.startswith("stage_a.")}
+        save_tensors(run.export_path(EXPORT), named, metadata)
+
+    sampler = make_sampler(run, stage_a, next(run.batches(None))[0])
+    module = StageATraining(stage_a, run.config.adversarial_weight)
+    return Recipe(module, run.batches, make_loss(run), sampler, export)
+
+
+def main() -> int:
+    config = read_command(StageATrainConfig, __doc__)
+    return train(config, [], build)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,179 @@
+"""Train Stage B: python train/train_stage_b.py CONFIG.yaml [key=value ...], or under torchrun.
+
+The encoder of Stage C's latents is trained along, unless the configuration names its file. Running the same
+command again continues from the last checkpoint in checkpoint_path/experiment_id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from core.checkpoint import config_metadata, load_module, save_tensors
+from core.cli import run
+from core.conditioning import TextEncoder, find_text_encoder
+from core.config import StageBTrainConfig, effnet_sizes, stage_a_sizes, stage_b_sizes
+from core.data.loader import Batch
+from core.images import save_image
+from core.noising import noised
+from core.passes import NoiseSource, decode_picture, stage_b_pass
+from core.pipeline import DTYPES
+from core.preview import row_of, sheet
+from core.resolution import plan
+from core.settings import Settings
+from core.stage_b_training import StageBTraining, draw_noise, encoder_picture
+from core.trainer import Recipe, StepLoss
+from core.training import Run, read_command, train
+from gdf.diffusion import sample_losses
+from gdf.targets import target_named
+from modules.effnet import EfficientNetEncoder, imagenet_normalise
+from modules.stage_a import StageA
+from modules.stage_b import StageB
+
+EXPORT, EXPORT_EFFNET = "stage_b.safetensors", "effnet_encoder.safetensors"
+PREVIEWED = 4  # pictures on a sheet
+
+
+# --- setup ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Stage B and the encoder, which are trained, and the frozen ones around them."""
+
+    stage_b: StageB
+    effnet: EfficientNetEncoder
+    stage_a: StageA
+    text: TextEncoder
+
+
+def load_networks(config: StageBTrainConfig, device: torch.device) -> Networks:
+    """Trained weights in float32, from files or new; frozen ones as in inference."""
+    stage_a = load_module(
+        partial(StageA, **asdict(stage_a_sizes(config))), config.stage_a_checkpoint_path,
+        dtype=torch.float32, device=device, what="Stage A",
+    )  # fmt: skip
+    text = TextEncoder.load(config.clip_text_path, DTYPES[config.dtype])
+    torch.manual_seed(config.seed)
+    build_b = partial(StageB, **asdict(stage_b_sizes(config)))
+    build_effnet = partial(EfficientNetEncoder, **asdict(effnet_sizes(config)))
+    if config.effnet_checkpoint_path is None:
+        effnet = build_effnet().to(device).train()
+    else:
+        effnet = load_module(
+            build_effnet, config.effnet_checkpoint_path, dtype=torch.float32, device=device,
+            what="EfficientNet encoder",
+        )  # fmt: skip
+    if config.pretrained_path is None:
+        stage_b = build_b().to(device)
+        stage_b.init_weights()
+    else:
+        stage_b = load_module(
+            build_b, config.pretrained_path, dtype=torch.float32, device=device, what="Stage B"
+        )
+        stage_b.train().requires_grad_(True)
+    stage_b.gradient_checkpointing = config.gradient_checkpointing
+    return Networks(stage_b, effnet, stage_a, text)
+
+
+# --- the recipe -----------------------------------------------------------------------------------
+
+
+def make_loss(run: Run, networks: Networks) -> Callable[..., StepLoss]:
+    """The loss of a batch: mean over the latent's pixels of (prediction - target)², per sample."""
+    config, device = run.config, run.device
+    target, dtype = target_named(config.target), DTYPES[config.dtype]
+    empty = networks.text.encode([""], device)[""].pooled
+
+    def loss(module: nn.Module, batch: Batch, keys: list[tuple[int, ...]]) -> StepLoss:
+        images = batch.images.to(device)
+        with torch.no_grad():
+            z = networks.stage_a.encode(images)
+            texts = networks.text.encode(batch.captions, device, together=True)
+        noise = draw_noise(keys, z.shape[1:], config.pyramid_noise)
+        latents = noised(z, noise.t, noise.epsilon, target)
+        pooled = torch.cat([texts[caption].pooled for caption in batch.captions])
+        pooled = torch.where(noise.drop_text[:, None, None].to(device), empty, pooled)
+        picture = encoder_picture(images, keys[0][:2], config.geometry.stride)
+        prediction = module(latents, picture, pooled.to(dtype), noise)
+        return StepLoss(sample_losses(prediction, latents.target), latents.logsnr)
+
+    return loss
+
+
+def make_sampler(run: Run, networks: Networks, example: Batch) -> Callable[[int], None]:
+    """Writes sheets: real, as Stage A gives it back, and sampled by Stage B from the encoder's latent."""
+    few = Batch(example.images[:PREVIEWED], example.captions[:PREVIEWED], example.names[:PREVIEWED])
+    images, target, settings = few.images.to(run.device), target_named(run.config.target), Settings()
+    sizes = plan(images.shape[-2], images.shape[-1], run.config.geometry)
+    texts = networks.text.encode([*few.captions, ""], run.device)
+
+    def sample(step: int) -> None:
+        trained = networks.effnet.training
+        networks.effnet.eval()
+        latents = networks.effnet(imagenet_normalise(_at_compression(images, run.config)))
+        networks.effnet.train(trained)
+        rows = []
+        for i, caption in enumerate(few.captions):
+            pooled = torch.cat([texts[caption].pooled, texts[""].pooled])
+            noise = NoiseSource.of(i, 0, run.device)
+            with run.accelerator.autocast():
+                sampled = stage_b_pass(
+                    networks.stage_b, latents[i : i + 1], pooled, target, sizes, settings, noise
+                )
+            again = networks.stage_a.decode(networks.stage_a.encode(images[i : i + 1]))[0]
+            made = decode_picture(networks.stage_a, sampled.x0.float(), sizes, tiled=False)
+            rows.append(row_of([images[i], again, made]))
+        if run.accelerator.is_main_process:
+            save_image(sheet(rows), run.sheet_path(step), "jpg", {"captions": few.captions})
+
+    return sample
+
+
+def _at_compression(images: Tensor, config: StageBTrainConfig) -> Tensor:
+    """Pictures scaled so that the encoder's latent has the size that Stage C makes for them."""
+    geometry = config.geometry
+    size = [round(side / geometry.compression) * geometry.stride for side in images.shape[-2:]]
+    return nn.functional.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def make_export(run: Run) -> Callable[[Mapping[str, Tensor], int], None]:
+    """Writes Stage B and, where it is trained along, the encoder."""
+    config = run.config
+    effnet_path = config.export_effnet_path or run.folder / EXPORT_EFFNET
+    files = {"stage_b.": (run.export_path(EXPORT), stage_b_sizes(config))}
+    if config.effnet_checkpoint_path is None:
+        files["effnet."] = (Path(effnet_path), effnet_sizes(config))
+
+    def export(tensors: Mapping[str, Tensor], _step: int) -> None:
+        for prefix, (path, sizes) in files.items():
+            named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            save_tensors(path, named, config_metadata(asdict(sizes)))
+
+    return export
+
+
+def build(run: Run) -> Recipe:
+    """Stage B's recipe."""
+    networks = load_networks(run.config, run.device)
+    example = next(run.batches(None))[0]
+    module = StageBTraining(networks.stage_b, networks.effnet, run.config)
+    return Recipe(
+        module, run.batches, make_loss(run, networks), make_sampler(run, networks, example), make_export(run)
+    )
+
+
+def main() -> int:
+    config = read_command(StageBTrainConfig, __doc__)
+    find_text_encoder(config.clip_text_path)
+    files = [config.stage_a_checkpoint_path, config.effnet_checkpoint_path]
+    return train(config, files, build, mixed_precision=config.dtype == "bfloat16")
+
+
+if __name__ == "__main__":
+    run(main)
