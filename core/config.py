@@ -13,6 +13,7 @@ from core.sizes import (
     EffnetSizes,
     GuidanceSizes,
     PreviewerSizes,
+    RecogniserSizes,
     Sizes,
     StageASizes,
     StageBSizes,
@@ -141,6 +142,7 @@ class RunConfig:
     num_workers: int = 4  # processes that decode pictures
     max_broken: float = 0.1  # share of broken pictures that stops the run
     gradient_checkpointing: bool = True
+    compile: bool = False  # the trained module with torch.compile: minutes at the start, faster steps after
     tracker: Literal["auto", "tensorboard", "wandb", "none"] = "auto"  # auto: TensorBoard where installed
 
     def __post_init__(self) -> None:
@@ -171,6 +173,7 @@ class StageATrainConfig(RunConfig):
 
     model_version: str
     stage_a: StageASizes | None = None
+    statistics_updates: int = 500  # in which the latents' statistics are found, and then stay
     quantised_share: float = 0.5  # of the pictures that are decoded from quantised latents
     adversarial_weight: float = 0.1  # of the patch discriminator's judgement; 0: none
     adversarial_start: int = 1000  # update from which it counts
@@ -207,6 +210,16 @@ class TextTrainConfig(RunConfig):
     text_encoder: TextSizes = TextSizes()
     loosened_share: float = 0.5  # of the captions that are changed towards what a user may type
     scale_weight: float = 0.1  # of the loss that keeps tokens and pooled embeddings near unit variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecogniserTrainConfig(RunConfig):
+    """Training of the recogniser of scenes; `scenes.scales` are how many times as large some are drawn,
+    and then reduced.
+    """
+
+    recogniser: RecogniserSizes = RecogniserSizes()
+    degraded_share: float = 0.7  # of the pictures that are blurred, made noisy or pale
 
 
 def stage_c_sizes(config: StageCConfig) -> StageCSizes:

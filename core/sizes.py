@@ -87,6 +87,15 @@ class TextSizes:
 
 
 @dataclass(frozen=True)
+class RecogniserSizes:
+    """Constructor values of `modules.recogniser.Recogniser`, but for what it tells apart."""
+
+    c_hidden: tuple[int, ...] = (24, 48, 64, 96)  # width after each halving
+    blocks: tuple[int, ...] = (0, 1, 2, 2)
+    c_features: int = 64
+
+
+@dataclass(frozen=True)
 class Sizes:
     """All networks of a family."""
 

@@ -17,6 +17,7 @@ from modules.blocks import channels_first
 from modules.stage_a import StageA
 
 COMMITMENT = 0.25
+RECONSTRUCTION = 50.0  # weight of the squared error of pixels in [0, 1] against the losses of the codebook
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -46,8 +47,15 @@ class StageATraining(nn.Module):
         self.stage_a, self.adversarial_weight = stage_a, adversarial_weight
         self.discriminator = PatchDiscriminator() if adversarial_weight else None
 
-    def forward(self, images: Tensor, quantised: Tensor, adversarial: bool) -> StageALosses:
-        """Losses of pictures (B, 3, H, W); `quantised` (B,): which are decoded from quantised latents."""
+    def forward(
+        self, images: Tensor, quantised: Tensor, fit_statistics: bool, adversarial: bool
+    ) -> StageALosses:
+        """Losses of pictures (B, 3, H, W); `quantised` (B,): which are decoded from quantised latents.
+
+        Without `fit_statistics` the latents are normalised by the running statistics, as in use: those of a
+        small batch of crops differ from one to the next and shift its colours.
+        """
+        self.stage_a.down_blocks[3][1].train(fit_statistics)
         latent = self.stage_a.encode_unscaled(images)
         straight, indices, _ = self.stage_a.vquantizer(latent)
         entries = channels_first(self.stage_a.vquantizer.codebook(indices))
@@ -55,7 +63,8 @@ class StageATraining(nn.Module):
         decoded = self.stage_a.decode_unscaled(torch.where(quantised[:, None, None, None], straight, latent))
         if self.discriminator is not None and adversarial:
             other = other + self._adversarial(images, decoded)
-        return StageALosses((decoded - images).square().flatten(1).mean(dim=1), other)
+        squared_error = (decoded - images).square().flatten(1).mean(dim=1)
+        return StageALosses(squared_error, other / RECONSTRUCTION)
 
     def _adversarial(self, images: Tensor, decoded: Tensor) -> Tensor:
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}

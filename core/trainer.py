@@ -56,6 +56,7 @@ class TrainSettings:
     warmup_updates: int = 0
     lr_end: float | None = None  # at the last update, along a cosine; None: lr stays
     optimizer: Optimizer = "adamw"
+    compile: bool = False  # the module's forward with torch.compile
     shard: bool = False  # the trained weights over the processes (FSDP2), instead of a copy in each
     save_every: int = 500
     keep: int = 2  # checkpoints beside those of backup_every
@@ -149,6 +150,8 @@ class Trainer:
         )
         self.step, self.bad_updates, self.skipped = 0, 0, 0
         self.position: Any = None
+        if settings.compile:
+            recipe.module.compile()
         self.module = distribute(recipe.module, accelerator, settings.shard)
         self._parameters = {n: p for n, p in recipe.module.named_parameters() if p.requires_grad}
         self._buffers = dict(recipe.module.named_buffers())

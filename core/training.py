@@ -168,7 +168,7 @@ def settings_of(config: RunConfig) -> TrainSettings:
     return TrainSettings(
         lr=config.lr, lr_end=config.lr_end, updates=config.updates, batch_size=config.batch_size,
         grad_accum_steps=config.grad_accum_steps, warmup_updates=config.warmup_updates,
-        optimizer=config.optimizer, shard=config.use_fsdp, save_every=config.save_every, keep=config.keep,
-        backup_every=config.backup_every, ema=config.ema, adaptive_loss_weight=config.adaptive_loss_weight,
-        seed=config.seed,
+        optimizer=config.optimizer, compile=config.compile, shard=config.use_fsdp,
+        save_every=config.save_every, keep=config.keep, backup_every=config.backup_every, ema=config.ema,
+        adaptive_loss_weight=config.adaptive_loss_weight, seed=config.seed,
     )  # fmt: skip

@@ -263,3 +263,10 @@ def test_the_colour_of_the_subject_can_be_told_under_every_sky(colour: str, sky:
     seen = picture[changed].mean(0)
     nearest = min(COLOURS, key=lambda name: np.abs(np.array(COLOURS[name]) - seen).sum())
     assert nearest == colour
+
+
+def test_a_window_is_cut_out_of_the_whole_picture() -> None:
+    scene = sample_scene(3)
+    whole, part = render(scene, 256, 256), render(scene, 256, 256, (60, 100, 64, 32))
+    assert part.shape == (64, 32, 3)
+    assert np.abs(whole[60:124, 100:132].astype(int) - part).max() <= 24  # antialiasing rounds otherwise

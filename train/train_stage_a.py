@@ -48,7 +48,10 @@ def make_loss(run: Run) -> Callable[..., StepLoss]:
         images, config = batch.images.to(run.device), run.config
         shares = torch.stack([torch.rand((), generator=generator_of(key)) for key in keys])
         quantised = (shares < config.quantised_share).to(run.device)
-        losses = module(images, quantised, keys[0][1] >= config.adversarial_start)
+        update = keys[0][1]
+        losses = module(
+            images, quantised, update < config.statistics_updates, update >= config.adversarial_start
+        )
         return StepLoss(losses.squared_error, torch.full_like(losses.squared_error, NO_LOGSNR), losses.other)
 
     return loss

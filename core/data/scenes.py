@@ -192,10 +192,12 @@ def caption(scene: Scene, seed: int) -> str:
     )
 
 
-def render(scene: Scene, height: int, width: int) -> np.ndarray:
+def render(
+    scene: Scene, height: int, width: int, window: tuple[int, int, int, int] | None = None
+) -> np.ndarray:
     """The picture of a scene, (height, width, 3) uint8 RGB: the same one at any size, but for antialiasing.
 
-    A wider picture shows more of the land. ValueError for sides below 16 pixels, ImportError without skia.
+    A wider picture shows more of the land. `window` (top, left, height, width) cuts out a part. ValueError for sides below 16 pixels, ImportError without skia.
     """
     if min(height, width) < 16:
         raise ValueError(f"{height} x {width} pixels are too few for a scene: both sides need at least 16")
@@ -205,7 +207,7 @@ def render(scene: Scene, height: int, width: int) -> np.ndarray:
         if error.name == "skia":
             raise ImportError("scenes are drawn with skia-python: pip install skia-python") from error
         raise
-    return draw(scene, height, width)
+    return draw(scene, height, width, window or (0, 0, height, width))
 
 
 def _values(name: str) -> tuple[str, ...]:

@@ -44,9 +44,9 @@ class DrawnScenes:
         scene = sample_scene(number, self.settings.split)
         scale = int(rng.choice(self.settings.scales))
         height, width = bucket
-        drawn = render(scene, scale * height, scale * width)
         top, left = (int(rng.integers((scale - 1) * side + 1)) for side in bucket)
-        pixels = np.ascontiguousarray(drawn[top : top + height, left : left + width].transpose(2, 0, 1))
+        drawn = render(scene, scale * height, scale * width, (top, left, height, width))
+        pixels = np.ascontiguousarray(drawn.transpose(2, 0, 1))
         words = caption(scene, int(rng.integers(2**31)))
         return Picture(torch.from_numpy(pixels), words, f"{self.settings.split} scene {number}")
 
