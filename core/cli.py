@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from core.config_files import FLOAT16_REFUSED
-from core.images import FORMATS
-from core.pipeline import Job, Progress, StageUse
+from core.images import FORMATS, read_image_metadata
+from core.pipeline import Job, Progress, StageUse, UltraPixelPipeline
+from core.presets import DEFAULT, EMBEDDED, PRESETS
 from core.settings import Settings
 from gdf.samplers import SAMPLERS
 
@@ -85,14 +87,13 @@ def device_named(text: str | None) -> torch.device:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which files, and how they run."""
     group = parser.add_argument_group("models")
-    group.add_argument("--config_c", default="configs/training/t2i.yaml", help="configuration of Stage C")
     group.add_argument(
-        "--config_b", default="configs/inference/stage_b_1b.yaml", help="configuration of Stages B and A"
+        "--preset", choices=tuple(PRESETS), help="sets the three flags below and the picture's size"
     )
+    group.add_argument("--config_c", default=DEFAULT.config_c, help="configuration of Stage C")
+    group.add_argument("--config_b", default=DEFAULT.config_b, help="configuration of Stages B and A")
     group.add_argument(
-        "--pretrained_path",
-        default="models/ultrapixel_t2i.safetensors",
-        help="guidance weights ('none': unguided)",
+        "--pretrained_path", default=DEFAULT.pretrained_path, help="guidance weights ('none': unguided)"
     )
     group.add_argument("--dtype", type=dtype_name, help="bf16 or float32; left out, the configuration's")
     group.add_argument("--device", help="cpu, cuda or cuda:N; left out, the GPU where there is one")
@@ -107,8 +108,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     """What pictures to make, and where they go."""
     group = parser.add_argument_group("pictures")
-    group.add_argument("--height", type=int, default=2048, help="pixels")
-    group.add_argument("--width", type=int, default=2048, help="pixels")
+    group.add_argument("--height", type=int, default=DEFAULT.height, help="pixels")
+    group.add_argument("--width", type=int, default=DEFAULT.width, help="pixels")
     group.add_argument("--prompt", help="what the picture shows")
     group.add_argument("--prompt_file", help="a text file with one prompt a paragraph, instead of --prompt")
     group.add_argument("--negative_prompt", default="", help="what it should not show")
@@ -140,6 +141,28 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cfg_b", type=float, default=d.cfg_b)
     group.add_argument("--sampler_b", choices=samplers, default=d.sampler_b)
     group.add_argument("--stage_a_tiled", action="store_true", help="decode in tiles also where it would fit")
+
+
+def parse_with_preset(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed flags, with --preset and then --from_image, if there is such a flag, giving the defaults."""
+    known = parser.parse_args(arguments)
+    if known.preset is not None:
+        parser.set_defaults(**asdict(PRESETS[known.preset]))
+    if getattr(known, "from_image", None) is not None:
+        stored = read_image_metadata(known.from_image)
+        parser.set_defaults(**{name: value for name, value in stored.items() if hasattr(known, name)})
+    return parser.parse_args(arguments)
+
+
+def check_weights(pipeline: UltraPixelPipeline, preset: str | None) -> None:
+    """Raise what is wrong with any weight file; where one is missing, also what runs without it."""
+    try:
+        pipeline.check_files()
+    except (ValueError, FileNotFoundError) as error:
+        missing = any(not Path(path).exists() for path in pipeline.files().values())
+        if preset is None and missing:
+            raise ValueError(f"{error}; --preset {EMBEDDED} runs now, its weights are here") from None
+        raise
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:

@@ -83,7 +83,7 @@ class TextSizes:
     layers: int = 2
     heads: int = 2
     hidden: int = 256  # width inside the MLPs
-    length: int = 48  # tokens; the longest caption of a scene has 34
+    length: int = 48  # tokens; captions of scenes have 30 at most, or so
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ from core.cli import (
     add_model_flags,
     add_picture_flags,
     add_settings_flags,
+    check_weights,
     device_named,
+    parse_with_preset,
     read_prompts,
     run,
     settings_of,
     usage_table,
 )
-from core.images import check_format, output_path, read_image_metadata, save_image, to_image
+from core.images import check_format, output_path, save_image, to_image
 from core.pipeline import Job, Picture, Progress, UltraPixelPipeline, load_previewer
 from core.report import WeightHashes, describe_plan, picture_metadata
 from core.resolution import plan
@@ -41,12 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--from_image", help="repeat this picture from the settings inside it")
     parser.add_argument("--preview", action="store_true", help="save small previews while Stage C runs")
     parser.add_argument("--dry_run", action="store_true", help="print configuration and plan, and stop")
-    known = parser.parse_args(arguments)
-    if known.from_image is None:
-        return known
-    stored = read_image_metadata(known.from_image)
-    parser.set_defaults(**{name: value for name, value in stored.items() if hasattr(known, name)})
-    return parser.parse_args(arguments)
+    return parse_with_preset(parser, arguments)
 
 
 def make_jobs(arguments: argparse.Namespace) -> list[Job]:
@@ -111,7 +108,7 @@ def main() -> int:
     if arguments.dry_run:
         print(describe_plan(pipeline, jobs, settings))
         return 0
-    pipeline.check_files()
+    check_weights(pipeline, arguments.preset)
     if pipeline.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # Stage A runs in float32
     hashes = WeightHashes(pipeline.files())

@@ -1,0 +1,32 @@
+"""Presets: which configurations and guidance belong together, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values of the flags of the same names; paths are relative to the working directory."""
+
+    config_c: str
+    config_b: str
+    pretrained_path: str  # "none": without guidance
+    height: int = 2048  # pixels
+    width: int = 2048
+
+
+_STAGE_C, _GUIDANCE = "configs/training/t2i.yaml", "models/ultrapixel_t2i.safetensors"
+_STAGE_B_SMALL, _STAGE_B_BIG = "configs/inference/stage_b_1b.yaml", "configs/inference/stage_b_3b.yaml"
+
+PRESETS = {
+    "small-big": Preset(_STAGE_C, _STAGE_B_SMALL, _GUIDANCE),
+    "big-big": Preset(_STAGE_C, _STAGE_B_BIG, _GUIDANCE),
+    "lite": Preset("configs/inference/stage_c_1b.yaml", _STAGE_B_SMALL, "none"),
+    "tiny": Preset(
+        "configs/tiny/stage_c.yaml", "configs/tiny/stage_b.yaml", "models/tiny/ultrapixel_t2i.safetensors",
+        height=512, width=512,
+    ),
+}  # fmt: skip
+DEFAULT = PRESETS["small-big"]
+EMBEDDED = "tiny"  # the preset whose weights lie in the repository
