@@ -46,9 +46,9 @@ def main() -> None:
         return x
 
     for side in (24, 48):
-        x = torch.randn(1, 16, side, side)
+        x, sites = torch.randn(1, 16, side, side), stage_c.site_sizes((side, side))
         print(compare(f"prepared against every step, latent {side} x {side}",
-                      lambda x=x, size=(side, side): run(x, guidance.prepare(features, stage_c.site_sizes(size), 0.7)),
+                      lambda x=x, sites=sites: run(x, guidance.prepare(features, sites, 0.7)),
                       lambda x=x: run(x, None), runs=2), flush=True)  # fmt: skip
 
 

@@ -107,7 +107,9 @@ class TimestepBlock(nn.Module):
     def modulation(self, r_embed: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift, each (B, C, 1, 1)."""
         parts = r_embed.to(self.mapper.weight.dtype).chunk(len(self.names), dim=1)
-        total = sum(getattr(self, name)(part) for name, part in zip(self.names, parts, strict=True))
+        # Alike on all pixels, so that rounding would not average out: autocast stays away.
+        with torch.autocast(r_embed.device.type, enabled=False):
+            total = sum(getattr(self, name)(part) for name, part in zip(self.names, parts, strict=True))
         a, b = total[:, :, None, None].chunk(2, dim=1)
         return a, b
 

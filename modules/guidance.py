@@ -250,7 +250,7 @@ class GuidanceBlock(nn.Module):
         hidden = F.linear(pixels_last(x), self.toout[0].weight[:, x.shape[1] :]) + site.hidden
         y = channels_first(self.toout[2](F.gelu(hidden)))
         y = self.norm(self.mapp_t(y, r_embed))
-        return torch.addcmul(site.shift, y, site.scale)
+        return torch.addcmul(site.shift, y, site.scale).to(x.dtype)
 
     def forward(self, x: Tensor, g: Tensor, r_embed: Tensor) -> Tensor:
         return self.fuse(x, r_embed, self.prepare(g, tuple(x.shape[-2:])))

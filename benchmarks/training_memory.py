@@ -1,0 +1,381 @@
+"""Peak device memory of a training step of the guidance: python benchmarks/training_memory.py [--measure]
+
+Runs the step of `core.guidance_training` at the published sizes (Stage C 3.6B in bfloat16, frozen; the
+guidance in float32 under bfloat16 autocast; AdamW; the encoder in float32; one picture per process, in the
+second of two micro-batches) on tensors that hold no data, and follows every storage from the operator that
+makes it to its release. That takes one core, two minutes, 0.5 GB and no GPU. `--measure` runs the same step
+on a CUDA device and prints `torch.cuda.max_memory_allocated`; `--check` compares the count with what the
+CPU's allocator gives out in real steps of a small configuration.
+
+A CPU build of torch cannot run autograd on fake 'cuda' tensors. So the fake tensors lie on the CPU, and
+`autocast_as_on_cuda` makes the CPU's autocast choose number formats by CUDA's lists (norms in float32, for
+one). Attention is a fused kernel that keeps its output and a float32 per query and head, never a matrix of
+pixels by pixels. Not counted: what kernels take while they run (workspaces; the backward pass of flash
+attention takes a float32 map of the queries), the allocator's fragments, the CUDA context, and, with several
+processes, the buckets of DistributedDataParallel, as large as the gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from core.conditioning import TextCondition
+from core.config import LatentGeometry
+from core.data.loader import Batch
+from core.guidance_training import GuidedStageC, draw_noise, drop_conditions, noise_latents
+from core.sizes import TINY, EffnetSizes, GuidanceSizes, StageCSizes
+from core.trainer import CLIP_NORM
+from core.training_encoders import Encoders
+from gdf.diffusion import sample_losses
+from gdf.targets import EPSILON
+from modules.effnet import EfficientNetEncoder
+from modules.guidance import Guidance
+from modules.stage_c import StageC
+
+SIDES = (1024, 2048, 3072, 4096, 4608)  # of the pictures, in pixels
+TEXT_ENCODER = 694_659_840  # parameters of the CLIP text encoder, which stays on the device
+TEXT_TOKENS = 77
+GRANULE = 512  # bytes: CUDA's allocator hands out multiples
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and on which pictures; the defaults are the published sizes."""
+
+    side: int = 1024  # of the square picture, in pixels
+    gradient_checkpointing: bool = True
+    stage_c: StageCSizes = StageCSizes()
+    guidance: GuidanceSizes = GuidanceSizes()
+    effnet: EffnetSizes = EffnetSizes()
+    geometry: LatentGeometry = LatentGeometry()
+    dtype: torch.dtype = torch.bfloat16  # of Stage C, and autocast's
+    text_encoder: int = TEXT_ENCODER  # parameters, in the same dtype
+
+    @property
+    def latent(self) -> int:
+        """The latent's side."""
+        return self.side // self.geometry.stride
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device: weights, the optimiser's state and the gradients between steps, and the peak."""
+
+    weights: int
+    optimiser: int
+    gradients: int
+    peak: int
+
+    @property
+    def growth(self) -> int:
+        """The peak over what lies there between two micro-batches."""
+        return self.peak - self.weights - self.optimiser - self.gradients
+
+
+# --- following storages ---------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operators return, while they live: `now`, and at most `peak`."""
+
+    def __init__(self, granule: int = GRANULE) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._granule = granule
+        self._living: dict[int, weakref.ref] = {}
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors from before the mode was entered."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if id(storage) not in self._living:
+                size = -(-storage.nbytes() // self._granule) * self._granule
+                release = partial(self._release, id(storage), size)
+                self._living[id(storage)] = weakref.ref(storage, release)
+                self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _release(self, key: int, size: int, _: weakref.ref) -> None:
+        del self._living[key]
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ARG002
+        out = function(*args, **(kwargs or {}))
+        self.follow(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
+
+
+# --- CUDA's autocast on the CPU -------------------------------------------------------------------
+
+# ATen/autocast_mode.h: AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE and AT_FORALL_PROMOTE, as far as networks
+# like ours may call them and the CPU's lists differ
+IN_FLOAT32 = (
+    "layer_norm", "native_layer_norm", "group_norm", "rms_norm", "exp", "log", "reciprocal", "rsqrt",
+    "softplus", "pow.Tensor_Scalar", "upsample_nearest2d", "upsample_bilinear2d", "_upsample_bilinear2d_aa",
+)  # fmt: skip
+SUMMED_IN_FLOAT32 = ("sum", "sum.dim_IntList", "linalg_vector_norm", "cumsum")
+WIDEST = ("addcmul", "addcdiv")
+NORM = "norm.ScalarOpt_dim"
+
+
+def _operator(name: str) -> Callable:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def _is_low(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.element_size() < 4
+
+
+def _in_float32(operator: Callable, *args, **kwargs):
+    with torch.autocast("cpu", enabled=False):
+        return operator(*(a.float() if _is_low(a) else a for a in args), **kwargs)
+
+
+def _summed_in_float32(operator: Callable, x: Tensor, *args, **kwargs):
+    if _is_low(x):
+        kwargs = {"dtype": torch.float32, **{k: v for k, v in kwargs.items() if v is not None}}
+    with torch.autocast("cpu", enabled=False):
+        return operator(x, *args, **kwargs)
+
+
+def _norm(x: Tensor, p, dim, keepdim: bool = False) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return torch.ops.aten.norm.ScalarOpt_dim_dtype(x, p, dim, keepdim, dtype=torch.float32)
+
+
+def _widest(operator: Callable, *args, **kwargs):
+    if any(isinstance(a, Tensor) and a.dtype == torch.float32 for a in args):
+        return _in_float32(operator, *args, **kwargs)
+    with torch.autocast("cpu", enabled=False):
+        return operator(*args, **kwargs)
+
+
+@contextmanager
+def autocast_as_on_cuda() -> Iterator[None]:
+    """Within it, autocast on the CPU treats the operators above as CUDA's autocast treats them."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for names, policy in (
+            (IN_FLOAT32, _in_float32), (SUMMED_IN_FLOAT32, _summed_in_float32), (WIDEST, _widest)
+        ):  # fmt: skip
+            for name in names:
+                library.impl(name, partial(policy, _operator(name)), "AutocastCPU")
+        library.impl(NORM, _norm, "AutocastCPU")
+        yield
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """Networks and optimiser of a job on a device."""
+
+    job: Job
+    module: GuidedStageC
+    effnet: EfficientNetEncoder
+    text_encoder: Tensor  # stands in for its weights
+    optimizer: torch.optim.AdamW
+
+    def follow(self, live: LiveBytes) -> tuple[int, int, int]:
+        """Let `live` count the weights, the optimiser's state and the gradients: bytes of each."""
+        modules = (self.module, self.module.stage_c, self.effnet)
+        weights = [t for m in modules for t in (*m.parameters(), *m.buffers())] + [self.text_encoder]
+        state = [t for entry in self.optimizer.state.values() for t in entry.values()]
+        gradients = [p.grad for p in self.module.parameters()]
+        totals = [live.now]
+        for tensors in (weights, state, gradients):
+            live.follow(tensors)
+            totals.append(live.now)
+        return tuple(after - before for before, after in zip(totals, totals[1:], strict=False))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New parameters have this dtype: `Module.to` cannot convert fake ones."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def prepare(job: Job, device: str) -> Training:
+    """Random weights in the middle of an update: the optimiser has its state, and gradients exist."""
+    with torch.device(device):
+        with default_dtype(job.dtype):
+            stage_c = StageC(**asdict(job.stage_c))
+        guidance, effnet = Guidance(**asdict(job.guidance)), EfficientNetEncoder(**asdict(job.effnet))
+        text_encoder = torch.empty(job.text_encoder, dtype=job.dtype)
+    guidance.init_weights()
+    effnet.requires_grad_(False)
+    stage_c.gradient_checkpointing = job.gradient_checkpointing
+    module = GuidedStageC(stage_c, guidance).train()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, foreach=True)  # CUDA's default
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return Training(job, module, effnet, text_encoder, optimizer)
+
+
+@dataclass(frozen=True)
+class RandomText:
+    """In the place of `core.conditioning.TextEncoder`: its output for any caption, without its network."""
+
+    job: Job
+
+    def encode(self, prompts: Iterable[str], device: str, together: bool = False) -> dict[str, TextCondition]:  # noqa: ARG002
+        sizes, kind = self.job.stage_c, {"dtype": self.job.dtype, "device": device}
+        tokens = torch.randn(1, TEXT_TOKENS, sizes.c_clip_text, **kind)
+        pooled = torch.randn(1, 1, sizes.c_clip_text_pooled, **kind)
+        return {prompt: TextCondition(tokens, pooled) for prompt in prompts}
+
+
+def micro_batch(training: Training, device: str) -> None:
+    """Forward and backward for one random picture, as `train/train_t2i.py` and the trainer do it."""
+    job = training.job
+    encoders = Encoders(
+        training.effnet, RandomText(job), None, job.geometry, job.stage_c.c_clip_img, torch.device(device)
+    )
+    encoded = encoders.encode(Batch(torch.rand(1, 3, job.side, job.side), [""], [""]))
+    noise = draw_noise([(0, 0, 0)], encoded.z.shape[1:], encoded.z_lr.shape[1:])
+    latents = noise_latents(encoded.z, encoded.z_lr, noise, EPSILON)
+    held = drop_conditions(encoded.conditions, encoders.empty(), noise).to(device, job.dtype)
+    with torch.autocast(device, job.dtype) if job.dtype == torch.bfloat16 else nullcontext():
+        prediction = training.module(latents, held)
+    sample_losses(prediction, latents.target).mean().backward()
+
+
+def update(training: Training) -> None:
+    """What follows the last micro-batch."""
+    torch.nn.utils.clip_grad_norm_(training.module.parameters(), CLIP_NORM, foreach=True)
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+
+
+# --- three ways to a figure -----------------------------------------------------------------------
+
+
+def count(training: Training, granule: int = GRANULE) -> Memory:
+    """Memory of a micro-batch and the update after it on the CPU, from the storages that live."""
+    live = LiveBytes(granule)
+    weights, optimiser, gradients = training.follow(live)
+    gc.collect()
+    with autocast_as_on_cuda(), live:
+        micro_batch(training, "cpu")
+        update(training)
+    return Memory(weights, optimiser, gradients, live.peak)
+
+
+def estimate(job: Job, granule: int = GRANULE) -> Memory:
+    """Memory of a job's training step; takes next to none itself."""
+    with FakeTensorMode():
+        return count(prepare(job, "cpu"), granule)
+
+
+def allocator_growth(job: Job) -> int:
+    """Bytes that the CPU's allocator gives out at the peak of a real step, by the profiler's record of it."""
+    training = prepare(job, "cpu")
+    gc.collect()
+    with autocast_as_on_cuda(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        micro_batch(training, "cpu")
+        update(training)
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events))
+
+
+def measure(job: Job) -> Memory | None:
+    """Memory of a job's training step as the CUDA device has it; None where it does not fit."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        training = prepare(job, "cuda")
+        resident = training.follow(LiveBytes())
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        micro_batch(training, "cuda")
+        update(training)
+        torch.cuda.synchronize()
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return Memory(*resident, torch.cuda.max_memory_allocated())
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+SMALL = Job(
+    side=256,
+    stage_c=StageCSizes(c_cond=256, c_hidden=(256, 256), nhead=(4, 4), blocks=((1, 3), (3, 1))),
+    guidance=GuidanceSizes(ind=256, ch=128, n_head=4, head_dim=32, n_groups=16, f_dim=128),
+    effnet=TINY.effnet,
+    geometry=LatentGeometry(stride=8, lr_train_cells=12),
+    text_encoder=0,
+)
+
+
+def pair(job: Job, figure: Callable[[Job], Memory | None]) -> list[Memory | None]:
+    """With gradient checkpointing and without."""
+    return [figure(replace(job, gradient_checkpointing=checkpointing)) for checkpointing in (True, False)]
+
+
+def print_table(sides: Iterable[int], figure: Callable[[Job], Memory | None]) -> None:
+    """A line of Markdown for each size of picture, in GiB."""
+    print("| size | latent | weights + optimiser | peak with checkpointing | peak without |")
+    print("|---|---|---|---|---|", flush=True)
+    for side in sides:
+        job = Job(side)
+        both = pair(job, figure)
+        resident = next((f"{(m.weights + m.optimiser) / GIB:.1f}" for m in both if m), "-")
+        peaks = " | ".join(f"{m.peak / GIB:.1f}" if m else "does not fit" for m in both)
+        print(f"| {side}² | {job.latent}² | {resident} | {peaks} |", flush=True)
+
+
+def print_check() -> None:
+    """The count against the allocator of the CPU: what a step takes over what lies there before it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for checkpointing in (True, False):
+            job = replace(SMALL, dtype=dtype, gradient_checkpointing=checkpointing)
+            counted, real = estimate(job, 1).growth, allocator_growth(job)
+            print(f"{str(dtype):15} {'with' if checkpointing else 'without':8} checkpointing: "
+                  f"{counted / 1e6:.2f} MB counted, {real / 1e6:.2f} MB allocated, "
+                  f"ratio {counted / real:.4f}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Peak device memory of a training step of the guidance.")
+    parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="of the pictures, in pixels")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure on the CUDA device, with real tensors"
+    )
+    parser.add_argument("--check", action="store_true", help="compare the count with real runs on the CPU")
+    options = parser.parse_args()
+    if options.check:
+        print_check()
+        return
+    if options.measure and not torch.cuda.is_available():
+        sys.exit("--measure needs a CUDA device, and torch finds none")
+    where = torch.cuda.get_device_name() if options.measure else "counted without a device"
+    print(f"GiB, batch 1, {where}\n", flush=True)
+    print_table(options.sides, measure if options.measure else estimate)
+
+
+if __name__ == "__main__":
+    main()
