@@ -114,14 +114,14 @@ TINY = Sizes(
         c_clip_text_pooled=128, c_clip_img=16, dropout=(0.0, 0.0), switch_level=(True,),
     ),
     stage_b=StageBSizes(
-        c_hidden=(96, 128, 128), nhead=(-1, -1, 2), blocks=((2, 2, 3), (3, 2, 2)),
+        c_hidden=(64, 128, 128), nhead=(-1, -1, 2), blocks=((2, 3, 3), (3, 3, 2)),
         block_repeat=((1, 1, 1), (1, 1, 1)), c_cond=128, c_clip=128, level_config=("CT", "CT", "CTA"),
         dropout=(0.0, 0.0, 0.0),
     ),
     guidance=GuidanceSizes(ind=192, ch=64, n_head=2, head_dim=32, n_groups=16, f_dim=64),
     stage_a=StageASizes(c_hidden=64, bottleneck_blocks=3, codebook_size=1024),
     effnet=EffnetSizes(
-        stem=24, stages=(("fused", 1, 1, 24, 1), ("fused", 4, 2, 48, 2), ("mb", 4, 2, 96, 3)), head=256,
+        stem=16, stages=(("fused", 2, 2, 32, 1), ("fused", 2, 2, 64, 2), ("fused", 2, 1, 96, 2)), head=256,
     ),
     previewer=PreviewerSizes(c_hidden=64),
 )  # fmt: skip
