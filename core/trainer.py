@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 CLIP_NORM = 1.0
 MAX_BAD_UPDATES = 5  # with a loss or gradient that is not finite, in a row
+EMA_WARMUP = 10  # updates: the running mean follows faster at first, so that it forgets the initial weights
 CHECKPOINT = "step_{:08d}.pt"
 
 Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit"]
@@ -244,9 +245,10 @@ class Trainer:
             group["lr"] = learning_rate(self.settings, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        decay = min(self.settings.ema, (1 + self.step) / (EMA_WARMUP + self.step))
         with torch.no_grad():
             for name, average in self.ema.items():
-                average.lerp_(self._parameters[name], 1 - self.settings.ema)
+                average.lerp_(self._parameters[name], 1 - decay)
 
     def _update_weights_of_loss(self, tallies: list[tuple[Tensor, Tensor]]) -> None:
         logsnr, losses = (torch.cat(column) for column in zip(*tallies, strict=True))
@@ -308,7 +310,7 @@ class Trainer:
         state = {
             "step": self.step, "position": self.position, "skipped": self.skipped,
             "parameters": wholes(self._parameters), "ema": wholes(self.ema), "buffers": wholes(self._buffers),
-            "optimizer": optimizer_state(self.recipe.module, self.optimizer),
+            "optimizer": optimizer_state(self.optimizer),
             "loss_weight": self.weight.state_dict(),
         }  # fmt: skip
         if self.accelerator.is_main_process:
@@ -346,7 +348,7 @@ class Trainer:
         for own, kept in ((self._parameters, "parameters"), (self.ema, "ema"), (self._buffers, "buffers")):
             for name, tensor in own.items():
                 fill(tensor, state[kept][name])
-        load_optimizer_state(self.recipe.module, self.optimizer, state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.weight.load_state_dict(state["loss_weight"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
         log.info("resumed from %s", paths[-1])

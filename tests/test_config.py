@@ -15,7 +15,9 @@ from core.config import (
     StageBConfig,
     StageCConfig,
     TrainConfig,
+    effnet_sizes,
     guidance_sizes,
+    previewer_sizes,
     stage_b_sizes,
     stage_c_sizes,
 )
@@ -213,7 +215,13 @@ def test_a_configuration_survives_being_written_and_read(
     text = as_yaml(config)
     assert "!!" not in text or "!!" in name
     path = write(tmp_path_factory.getbasetemp(), text)
-    assert load(TrainConfig, path) == replace(config, guidance=guidance_sizes(config))
+    resolved = replace(
+        config,
+        guidance=guidance_sizes(config),
+        previewer=previewer_sizes(config),
+        effnet=effnet_sizes(config),
+    )
+    assert load(TrainConfig, path) == resolved
 
 
 def test_the_written_configuration_states_the_resolved_sizes(tmp_path: Path) -> None:
@@ -234,10 +242,17 @@ def test_each_misspelt_key_is_named_with_the_right_one(tmp_path: Path, cls: type
 
 @pytest.mark.parametrize(("cls", "values"), EACH)
 def test_each_required_key_is_missed_by_name(tmp_path: Path, cls: type, values: dict) -> None:
-    for name in values:
+    for name in (name for name in values if name != "webdataset_path"):
         rest = {key: value for key, value in values.items() if key != name}
         assert f"the required key is missing: '{name}'" in fail(cls, write(tmp_path, rest))
     assert "the required keys are missing: " in fail(cls, write(tmp_path, {"dtype": "float32"}))
+
+
+def test_training_data_is_named_by_one_of_two_keys(tmp_path: Path) -> None:
+    rest = {key: value for key, value in TRAIN.items() if key != "webdataset_path"}
+    for values in (rest, {**TRAIN, "scenes": {"count": 3}}):
+        assert "one of 'webdataset_path' and 'scenes'" in fail(TrainConfig, write(tmp_path, values))
+    assert load(TrainConfig, write(tmp_path, {**rest, "scenes": {"count": 3}})).scenes.count == 3
 
 
 @pytest.mark.parametrize(("cls", "values"), EACH)
@@ -275,7 +290,7 @@ def test_no_key_takes_a_date(tmp_path: Path, cls: type, values: dict) -> None:
         ("guidance_strength=[]", "'guidance_strength' must list"),
         ("target=noise", "'target' must be one of epsilon, x0, v, rectified_flow, not 'noise'"),
         ("dtype=float16", "one of bfloat16, float32, not 'float16' (float16 gives black pictures or NaN"),
-        ("model_version=2B", "'model_version' '2B' is not a published one (3.6B, 1B)"),
+        ("model_version=2B", "'model_version' '2B' is not a known one (3.6B, 1B, tiny)"),
         ("lr", "must be written key=value"),
         ("=1", "must be written key=value"),
         ("lr.start=1", "'lr' is a value, not a mapping"),
@@ -289,7 +304,7 @@ def test_bad_overrides_are_named(tmp_path: Path, override: str, words: str) -> N
 
 def test_a_bad_version_of_stage_b_lists_the_known_ones(tmp_path: Path) -> None:
     message = fail(StageBConfig, write(tmp_path, {**STAGE_B, "model_version": "1B"}))
-    assert "'model_version' '1B' is not a published one (3B, 700M)" in message
+    assert "'model_version' '1B' is not a known one (3B, 700M, tiny)" in message
 
 
 @pytest.mark.parametrize(
