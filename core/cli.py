@@ -22,6 +22,7 @@ DTYPE_NAMES = {
     "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32",
 }  # fmt: skip
 FLOAT16_NAMES = ("fp16", "float16", "half")
+MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype")  # what tells which models made a picture
 
 
 # --- running a script -----------------------------------------------------------------------------
@@ -152,6 +153,16 @@ def parse_with_preset(parser: argparse.ArgumentParser, arguments: Sequence[str] 
         stored = read_image_metadata(known.from_image)
         parser.set_defaults(**{name: value for name, value in stored.items() if hasattr(known, name)})
     return parser.parse_args(arguments)
+
+
+def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
+    """The pipeline that the flags name; nothing is loaded yet."""
+    guidance = None if arguments.pretrained_path == "none" else arguments.pretrained_path
+    device = device_named(arguments.device)
+    return UltraPixelPipeline.from_config(
+        arguments.config_c, arguments.config_b, guidance, device, arguments.dtype, arguments.resident,
+        arguments.allow_download,
+    )  # fmt: skip
 
 
 def check_weights(pipeline: UltraPixelPipeline, preset: str | None) -> None:

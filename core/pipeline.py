@@ -47,6 +47,7 @@ from modules.stage_b import StageB
 from modules.stage_c import StageC
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+GROUP = 8  # pictures that scripts send through the stages together: each stage moves to the device once
 NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from core.cli import (
+    MODEL_FLAGS,
     ProgressBars,
     add_model_flags,
     add_picture_flags,
     add_settings_flags,
     check_weights,
-    device_named,
+    make_pipeline,
     parse_with_preset,
     read_prompts,
     run,
@@ -23,12 +24,10 @@ from core.cli import (
     usage_table,
 )
 from core.images import check_format, output_path, save_image, to_image
-from core.pipeline import Job, Picture, Progress, UltraPixelPipeline, load_previewer
+from core.pipeline import GROUP, Job, Picture, Progress, UltraPixelPipeline, load_previewer
 from core.report import WeightHashes, describe_plan, picture_metadata
 from core.resolution import plan
 
-GROUP = 8  # pictures that go through the stages together: each stage moves to the device once a group
-MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype")
 PREVIEW_EVERY = 4  # steps of the high-resolution pass
 
 
@@ -59,16 +58,6 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
     wanted = [prompt for prompt in prompts for _ in range(arguments.num_image)]
     size = (arguments.height, arguments.width)
     return [Job(p, *size, arguments.seed + i, arguments.negative_prompt) for i, p in enumerate(wanted)]
-
-
-def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
-    """The pipeline that the flags name; nothing is loaded yet."""
-    guidance = None if arguments.pretrained_path == "none" else arguments.pretrained_path
-    device = device_named(arguments.device)
-    return UltraPixelPipeline.from_config(
-        arguments.config_c, arguments.config_b, guidance, device, arguments.dtype, arguments.resident,
-        arguments.allow_download,
-    )  # fmt: skip
 
 
 class Previews:
