@@ -142,7 +142,7 @@ class RunConfig:
     num_workers: int = 4  # processes that decode pictures
     max_broken: float = 0.1  # share of broken pictures that stops the run
     gradient_checkpointing: bool = True
-    compile: bool = False  # the trained module with torch.compile: minutes at the start, faster steps after
+    compile: bool = False  # the blocks with torch.compile: a minute at the start, faster steps after
     tracker: Literal["auto", "tensorboard", "wandb", "none"] = "auto"  # auto: TensorBoard where installed
 
     def __post_init__(self) -> None:
@@ -189,11 +189,24 @@ class StageBTrainConfig(RunConfig, StageBConfig):
     geometry: LatentGeometry = LatentGeometry()
     pyramid_noise: bool = True  # coarse noise too, as the published one was trained; else white
     latent_noise: float = 0.0  # deviation of the noise on the encoder's latents, whose is 1
+    effnet_pretrained_path: str | None = None  # what an encoder that is trained along starts from
     export_effnet_path: str | None = None  # where the encoder goes; None: into the run's folder
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         StageBConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewerTrainConfig(RunConfig):
+    """Training of the previewer from nothing, with the encoder along, if it has no file."""
+
+    model_version: str
+    previewer: PreviewerSizes | None = None
+    effnet: EffnetSizes | None = None
+    effnet_checkpoint_path: str | None = None  # a finished encoder; None: it is trained along
+    latent_noise: float = 0.0  # deviation of the noise on the encoder's latents, whose is 1
+    export_effnet_path: str | None = None  # where the encoder goes; None: into the run's folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from modules.blocks import AttnBlock, ResBlock
 from modules.unet import CascadeUNet
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+BESIDE_FORWARD = ("keys_values", "prepare", "predict", "predict_with_features")  # methods that use weights
 
 
 def distribute(module: nn.Module, accelerator: Accelerator, shard: bool) -> nn.Module:
@@ -39,16 +36,15 @@ def distribute(module: nn.Module, accelerator: Accelerator, shard: bool) -> nn.M
             return plain_forward(*inputs)
 
     module.forward = forward
-    for part in module.modules():
-        if isinstance(part, ResBlock | AttnBlock):
-            fully_shard(part)
-    for part in (part for part in module.modules() if isinstance(part, CascadeUNet)):
-        fully_shard(part)
-    fully_shard(module)
-    for part in module.modules():
-        for method in ("keys_values", "prepare", "predict", "predict_with_features"):
-            if isinstance(part, FSDPModule) and hasattr(part, method):
-                register_fsdp_forward_method(part, method)
+    parts = list(module.modules())
+    units = [part for part in parts if isinstance(part, ResBlock | AttnBlock)]
+    units += [part for part in parts if isinstance(part, CascadeUNet) and part is not module]
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for unit in (*units, module):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        for method in BESIDE_FORWARD:
+            if hasattr(unit, method):
+                register_fsdp_forward_method(unit, method)
     return module
 
 
@@ -81,9 +77,12 @@ def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def fill(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole value into a tensor that may be sharded."""
-    if isinstance(tensor, DTensor):
-        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-    tensor.copy_(value)
+    tensor.copy_(as_shard(value, tensor) if isinstance(tensor, DTensor) else value)
+
+
+def as_shard(value: Tensor, like: DTensor) -> DTensor:
+    """A whole value, sharded as another tensor is."""
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
@@ -91,16 +90,25 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
-def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state, whole; every process must ask for it."""
-    if is_sharded(module.parameters()):
-        return get_optimizer_state_dict(module, optimizer, options=WHOLE)
-    return optimizer.state_dict()
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state, of whole tensors; every process must ask for it."""
+    state = optimizer.state_dict()
+    entries = {number: _each(whole, entry) for number, entry in state["state"].items()}
+    return {**state, "state": entries}
 
 
-def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up a state of `optimizer_state`."""
-    if is_sharded(module.parameters()):
-        set_optimizer_state_dict(module, optimizer, state, options=WHOLE)
-    else:
-        optimizer.load_state_dict(state)
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take up a state of `optimizer_state`, whether it was sharded or not."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def part(tensor: Tensor, parameter: Tensor) -> Tensor:
+        sharded = isinstance(parameter, DTensor) and tensor.shape == parameter.shape
+        return as_shard(tensor, parameter) if sharded else tensor
+
+    entries = {n: _each(partial(part, parameter=parameters[n]), e) for n, e in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": entries})
+
+
+def _each(change: Callable[[Tensor], Tensor], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of a state with its tensors changed."""
+    return {name: change(value) if isinstance(value, Tensor) else value for name, value in entry.items()}

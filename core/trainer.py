@@ -35,6 +35,7 @@ from core.distributed import (
 from core.memory import peak_memory
 from core.random_keys import seed_of
 from gdf.loss_weights import AdaptiveLossWeight, constant
+from modules.blocks import AttnBlock, ResBlock
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class TrainSettings:
     warmup_updates: int = 0
     lr_end: float | None = None  # at the last update, along a cosine; None: lr stays
     optimizer: Optimizer = "adamw"
-    compile: bool = False  # the module's forward with torch.compile
+    compile: bool = False  # the networks' blocks with torch.compile
     shard: bool = False  # the trained weights over the processes (FSDP2), instead of a copy in each
     save_every: int = 500
     keep: int = 2  # checkpoints beside those of backup_every
@@ -129,6 +130,13 @@ def make_optimizer(name: Optimizer, parameters: list[nn.Parameter], lr: float) -
     return AdamW8bit(parameters, lr=lr)
 
 
+def compile_blocks(module: nn.Module) -> None:
+    """Compile residual and attention blocks, one of each shape: as fast as the whole, ready much sooner."""
+    for part in module.modules():
+        if isinstance(part, ResBlock | AttnBlock):
+            part.compile()
+
+
 def learning_rate(settings: TrainSettings, step: int) -> float:
     """The rate of an update counted from 0: linear warm-up, then constant, or a cosine down to `lr_end`."""
     warm = min(1.0, (step + 1) / max(1, settings.warmup_updates))
@@ -152,7 +160,7 @@ class Trainer:
         self.step, self.bad_updates, self.skipped = 0, 0, 0
         self.position: Any = None
         if settings.compile:
-            recipe.module.compile()
+            compile_blocks(recipe.module)
         self.module = distribute(recipe.module, accelerator, settings.shard)
         self._parameters = {n: p for n, p in recipe.module.named_parameters() if p.requires_grad}
         self._buffers = dict(recipe.module.named_buffers())

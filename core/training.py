@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -15,8 +17,9 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from accelerate import Accelerator
+from torch import nn
 
-from core.checkpoint import check_file
+from core.checkpoint import Translate, check_file, load_module
 from core.config import RunConfig
 from core.config_files import as_yaml, load
 from core.data.loader import Batch, LoaderSettings, Position
@@ -34,8 +37,8 @@ FIXED = ("model_version", "stage_c", "stage_b", "stage_a", "guidance", "effnet",
 # --- the command line -----------------------------------------------------------------------------
 
 
-def read_command(cls: type[Config], description: str | None) -> Config | None:
-    """The configuration of a script's command line; None where --dry_run only wanted it printed."""
+def read_command(cls: type[Config], description: str | None) -> Config:
+    """The configuration of a script's command line; --dry_run prints it and ends the script."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,7 +48,8 @@ def read_command(cls: type[Config], description: str | None) -> Config | None:
     arguments = parser.parse_args()
     config = load(cls, arguments.config, arguments.overrides)
     if arguments.dry_run:
-        parser.exit(message=as_yaml(config))
+        sys.stdout.write(as_yaml(config))
+        parser.exit()
     return config
 
 
@@ -84,6 +88,23 @@ def _check_continues(config: RunConfig) -> None:
                 f"the checkpoints in {folder} are of a run with another '{key}' (see {path}): choose another "
                 "experiment_id, or remove them"
             )
+
+
+def trained_module(
+    build: Callable[[], nn.Module],
+    path: str | None,
+    device: torch.device,
+    what: str,
+    translate: Translate | None = None,
+) -> nn.Module:
+    """A module to train, in float32: from a file, or with new weights where there is none."""
+    if path is not None:
+        module = load_module(build, path, dtype=torch.float32, device=device, what=what, translate=translate)
+        return module.train().requires_grad_(True)
+    module = build().to(device).train()
+    if hasattr(module, "init_weights"):  # others are initialised as torch does
+        module.init_weights()
+    return module
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -149,14 +170,14 @@ def train(
     mixed = "bf16" if mixed_precision else "no"
     accelerator = Accelerator(mixed_precision=mixed, log_with=tracker, project_dir=folder)
     data = check_run(config, files, accelerator.num_processes)
-    accelerator.init_trackers(config.experiment_id)
+    accelerator.init_trackers(config.experiment_id, init_kwargs={"wandb": {"dir": str(folder)}})
     recipe = build(Run(config, accelerator, data, folder))
     trainer = Trainer(recipe, settings_of(config), folder, accelerator)
     trainer.resume()
     if accelerator.is_main_process:
         (folder / CONFIG_FILE).write_text(as_yaml(config), "utf-8")
-        bar = UpdateBar(accelerator, folder / LOG_FILE, trainer.step, config.updates)
-        trainer.run(bar, lambda seen: save_losses(seen, folder, trainer.step))
+        with closing(UpdateBar(accelerator, folder / LOG_FILE, trainer.step, config.updates)) as bar:
+            trainer.run(bar, lambda seen: save_losses(seen, folder, trainer.step))
     else:
         trainer.run()
     accelerator.end_training()

@@ -75,6 +75,10 @@ class UpdateBar:
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(int(figures["step"]) - self._bar.n)
 
+    def close(self) -> None:
+        """End the bar's line, so that what is written next stands on its own."""
+        self._bar.close()
+
 
 # --- loss by noise level --------------------------------------------------------------------------
 

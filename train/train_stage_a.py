@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from core.checkpoint import config_metadata, load_module, save_tensors
+from core.checkpoint import config_metadata, save_tensors
 from core.cli import run
 from core.config import StageATrainConfig, stage_a_sizes
 from core.data.loader import Batch
@@ -21,24 +21,12 @@ from core.preview import row_of, sheet
 from core.random_keys import generator_of
 from core.stage_a_training import StageATraining
 from core.trainer import Recipe, StepLoss
-from core.training import Run, read_command, train
+from core.training import Run, read_command, train, trained_module
 from modules.stage_a import StageA
 
 EXPORT = "stage_a.safetensors"
 PREVIEWED = 4  # pictures on a sheet
 NO_LOGSNR = 0.0  # a picture has no noise level
-
-
-def make_stage_a(config: StageATrainConfig, device: torch.device) -> StageA:
-    """Stage A from a file, or with new weights."""
-    make = partial(StageA, **asdict(stage_a_sizes(config)))
-    if config.pretrained_path is None:
-        torch.manual_seed(config.seed)
-        stage_a = make().to(device)
-        stage_a.init_weights()
-        return stage_a
-    stage_a = load_module(make, config.pretrained_path, dtype=torch.float32, device=device, what="Stage A")
-    return stage_a.train().requires_grad_(True)
 
 
 def make_loss(run: Run) -> Callable[..., StepLoss]:
@@ -74,7 +62,9 @@ def make_sampler(run: Run, stage_a: StageA, example: Batch) -> Callable[[int], N
 
 def build(run: Run) -> Recipe:
     """Stage A's recipe."""
-    stage_a = make_stage_a(run.config, run.device)
+    torch.manual_seed(run.config.seed)
+    make = partial(StageA, **asdict(stage_a_sizes(run.config)))
+    stage_a = trained_module(make, run.config.pretrained_path, run.device, "Stage A")
     metadata = config_metadata(asdict(stage_a_sizes(run.config)))
 
     def export(tensors: Mapping[str, Tensor], _step: int) -> None:

@@ -28,7 +28,7 @@ from core.resolution import plan
 from core.settings import Settings
 from core.stage_b_training import StageBTraining, draw_noise, encoder_picture
 from core.trainer import Recipe, StepLoss
-from core.training import Run, read_command, train
+from core.training import Run, read_command, train, trained_module
 from gdf.diffusion import sample_losses
 from gdf.targets import target_named
 from modules.effnet import EfficientNetEncoder, imagenet_normalise
@@ -63,20 +63,13 @@ def load_networks(config: StageBTrainConfig, device: torch.device) -> Networks:
     build_b = partial(StageB, **asdict(stage_b_sizes(config)))
     build_effnet = partial(EfficientNetEncoder, **asdict(effnet_sizes(config)))
     if config.effnet_checkpoint_path is None:
-        effnet = build_effnet().to(device).train()
+        effnet = trained_module(build_effnet, config.effnet_pretrained_path, device, "EfficientNet encoder")
     else:
         effnet = load_module(
             build_effnet, config.effnet_checkpoint_path, dtype=torch.float32, device=device,
             what="EfficientNet encoder",
         )  # fmt: skip
-    if config.pretrained_path is None:
-        stage_b = build_b().to(device)
-        stage_b.init_weights()
-    else:
-        stage_b = load_module(
-            build_b, config.pretrained_path, dtype=torch.float32, device=device, what="Stage B"
-        )
-        stage_b.train().requires_grad_(True)
+    stage_b = trained_module(build_b, config.pretrained_path, device, "Stage B")
     stage_b.gradient_checkpointing = config.gradient_checkpointing
     return Networks(stage_b, effnet, stage_a, text)
 
@@ -118,6 +111,7 @@ def make_sampler(run: Run, networks: Networks, example: Batch) -> Callable[[int]
         networks.effnet.eval()
         latents = networks.effnet(imagenet_normalise(_at_compression(images, run.config)))
         networks.effnet.train(trained)
+        networks.stage_b.eval()
         rows = []
         for i, caption in enumerate(few.captions):
             pooled = torch.cat([texts[caption].pooled, texts[""].pooled])
@@ -129,6 +123,7 @@ def make_sampler(run: Run, networks: Networks, example: Batch) -> Callable[[int]
             again = networks.stage_a.decode(networks.stage_a.encode(images[i : i + 1]))[0]
             made = decode_picture(networks.stage_a, sampled.x0.float(), sizes, tiled=False)
             rows.append(row_of([images[i], again, made]))
+        networks.stage_b.train()
         if run.accelerator.is_main_process:
             save_image(sheet(rows), run.sheet_path(step), "jpg", {"captions": few.captions})
 
@@ -171,7 +166,7 @@ def build(run: Run) -> Recipe:
 def main() -> int:
     config = read_command(StageBTrainConfig, __doc__)
     find_text_encoder(config.clip_text_path)
-    files = [config.stage_a_checkpoint_path, config.effnet_checkpoint_path]
+    files = [config.stage_a_checkpoint_path, config.effnet_checkpoint_path, config.effnet_pretrained_path]
     return train(config, files, build, mixed_precision=config.dtype == "bfloat16")
 
 

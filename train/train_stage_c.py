@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from core.checkpoint import config_metadata, load_module, save_tensors
+from core.checkpoint import config_metadata, save_tensors
 from core.cli import run
 from core.conditioning import find_text_encoder, stack
 from core.config import StageCTrainConfig, stage_c_sizes
@@ -27,7 +27,7 @@ from core.preview import preview_row, sheet, with_latents
 from core.resolution import plan
 from core.settings import Settings
 from core.trainer import Recipe, StepLoss
-from core.training import Run, read_command, train
+from core.training import Run, read_command, train, trained_module
 from core.training_encoders import EncodedBatch, Encoders, batches_of
 from gdf.diffusion import sample_losses
 from gdf.targets import target_named
@@ -39,16 +39,9 @@ PREVIEWED = 8  # pictures on a sheet
 
 def make_stage_c(config: StageCTrainConfig, device: torch.device) -> StageC:
     """Stage C in float32, from a file or with new weights."""
+    torch.manual_seed(config.seed)
     make = partial(StageC, **asdict(stage_c_sizes(config)))
-    if config.pretrained_path is None:
-        torch.manual_seed(config.seed)
-        stage_c = make().to(device)
-        stage_c.init_weights()
-    else:
-        stage_c = load_module(
-            make, config.pretrained_path, dtype=torch.float32, device=device, what="Stage C"
-        )
-        stage_c.train().requires_grad_(True)
+    stage_c = trained_module(make, config.pretrained_path, device, "Stage C")
     stage_c.gradient_checkpointing = config.gradient_checkpointing
     return stage_c
 
@@ -85,6 +78,7 @@ def make_sampler(
     sizes = with_latents(size, encoded.z, encoded.z)
 
     def sample(step: int) -> None:
+        stage_c.eval()
         rows = []
         for i in range(len(few.captions)):
             held = stack(encoded.conditions.only(i), empty).to(run.device, dtype)
@@ -93,6 +87,7 @@ def make_sampler(
                 prepared = prepare_stage_c(stage_c, held)
                 sampled, _ = low_resolution_pass(stage_c, prepared, target, sizes, settings, noise)
             rows.append(preview_row(previewer, few.images[i], [encoded.z[i : i + 1], sampled.x0]))
+        stage_c.train()
         if run.accelerator.is_main_process:
             save_image(sheet(rows), run.sheet_path(step), "jpg", {"captions": few.captions})
 

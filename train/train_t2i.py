@@ -26,7 +26,7 @@ from core.preview import preview_row, sample_latents, sheet, with_latents
 from core.resolution import plan
 from core.settings import Settings
 from core.trainer import Recipe, StepLoss
-from core.training import Run, read_command, train
+from core.training import Run, read_command, train, trained_module
 from core.training_encoders import EncodedBatch, Encoders, batches_of
 from gdf.diffusion import sample_losses
 from gdf.targets import target_named
@@ -52,16 +52,8 @@ class Networks:
 def load_networks(config: TrainConfig, device: torch.device) -> Networks:
     """Frozen weights in the configuration's number format, the guidance in float32."""
     build_guidance = partial(Guidance, **asdict(guidance_sizes(config)))
-    if config.pretrained_path is None:
-        torch.manual_seed(config.seed)
-        guidance = build_guidance().to(device)
-        guidance.init_weights()
-    else:
-        guidance = load_module(
-            build_guidance, config.pretrained_path, dtype=torch.float32, device=device, what="guidance",
-            translate=guidance_names,
-        )  # fmt: skip
-        guidance.train().requires_grad_(True)
+    torch.manual_seed(config.seed)
+    guidance = trained_module(build_guidance, config.pretrained_path, device, "guidance", guidance_names)
     stage_c = load_module(
         partial(StageC, **asdict(stage_c_sizes(config))), config.generator_checkpoint_path,
         dtype=DTYPES[config.dtype], device=device, what="Stage C",

@@ -89,7 +89,10 @@ def cached_batches(
     present = Present(data, cache)
     warn_of_thin(thin_buckets(present, settings.batch_size * settings.world_size))
     order = plans(present, settings, start or Position())
-    yield from as_loader(_Cached(data, cache), settings, order)
+    for loaded in as_loader(_Cached(data, cache), settings, order):
+        if isinstance(loaded, Broken):  # raised here, since workers wrap what they raise in their tracebacks
+            raise ValueError(f"{loaded.name}: this cached sample is damaged ({loaded.reason}): delete it")
+        yield loaded
 
 
 class Present:
@@ -118,21 +121,19 @@ class _Missing(Dataset):
 
 
 class _Cached(Dataset):
-    """Batches of cached tensors by their plan."""
+    """Batches of cached tensors by their plan, or which of their files is damaged."""
 
     def __init__(self, data: IndexedData, cache: Cache) -> None:
         self._data, self._cache = data, cache
 
-    def __getitem__(self, plan: Plan) -> tuple[dict[str, Tensor], Position]:
-        rows = [_read(self._cache.path(self._data, number, plan.bucket)) for number in plan.members]
+    def __getitem__(self, plan: Plan) -> tuple[dict[str, Tensor], Position] | Broken:
+        rows = []
+        for path in (self._cache.path(self._data, number, plan.bucket) for number in plan.members):
+            try:
+                rows.append(load_file(path))
+            except (OSError, SafetensorError) as error:
+                return Broken(str(path), str(error))
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, plan.after
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: this cached sample is damaged ({error}): delete it") from None
 
 
 def _write(

@@ -1,0 +1,196 @@
+"""Stage A, Stage B and the previewer, trained by their scripts for a few updates on drawn scenes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.checkpoint import load_module, read_config, read_tensors
+from core.stage_a_training import COMMITMENT, RECONSTRUCTION, StageATraining
+from core.stage_b_training import draw_noise, encoder_picture
+from modules.effnet import EfficientNetEncoder
+from modules.previewer import Previewer
+from modules.stage_a import StageA
+from modules.stage_b import StageB
+
+STAGE_A = {"c_hidden": 16, "bottleneck_blocks": 1, "codebook_size": 32}
+STAGE_B = {
+    "c_hidden": [32, 32], "nhead": [-1, 2], "blocks": [[1, 1], [1, 1]], "block_repeat": [[1, 1], [1, 1]],
+    "c_cond": 32, "c_clip": 128, "level_config": ["CT", "CTA"], "dropout": [0.0, 0.0],
+}  # fmt: skip
+EFFNET = {"stem": 8, "stages": [["fused", 1, 2, 16, 1], ["mb", 2, 2, 16, 1]], "head": 32}
+COMMON = {
+    "model_version": "tiny", "scenes": {"count": 8, "scales": [1, 2]}, "image_size": 64, "num_workers": 0,
+    "batch_size": 4, "grad_accum_steps": 2, "updates": 4, "save_every": 2, "warmup_updates": 1,
+    "tracker": "none", "ema": 0.5,
+}  # fmt: skip
+
+
+def train(script: str, folder: Path, name: str, config: dict, *overrides: str) -> Path:
+    """Run a training script; the folder of its run."""
+    values = {**COMMON, **config, "experiment_id": name}
+    values |= {"checkpoint_path": str(folder), "output_path": str(folder / "samples")}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    command = [sys.executable, str(ROOT / "train" / script), str(path), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / name
+
+
+def load(cls: type[nn.Module], path: Path) -> nn.Module:
+    """The network of a file that holds its own sizes."""
+    return load_module(lambda: cls(**read_config(path)), path, dtype=torch.float32, what=cls.__name__)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.fixture(scope="module")
+def stage_a(folder: Path) -> Path:
+    config = {"stage_a": STAGE_A, "statistics_updates": 2, "adversarial_start": 3, "adversarial_weight": 0.1}
+    return train("train_stage_a.py", folder, "a", config)
+
+
+@pytest.fixture(scope="module")
+def stage_b(folder: Path, stage_a: Path) -> dict:
+    """The configuration of a training of Stage B and of an encoder, which was run as `b`."""
+    config = {
+        "dtype": "float32", "target": "v", "stage_a": STAGE_A, "stage_b": STAGE_B, "effnet": EFFNET,
+        "stage_a_checkpoint_path": str(stage_a / "stage_a.safetensors"), "clip_text_path": "models/tiny",
+        "geometry": {"compression": 10.67, "stride": 8}, "latent_noise": 0.1,
+    }  # fmt: skip
+    train("train_stage_b.py", folder, "b", config)
+    return config
+
+
+def test_stage_a_trains_and_decodes(stage_a: Path) -> None:
+    assert len(losses(stage_a)) == 4
+    network = load(StageA, stage_a / "stage_a.safetensors")
+    assert network.decode(network.encode(torch.rand(1, 3, 32, 48))).shape == (1, 3, 32, 48)
+    assert Image.open(stage_a.parent / "samples" / "a" / "step_00000004.jpg").size == (3 * 256, 2 * 256)
+
+
+def test_stage_b_trains_with_the_encoder_along(folder: Path, stage_b: dict) -> None:
+    run = folder / "b"
+    assert len(losses(run)) == 4
+    encoder = load(EfficientNetEncoder, run / "effnet_encoder.safetensors")
+    network = load(StageB, run / "stage_b.safetensors")
+    latent = encoder(torch.rand(1, 3, 64, 64))
+    assert latent.shape == (1, 16, 8, 8)
+    x = torch.randn(1, 4, 16, 16)
+    assert network(x, torch.rand(1), latent, torch.randn(1, 1, 128)).shape == x.shape
+    assert Image.open(folder / "samples" / "b" / "step_00000004.jpg").size == (3 * 256, 2 * 256)
+
+
+def test_stage_b_resumes_bit_for_bit(folder: Path, stage_b: dict) -> None:
+    train("train_stage_b.py", folder, "b_parts", stage_b, "updates=3")
+    run = train("train_stage_b.py", folder, "b_parts", stage_b)
+    assert losses(run) == losses(folder / "b")
+    for name in ("stage_b", "effnet_encoder"):
+        whole, parts = (read_tensors(f / f"{name}.safetensors") for f in (folder / "b", run))
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_finished_encoder_stays_as_it_is(folder: Path, stage_b: dict) -> None:
+    path = folder / "b" / "effnet_encoder.safetensors"
+    before = path.read_bytes()
+    run = train(
+        "train_stage_b.py", folder, "b_more", stage_b, "updates=1", f"effnet_checkpoint_path={path}",
+        f"pretrained_path={folder / 'b' / 'stage_b.safetensors'}",
+    )  # fmt: skip
+    assert path.read_bytes() == before and not (run / "effnet_encoder.safetensors").exists()
+    assert not any(name.startswith("effnet.") for name in _trained(run))
+
+
+def _trained(run: Path) -> set[str]:
+    (checkpoint,) = run.glob("step_*.pt")
+    return set(torch.load(checkpoint, weights_only=True)["parameters"])
+
+
+def test_the_previewer_trains_alone_or_with_the_encoder(folder: Path, stage_b: dict) -> None:
+    config = {"previewer": {"c_hidden": 16}, "effnet": EFFNET, "latent_noise": 0.1, "updates": 2}
+    both = train("train_previewer.py", folder, "autoencoder", config)
+    encoder = load(EfficientNetEncoder, both / "effnet_encoder.safetensors")
+    alone = train(
+        "train_previewer.py", folder, "previewer", config,
+        f"effnet_checkpoint_path={both / 'effnet_encoder.safetensors'}",
+    )  # fmt: skip
+    assert not (alone / "effnet_encoder.safetensors").exists()
+    previewer = load(Previewer, alone / "previewer.safetensors")
+    assert previewer(encoder(torch.rand(1, 3, 64, 64))).shape == (1, 3, 64, 64)
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def test_stage_a_losses_are_those_of_a_vqgan() -> None:
+    torch.manual_seed(0)
+    network = StageA(**STAGE_A).eval()
+    images, quantised = torch.rand(3, 3, 16, 16), torch.tensor([True, False, True])
+    result = StageATraining(network, 0.0)(images, quantised, fit_statistics=False, adversarial=True)
+    latent = network.encode_unscaled(images)
+    distances = (latent[:, :, None] - network.vquantizer.codebook.weight.T[None, :, :, None, None]).square()
+    nearest = distances.sum(1).argmin(1)  # (B, H, W)
+    entries = network.vquantizer.codebook.weight[nearest].permute(0, 3, 1, 2)
+    expected = (1 + COMMITMENT) * F.mse_loss(entries, latent) / RECONSTRUCTION
+    torch.testing.assert_close(result.other, expected)
+    decoded = [
+        network.decode_unscaled((entries if q else latent)[i : i + 1]) for i, q in enumerate(quantised)
+    ]
+    errors = torch.stack([(d[0] - image).square().mean() for d, image in zip(decoded, images, strict=True)])
+    torch.testing.assert_close(result.squared_error, errors)
+
+
+def test_the_discriminator_and_stage_a_do_not_move_each_other() -> None:
+    torch.manual_seed(0)
+    module = StageATraining(StageA(**STAGE_A), 0.5)
+    images, decoded = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16, requires_grad=True)
+    module._adversarial(images, decoded).backward()
+    found = {n: p.grad.clone() for n, p in module.discriminator.named_parameters()}
+    pushed = decoded.grad.clone()
+    module.zero_grad()
+
+    def hinge(judge: Callable[[Tensor], Tensor]) -> Tensor:
+        return (F.relu(1 - judge(images)).mean() + F.relu(1 + judge(decoded.detach())).mean()) / 2
+
+    hinge(module.discriminator).backward()
+    for name, parameter in module.discriminator.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
+    (slope,) = torch.autograd.grad(-0.5 * module.discriminator(decoded).mean(), decoded)
+    torch.testing.assert_close(pushed, slope)
+
+
+def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
+    keys = [(1, 5, i) for i in range(4)]
+    whole, part = draw_noise(keys, (4, 8, 8), True), draw_noise(keys[2:], (4, 8, 8), True)
+    assert torch.equal(whole.epsilon[2:], part.epsilon) and torch.equal(whole.t[2:], part.t)
+    assert whole.seeds[2:] == part.seeds
+    many = draw_noise([(0, 0, i) for i in range(400)], (4, 2, 2), False)
+    assert 0.84 < many.keep_latent.float().mean() < 0.96 and many.drop_text.float().mean() < 0.1
+
+
+def test_the_encoder_sees_multiples_of_its_stride() -> None:
+    images = torch.rand(1, 3, 128, 192)
+    sizes = {tuple(encoder_picture(images, (0, step), 8).shape[-2:]) for step in range(60)}
+    assert all(height % 8 == width % 8 == 0 for height, width in sizes) and len(sizes) > 5
+    assert all(64 <= height <= 128 and 96 <= width <= 192 for height, width in sizes)
