@@ -7,18 +7,18 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from toy_training import read_weights, train
+from training_lesson import torchrun
 
-from core.trainer import check_batch_size
+from core.trainer import TrainSettings, check_batch_size, learning_rate
 
 UPDATES = 30
 
@@ -68,6 +68,27 @@ def test_a_loss_that_is_not_finite_is_skipped_and_several_end_the_run(tmp_path: 
     with pytest.raises(ValueError, match="not finite in 5 updates in a row.*smaller lr"):
         train(tmp_path / "all", updates=20, bad_updates=tuple(range(4, 20)))
     assert read_weights(tmp_path / "all")
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(tmp_path: Path) -> None:
+    train(tmp_path, updates=8, bad_gradients=(2, 5))
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2, 4, 5, 7, 8]
+    assert all(torch.isfinite(value).all() for value in read_weights(tmp_path).values())
+    with pytest.raises(ValueError, match="not finite in 5 updates in a row"):
+        train(tmp_path, updates=20, bad_gradients=tuple(range(8, 20)))
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine_to_its_end() -> None:
+    steady = TrainSettings(lr=2.0, updates=110, batch_size=1, warmup_updates=10)
+    assert [learning_rate(steady, step) for step in (0, 4, 9, 10, 109)] == pytest.approx([0.2, 1, 2, 2, 2])
+    falling = replace(steady, lr_end=1.0)
+    rates = [learning_rate(falling, step) for step in range(120)]
+    assert [rates[step] for step in (0, 9, 10, 35, 60, 85)] == pytest.approx(
+        [0.2, 2, 2, 1.5 + 0.5**1.5, 1.5, 1.5 - 0.5**1.5]
+    )
+    assert rates[109] == pytest.approx(1, abs=1e-3) and rates[110:] == [1.0] * 10
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(replace(falling, warmup_updates=0), 0) == 2.0
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
@@ -128,12 +149,17 @@ def test_sigterm_saves_and_stops(tmp_path: Path) -> None:
 # --- several processes ----------------------------------------------------------------------------
 
 
+def test_a_process_that_dies_ends_all_with_its_error(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    done = torchrun(str(ROOT / "tests" / "toy_training.py"), str(tmp_path), "1000", "5")
+    assert done.returncode != 0
+    assert "RuntimeError: this process cannot go on" in done.stderr
+    assert len(losses(tmp_path)) == 5 and time.monotonic() - begin < 120
+
+
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     train(tmp_path / "one", updates=6)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port=29531",
-               str(ROOT / "tests" / "toy_training.py"), str(tmp_path / "two"), "6"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    done = torchrun(str(ROOT / "tests" / "toy_training.py"), str(tmp_path / "two"), "6")
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
     for name in one:

@@ -1,4 +1,4 @@
-"""A small recipe for the trainer's tests: python tests/toy_training.py FOLDER UPDATES"""
+"""A small recipe for the trainer's tests: python tests/toy_training.py FOLDER UPDATES [DIES_AT]"""
 
 from __future__ import annotations
 
@@ -25,12 +25,17 @@ def train(
     grad_accum_steps: int = 1,
     width: int = 4,
     bad_updates: tuple[int, ...] = (),
+    bad_gradients: tuple[int, ...] = (),
+    dies_at: int | None = None,
     pause: float = 0.0,
     save_every: int = 10,
     keep: int = 2,
     backup_every: int = 0,
 ) -> None:
-    """Fit a linear map to twice its input; the samples follow from their keys, the data from the position."""
+    """Fit a linear map to twice its input; the samples follow from their keys, the data from the position.
+
+    The last process raises at update `dies_at`.
+    """
     torch.manual_seed(0)
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
@@ -53,9 +58,16 @@ def train(
         time.sleep(pause)
         offset = torch.sin(batch.float())[:, None]
         x = noise.epsilon.flatten(2).mean(-1) + offset
-        per_sample = (module(x) - 2 * x).square().mean(1)
+        predicted = module(x)
+        per_sample = (predicted - 2 * x).square().mean(1)
+        if keys[0][1] == dies_at and accelerator.is_last_process:
+            raise RuntimeError("this process cannot go on")
         if keys[0][1] in bad_updates:
             per_sample = per_sample * float("nan")
+        if keys[0][1] in bad_gradients:
+            per_sample = (
+                per_sample + (0 * predicted).square().sum(1).sqrt()
+            )  # adds 0, whose gradient is not finite
         return StepLoss(per_sample, cosine(noise.t))
 
     recipe = Recipe(nn.Linear(width, width), batches, loss)
@@ -72,4 +84,4 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), int(sys.argv[2]))
+    train(Path(sys.argv[1]), int(sys.argv[2]), dies_at=int(sys.argv[3]) if len(sys.argv) > 3 else None)
