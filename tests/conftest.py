@@ -1,12 +1,17 @@
 """Shared by all tests: torchvision imports on CPU builds, and the references that lie beside the tests."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import modules.torchvision_operators  # noqa: F401  before transformers and diffusers
 from core.pipeline import UltraPixelPipeline
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core already
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "models"))

@@ -197,7 +197,8 @@ def render(
 ) -> np.ndarray:
     """The picture of a scene, (height, width, 3) uint8 RGB: the same one at any size, but for antialiasing.
 
-    A wider picture shows more of the land. `window` (top, left, height, width) cuts out a part. ValueError for sides below 16 pixels, ImportError without skia.
+    A wider picture shows more of the land. `window` (top, left, height, width) cuts out a part. ValueError
+    for sides below 16 pixels, ImportError without skia.
     """
     if min(height, width) < 16:
         raise ValueError(f"{height} x {width} pixels are too few for a scene: both sides need at least 16")
