@@ -171,7 +171,7 @@ def check_weights(pipeline: UltraPixelPipeline, preset: str | None) -> None:
         pipeline.check_files()
     except (ValueError, FileNotFoundError) as error:
         missing = any(not Path(path).exists() for path in pipeline.files().values())
-        if preset is None and missing:
+        if preset is None and missing and Path(PRESETS[EMBEDDED].pretrained_path).exists():
             raise ValueError(f"{error}; --preset {EMBEDDED} runs now, its weights are here") from None
         raise
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from core.cli import add_model_flags, add_picture_flags, parse_with_preset
 from core.images import read_image_metadata
+from core.presets import PRESETS
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -140,3 +144,15 @@ def test_a_wrong_file_is_told_before_loading(script: Run, family_folder: Path, t
     done = script(pretrained_path=family_folder / "stage_b.safetensors")
     assert done.returncode == 2
     assert "Stage B" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_preset_sets_what_belongs_together_and_flags_win() -> None:
+    parser = argparse.ArgumentParser()
+    add_picture_flags(parser)
+    add_model_flags(parser)
+    for name, preset in PRESETS.items():
+        found = vars(parse_with_preset(parser, ["--preset", name]))
+        assert {key: found[key] for key in asdict(preset)} == asdict(preset)
+        assert all((ROOT / path).is_file() for path in (preset.config_c, preset.config_b))
+    found = parse_with_preset(parser, ["--preset", "big-big", "--height", "512", "--pretrained_path", "none"])
+    assert (found.height, found.width, found.pretrained_path) == (512, 2048, "none")
