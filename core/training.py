@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
-from core.checkpoint import Translate, check_file, load_module
+from core.checkpoint import Translate, check_file, config_metadata, load_module, save_tensors
 from core.config import RunConfig
 from core.config_files import as_yaml, load
 from core.data.loader import Batch, LoaderSettings, Position
@@ -105,6 +105,20 @@ def trained_module(
     if hasattr(module, "init_weights"):  # others are initialised as torch does
         module.init_weights()
     return module
+
+
+def export_parts(files: Mapping[str, tuple[Path, Any]]) -> Callable[[Mapping[str, Tensor], int], None]:
+    """Writes parts of the trained module into files of their own, with their sizes.
+
+    `files`: the prefix of a part's names, such as "stage_b.", to its path and its sizes (a dataclass).
+    """
+
+    def export(tensors: Mapping[str, Tensor], _step: int) -> None:
+        for prefix, (path, sizes) in files.items():
+            named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            save_tensors(path, named, config_metadata(asdict(sizes)))
+
+    return export
 
 
 # --- the run --------------------------------------------------------------------------------------

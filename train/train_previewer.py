@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.checkpoint import config_metadata, load_module, save_tensors
+from core.checkpoint import load_module
 from core.cli import run
 from core.config import PreviewerTrainConfig, effnet_sizes, previewer_sizes
 from core.data.loader import Batch
@@ -24,7 +24,7 @@ from core.images import save_image
 from core.preview import preview_row, sheet
 from core.random_keys import generator_of
 from core.trainer import Recipe, StepLoss
-from core.training import Run, read_command, train, trained_module
+from core.training import Run, export_parts, read_command, train, trained_module
 from core.training_encoders import encode_latent
 from gdf.diffusion import sample_losses
 from modules.effnet import EfficientNetEncoder, imagenet_normalise
@@ -101,13 +101,7 @@ def make_export(run: Run) -> Callable[[Mapping[str, Tensor], int], None]:
     files = {"previewer.": (run.export_path(EXPORT), previewer_sizes(config))}
     if config.effnet_checkpoint_path is None:
         files["effnet."] = (effnet_path, effnet_sizes(config))
-
-    def export(tensors: Mapping[str, Tensor], _step: int) -> None:
-        for prefix, (path, sizes) in files.items():
-            named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            save_tensors(path, named, config_metadata(asdict(sizes)))
-
-    return export
+    return export_parts(files)
 
 
 def build(run: Run) -> Recipe:

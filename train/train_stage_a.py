@@ -5,14 +5,13 @@ Running the same command again continues from the last checkpoint in checkpoint_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from core.checkpoint import config_metadata, save_tensors
 from core.cli import run
 from core.config import StageATrainConfig, stage_a_sizes
 from core.data.loader import Batch
@@ -21,7 +20,7 @@ from core.preview import row_of, sheet
 from core.random_keys import generator_of
 from core.stage_a_training import StageATraining
 from core.trainer import Recipe, StepLoss
-from core.training import Run, read_command, train, trained_module
+from core.training import Run, export_parts, read_command, train, trained_module
 from modules.stage_a import StageA
 
 EXPORT = "stage_a.safetensors"
@@ -65,12 +64,7 @@ def build(run: Run) -> Recipe:
     torch.manual_seed(run.config.seed)
     make = partial(StageA, **asdict(stage_a_sizes(run.config)))
     stage_a = trained_module(make, run.config.pretrained_path, run.device, "Stage A")
-    metadata = config_metadata(asdict(stage_a_sizes(run.config)))
-
-    def export(tensors: Mapping[str, Tensor], _step: int) -> None:
-        named = {n.removeprefix("stage_a."): t for n, t in tensors.items() if n.startswith("stage_a.")}
-        save_tensors(run.export_path(EXPORT), named, metadata)
-
+    export = export_parts({"stage_a.": (run.export_path(EXPORT), stage_a_sizes(run.config))})
     sampler = make_sampler(run, stage_a, next(run.batches(None))[0])
     module = StageATraining(stage_a, run.config.adversarial_weight)
     return Recipe(module, run.batches, make_loss(run), sampler, export)

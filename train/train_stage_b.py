@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from core.checkpoint import config_metadata, load_module, save_tensors
+from core.checkpoint import load_module
 from core.cli import run
 from core.conditioning import TextEncoder, find_text_encoder
 from core.config import StageBTrainConfig, effnet_sizes, stage_a_sizes, stage_b_sizes
@@ -28,7 +28,7 @@ from core.resolution import plan
 from core.settings import Settings
 from core.stage_b_training import StageBTraining, draw_noise, encoder_picture
 from core.trainer import Recipe, StepLoss
-from core.training import Run, read_command, train, trained_module
+from core.training import Run, export_parts, read_command, train, trained_module
 from gdf.diffusion import sample_losses
 from gdf.targets import target_named
 from modules.effnet import EfficientNetEncoder, imagenet_normalise
@@ -144,13 +144,7 @@ def make_export(run: Run) -> Callable[[Mapping[str, Tensor], int], None]:
     files = {"stage_b.": (run.export_path(EXPORT), stage_b_sizes(config))}
     if config.effnet_checkpoint_path is None:
         files["effnet."] = (Path(effnet_path), effnet_sizes(config))
-
-    def export(tensors: Mapping[str, Tensor], _step: int) -> None:
-        for prefix, (path, sizes) in files.items():
-            named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            save_tensors(path, named, config_metadata(asdict(sizes)))
-
-    return export
+    return export_parts(files)
 
 
 def build(run: Run) -> Recipe:
