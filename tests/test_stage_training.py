@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,6 +140,26 @@ def test_the_previewer_trains_alone_or_with_the_encoder(folder: Path, stage_b: d
     assert not (alone / "effnet_encoder.safetensors").exists()
     previewer = load(Previewer, alone / "previewer.safetensors")
     assert previewer(encoder(torch.rand(1, 3, 64, 64))).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_and_stops(folder: Path, number: signal.Signals) -> None:
+    name = f"stopped_{number.name}"
+    values = {**COMMON, "stage_a": STAGE_A, "updates": 100_000, "save_every": 100_000, "num_workers": 1}
+    values |= {"experiment_id": name, "checkpoint_path": str(folder), "output_path": str(folder / "samples")}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, str(ROOT / "train" / "train_stage_a.py"), str(folder / f"{name}.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    log = folder / name / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.1)
+    os.killpg(process.pid, number)  # as a terminal's Ctrl-C does, workers included
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors[-2000:]
+    assert [int(path.stem[5:]) for path in (folder / name).glob("step_*.pt")] == [len(losses(folder / name))]
 
 
 # --- losses ---------------------------------------------------------------------------------------

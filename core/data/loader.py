@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,6 +209,12 @@ def warn_of_thin(buckets: Mapping[Size, int]) -> None:
         log.warning("buckets with fewer pictures than a batch, which repeats them: %s", listed)
 
 
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """Ctrl-C reaches the workers too: they go on, so that the training can finish its update and save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def as_loader(
     dataset: Dataset, settings: LoaderSettings, sampler: Iterable[Plan] | None = None
 ) -> DataLoader:
@@ -217,6 +224,7 @@ def as_loader(
         batch_size=None,
         sampler=sampler,
         num_workers=settings.num_workers,
+        worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator(),
     )
 
