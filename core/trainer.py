@@ -131,7 +131,7 @@ def make_optimizer(name: Optimizer, parameters: list[nn.Parameter], lr: float) -
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile residual and attention blocks, one of each shape: as fast as the whole, ready much sooner."""
+    """Compile residual and attention blocks, one of each shape: ready much sooner than the whole network."""
     for part in module.modules():
         if isinstance(part, ResBlock | AttnBlock):
             part.compile()
