@@ -75,7 +75,7 @@ def main() -> None:
         index = index_folder(str(folder), 0.0)
         sources = {
             "JPEG folder": loading(into_buckets(index, make_buckets(SIDE, ("1/1", "2/3")))),
-            "drawn scenes": loading(DrawnScenes(SceneData(), (SIDE, SIDE))),
+            "drawn scenes": loading(DrawnScenes(SceneData(), ((SIDE, SIDE),))),
         }
         trained = training(folder)
         taken, given = 0.0, dict.fromkeys(sources, 0.0)

@@ -20,6 +20,7 @@ from core.sizes import (
     StageCSizes,
     TextSizes,
 )
+from gdf.loss_weights import loss_weight_named
 
 T = TypeVar("T")
 Dtype = Literal["bfloat16", "float32"]
@@ -136,6 +137,8 @@ class RunConfig:
     use_ddp: bool = True
     use_fsdp: bool = False  # shard the trained weights over the processes instead of copying them
     adaptive_loss_weight: bool = True
+    loss_weight: str = "constant"  # a function of gdf.loss_weights, where it is not adaptive
+    loss_weight_shift: float = 1.0  # the weight is read at logSNR + 2 ln(shift)
     seed: int = 0
     ema: float = 0.0  # decay of the running mean of the weights that is exported; 0: none
     keep: int = 2  # checkpoints beside those of backup_every
@@ -147,7 +150,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "lr", "batch_size", "image_size", "grad_accum_steps", "updates")
-        _require_positive(self, "backup_every", "save_every")
+        _require_positive(self, "backup_every", "save_every", "loss_weight_shift")
+        loss_weight_named(self.loss_weight)
+        if self.adaptive_loss_weight and self.loss_weight != "constant":
+            raise ValueError("'loss_weight' is used without 'adaptive_loss_weight': set that to false")
         if (self.webdataset_path is None) == (self.scenes is None):
             raise ValueError("the training data is named by one of 'webdataset_path' and 'scenes'")
         for ratio in self.multi_aspect_ratio:
@@ -189,12 +195,15 @@ class StageBTrainConfig(RunConfig, StageBConfig):
     geometry: LatentGeometry = LatentGeometry()
     pyramid_noise: bool = True  # coarse noise too, as the published one was trained; else white
     latent_noise: float = 0.0  # deviation of the noise on the encoder's latents, whose is 1
+    cache_path: str | None = None  # folder where latents and texts are kept, once the encoder is finished
     effnet_pretrained_path: str | None = None  # what an encoder that is trained along starts from
     export_effnet_path: str | None = None  # where the encoder goes; None: into the run's folder
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         StageBConfig.__post_init__(self)
+        if self.cache_path is not None and self.effnet_checkpoint_path is None:
+            raise ValueError("'cache_path' is for a finished encoder: name it as 'effnet_checkpoint_path'")
 
 
 @dataclass(frozen=True, kw_only=True)

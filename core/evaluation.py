@@ -21,6 +21,7 @@ from modules.recogniser import SIDE, Recogniser, resize
 from modules.stage_a import StageA
 
 CROPS = 8  # of each picture
+BANDS = 4  # octaves of detail that a crop is told apart by
 
 OnPicture = Callable[["View", "Case", Tensor], None]
 
@@ -134,9 +135,26 @@ def crops(picture: Tensor, seed: int) -> Tensor:
     return torch.stack([picture[:, y : y + side, x : x + side] for y, x in corners])
 
 
+def detail(pictures: Tensor) -> Tensor:
+    """How much detail pictures (B, 3, H, W) in [0, 1] show, and their colours: (B, 3 (BANDS + 2)).
+
+    The logarithm of the mean contrast of each octave (a Laplacian pyramid's level), means and deviations.
+    """
+    columns, x = [], pictures
+    for _ in range(BANDS):
+        coarse = F.avg_pool2d(x, 2)
+        band = x - F.interpolate(coarse, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        columns.append((band.abs().mean(dim=(2, 3)) + 1 / 255).log())
+        x = coarse
+    return torch.cat([*columns, pictures.mean(dim=(2, 3)), pictures.std(dim=(2, 3))], dim=1)
+
+
 @dataclass(frozen=True)
 class Seen:
-    """What the recogniser makes of a picture: answers (attributes,), features (D,), of crops (CROPS, D)."""
+    """What is seen in a picture: answers (attributes,), features (D,), and of its crops (CROPS, D').
+
+    The crops' features are the recogniser's, which does not mind blur, and those of `detail`, which do.
+    """
 
     answers: Tensor
     features: Tensor
@@ -155,10 +173,12 @@ class Judge:
         """What is in a picture (3, H, W); ValueError if any pixel is NaN."""
         if picture.isnan().any():
             raise ValueError(f"the picture of seed {seed} holds NaN; check the weight files and the settings")
-        views = torch.cat([resize(picture[None], SIDE), resize(crops(picture, seed), SIDE)])
-        features = self._recogniser.features(views.to(self._device))
+        patches = crops(picture.to(self._device), seed)
+        views = torch.cat([resize(picture[None].to(self._device), SIDE), resize(patches, SIDE)])
+        features = self._recogniser.features(views)
         answers = [logits.argmax() for logits in self._recogniser.heads(features[:1])]
-        return Seen(torch.stack(answers).cpu(), features[0].cpu(), features[1:].cpu())
+        of_crops = torch.cat([features[1:], detail(patches)], dim=1)
+        return Seen(torch.stack(answers).cpu(), features[0].cpu(), of_crops.cpu())
 
     def real(self, case: Case, size: Size) -> Seen:
         """What is in the rendering of a scene."""

@@ -59,15 +59,20 @@ def encoder_picture(images: Tensor, key: Sequence[int], stride: int) -> Tensor:
 
 
 class StageBTraining(nn.Module):
-    """Stage B, and the encoder whose latents condition it; an encoder without gradients stays as it is."""
+    """Stage B, and the encoder whose latents condition it, where that is trained along."""
 
-    def __init__(self, stage_b: StageB, effnet: EfficientNetEncoder, config: StageBTrainConfig) -> None:
+    def __init__(
+        self, stage_b: StageB, effnet: EfficientNetEncoder | None, config: StageBTrainConfig
+    ) -> None:
         super().__init__()
         self.stage_b, self.effnet, self.latent_noise = stage_b, effnet, config.latent_noise
 
-    def forward(self, latents: Noised, picture: Tensor, pooled: Tensor, noise: StageBNoise) -> Tensor:
-        """The prediction (B, 4, H, W) given pictures (B, 3, h, w) in [0, 1] and pooled texts (B, 1, P)."""
-        effnet = self.effnet(imagenet_normalise(picture))  # (B, 16, h / stride, w / stride)
+    def forward(self, latents: Noised, seen: Tensor, pooled: Tensor, noise: StageBNoise) -> Tensor:
+        """The prediction (B, 4, H, W) given pooled texts (B, 1, P) and pictures (B, 3, h, w) in [0, 1].
+
+        Without an encoder, `seen` are the latents (B, 16, h, w) of a finished one instead of pictures.
+        """
+        effnet = seen if self.effnet is None else self.effnet(imagenet_normalise(seen))
         if self.latent_noise:
             draws = [torch.randn(effnet.shape[1:], generator=generator_of((seed,))) for seed in noise.seeds]
             effnet = effnet + self.latent_noise * torch.stack(draws).to(effnet)

@@ -34,7 +34,7 @@ from core.distributed import (
 )
 from core.memory import peak_memory
 from core.random_keys import seed_of
-from gdf.loss_weights import AdaptiveLossWeight, constant
+from gdf.loss_weights import AdaptiveLossWeight, LossWeight, constant
 from modules.blocks import AttnBlock, ResBlock
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class TrainSettings:
     backup_every: int = 0
     ema: float = 0.0  # decay; 0: none
     adaptive_loss_weight: bool = True
+    loss_weight: LossWeight = constant  # where it is not adaptive
     seed: int = 0
 
 
@@ -244,8 +245,8 @@ class Trainer:
         torch.manual_seed(seed_of((self.settings.seed, self.step, self.accelerator.process_index)))
 
     def _weighted(self, result: StepLoss) -> Tensor:
-        weight = (self.weight if self.settings.adaptive_loss_weight else constant)(result.logsnr)
-        loss = (result.per_sample * weight.detach()).mean()
+        weigh = self.weight if self.settings.adaptive_loss_weight else self.settings.loss_weight
+        loss = (result.per_sample * weigh(result.logsnr).detach()).mean()
         return loss if result.extra is None else loss + result.extra
 
     def _apply_gradients(self) -> None:

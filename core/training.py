@@ -26,6 +26,7 @@ from core.data.loader import Batch, LoaderSettings, Position
 from core.data.sources import Data, open_data, stream
 from core.trainer import Recipe, Trainer, TrainSettings, check_batch_size, checkpoints
 from core.training_log import UpdateBar, save_losses, tracker_named
+from gdf.loss_weights import loss_weight_named
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -206,4 +207,5 @@ def settings_of(config: RunConfig) -> TrainSettings:
         optimizer=config.optimizer, compile=config.compile, shard=config.use_fsdp,
         save_every=config.save_every, keep=config.keep, backup_every=config.backup_every, ema=config.ema,
         adaptive_loss_weight=config.adaptive_loss_weight, seed=config.seed,
+        loss_weight=loss_weight_named(config.loss_weight, config.loss_weight_shift),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from core.checkpoint import file_sha256, load_module
 from core.conditioning import Conditions, ImageEncoder, TextEncoder, conditions, find_text_encoder
-from core.config import LatentGeometry, TrainConfig, effnet_sizes, stage_c_sizes
+from core.config import LatentGeometry, StageBTrainConfig, TrainConfig, effnet_sizes, stage_c_sizes
 from core.data.cache import Cache, cached_batches, fill
 from core.data.loader import Batch
+from core.data.shards import is_shards
 from core.images import to_image
 from core.pipeline import DTYPES
 from core.resolution import lr_training_size
@@ -94,16 +95,15 @@ class Encoders:
         return conditions(self.text.encode([""], self.device)[""], None, self.clip_img_width)
 
 
-def fingerprint(config: TrainConfig, with_lr: bool) -> str:
-    """What stands for the encoders' files and the geometry in a cache."""
-    files = [Path(config.effnet_checkpoint_path)]
-    for source in (config.clip_text_path, config.clip_image_path):
-        if source is not None and Path(source).is_dir():
-            files += sorted(Path(source).rglob("model*.safetensors"))
+def fingerprint(config: TrainConfig | StageBTrainConfig, files: Iterable[str | None], *settings: Any) -> str:
+    """What stands for the encoders of pictures (`files` or folders) and of texts in a cache."""
+    paths = []
+    for source in map(Path, filter(None, files)):
+        paths += sorted(source.rglob("model*.safetensors")) if source.is_dir() else [source]
     folder, tokenizer = find_text_encoder(config.clip_text_path)
-    files += [*sorted(folder.glob("model*.safetensors")), *sorted(tokenizer.glob("*.json"))]
-    hashes = sorted({file_sha256(path) for path in files})
-    parts = [hashes, asdict(config.geometry), config.clip_image_path, config.dtype, with_lr]
+    paths += [*sorted(folder.glob("model*.safetensors")), *sorted(tokenizer.glob("*.json"))]
+    hashes = sorted({file_sha256(path) for path in paths if path.is_file()})
+    parts = [hashes, asdict(config.geometry), config.dtype, *settings]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -119,18 +119,33 @@ def at_low_resolution(images: Tensor, geometry: LatentGeometry) -> Tensor:
     return F.interpolate(images, size=small, mode="bilinear", antialias=True, align_corners=False)
 
 
-def batches_of(run: Run, encoders: Encoders, with_lr: bool = True) -> Callable[[Any], Iterator]:
-    """The run's batches of pictures or, where it has a cache, of `EncodedBatch` as named tensors.
+def check_cache(config: TrainConfig | StageBTrainConfig) -> None:
+    """ValueError where a cache is asked for and the data are shards."""
+    if config.cache_path is not None and config.webdataset_path and is_shards(config.webdataset_path):
+        raise ValueError("'cache_path' cannot be used with shards: leave it out")
 
-    The cache is filled first where it lacks samples.
-    """
-    config, settings = run.config, run.loader_settings
+
+def batches_of(run: Run, encoders: Encoders, with_lr: bool = True) -> Callable[[Any], Iterator]:
+    """The run's batches of pictures or, where it has a cache, of `EncodedBatch` as named tensors."""
+    config = run.config
     if config.cache_path is None:
         return run.batches
-    cache = Cache(Path(config.cache_path), fingerprint(config, with_lr), config.seed)
+    files = [config.effnet_checkpoint_path, config.clip_image_path]
+    stamp = fingerprint(config, files, config.clip_image_path, with_lr)
+    return cached(run, stamp, lambda batch: encoders.encode(batch, with_lr).named())
+
+
+def cached(
+    run: Run, stamp: str, encode: Callable[[Batch], Mapping[str, Tensor]]
+) -> Callable[[Any], Iterator]:
+    """Batches of what `encode` makes of pictures, from the run's cache, which is filled first where it lacks
+    some; `stamp` stands for all that it depends on beside the pictures.
+    """
+    settings = run.loader_settings
+    cache = Cache(Path(run.config.cache_path), stamp, run.config.seed)
     total = sum(map(len, run.data.members.values()))
     with tqdm(total=total // settings.world_size, desc="caching latents", unit="picture") as bar:
-        for count in fill(run.data, cache, settings, lambda batch: encoders.encode(batch, with_lr).named()):
+        for count in fill(run.data, cache, settings, encode):
             bar.update(count)
     run.accelerator.wait_for_everyone()
     return lambda position: plain_positions(partial(cached_batches, run.data, cache), settings, position)

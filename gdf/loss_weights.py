@@ -72,6 +72,21 @@ def shifted(weight: LossWeight, shift: float) -> LossWeight:
     return lambda logsnr: weight(logsnr + 2 * math.log(shift))
 
 
+WEIGHTS: dict[str, LossWeight] = {
+    function.__name__: function
+    for function in (
+        constant, p2, snr, snr_plus_one, min_snr, min_snr_plus_one, truncated_snr, sech, debiased, sigmoid,
+    )
+}  # fmt: skip
+
+
+def loss_weight_named(name: str, shift: float = 1.0) -> LossWeight:
+    """A fixed weight by its function's name, read at logSNR + 2 ln(shift); ValueError for an unknown one."""
+    if name not in WEIGHTS:
+        raise ValueError(f"loss weight {name!r} is not one of {', '.join(WEIGHTS)}")
+    return WEIGHTS[name] if shift == 1.0 else shifted(WEIGHTS[name], shift)
+
+
 # --- weights from the losses seen -----------------------------------------------------------------
 
 

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from core.config import (
     LatentGeometry,
+    StageATrainConfig,
     StageBConfig,
+    StageBTrainConfig,
     StageCConfig,
+    StageCTrainConfig,
     TrainConfig,
     effnet_sizes,
     guidance_sizes,
@@ -66,6 +69,11 @@ def test_the_shipped_files_load() -> None:
     assert stage_c_sizes(load(StageCConfig, inference / "stage_c_1b.yaml")) == STAGE_C_VERSIONS["1B"]
     assert stage_b_sizes(load(StageBConfig, inference / "stage_b_3b.yaml")) == STAGE_B_VERSIONS["3B"]
     assert stage_b_sizes(load(StageBConfig, inference / "stage_b_1b.yaml")) == STAGE_B_VERSIONS["700M"]
+
+
+def test_the_stages_files_load() -> None:
+    for name, cls in (("a", StageATrainConfig), ("b", StageBTrainConfig), ("c", StageCTrainConfig)):
+        load(cls, ROOT / f"configs/training/stage_{name}.yaml")
 
 
 def test_the_training_file_is_the_published_recipe_and_an_inference_file_too() -> None:
@@ -253,6 +261,13 @@ def test_training_data_is_named_by_one_of_two_keys(tmp_path: Path) -> None:
     for values in (rest, {**TRAIN, "scenes": {"count": 3}}):
         assert "one of 'webdataset_path' and 'scenes'" in fail(TrainConfig, write(tmp_path, values))
     assert load(TrainConfig, write(tmp_path, {**rest, "scenes": {"count": 3}})).scenes.count == 3
+
+
+def test_a_loss_weight_is_a_known_one_and_not_adaptive(tmp_path: Path) -> None:
+    values = {**TRAIN, "adaptive_loss_weight": False, "loss_weight": "p2", "loss_weight_shift": 0.5}
+    assert load(TrainConfig, write(tmp_path, values)).loss_weight == "p2"
+    assert "'p3' is not one of constant, p2" in fail(TrainConfig, write(tmp_path, values), "loss_weight=p3")
+    assert "set that to false" in fail(TrainConfig, write(tmp_path, values), "adaptive_loss_weight=true")
 
 
 @pytest.mark.parametrize(("cls", "values"), EACH)

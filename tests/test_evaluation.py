@@ -30,6 +30,7 @@ from core.evaluation import (
     Judge,
     View,
     crops,
+    detail,
     enlarge,
     frechet_between,
     frechet_distance,
@@ -169,6 +170,14 @@ def test_pictures_of_other_scenes_are_wrong_and_blurred_ones_are_far(judge: Judg
         seen = [judge.look(picture, case.seed) for picture, case in zip(blurred, cases, strict=True)]
         distances.append(judge.measure(view, cases, seen, 0).patch_frechet)
     assert 0.01 < distances[0] < distances[1]
+
+
+def test_detail_tells_sharp_pictures_from_enlarged_ones(cases: list[Case]) -> None:
+    sharp = torch.stack([real_picture(case.scene, (256, 256))[:, 64:192, 64:192] for case in cases])
+    small = [real_picture(case.scene, (64, 64)) for case in cases]
+    dull = torch.stack([enlarge(picture, (256, 256))[:, 64:192, 64:192] for picture in small])
+    same = frechet_distance(detail(sharp[::2]), detail(sharp[1::2]))
+    assert frechet_distance(detail(sharp), detail(dull)) > 2 * same
 
 
 def test_a_picture_of_nan_is_refused(judge: Judge) -> None:

@@ -331,6 +331,13 @@ def test_a_shifted_weight_undoes_the_shift():
     torch.testing.assert_close(weight(logsnr - 2 * math.log(2)), loss_weights.p2(logsnr))
 
 
+def test_a_weight_is_named_by_its_function_and_shifted():
+    logsnr = torch.linspace(-5, 5, 11)
+    named = loss_weights.loss_weight_named("p2", math.exp(-1))
+    torch.testing.assert_close(named(logsnr), loss_weights.p2(logsnr - 2))
+    assert loss_weights.loss_weight_named("sech") is loss_weights.sech
+
+
 def test_samples_sharing_a_bucket_are_averaged():
     weight = loss_weights.AdaptiveLossWeight()
     weight.update(torch.tensor([0.0, 0.0, 20.0]), torch.tensor([1.0, 5.0, 0.0]))

@@ -67,7 +67,7 @@ def test_what_has_no_label_does_not_count() -> None:
 
 
 def test_scenes_are_drawn_with_their_labels_and_some_show_the_extra_subject() -> None:
-    data = LabelledScenes(SceneData(count=48, scales=(1, 2)), SIZE)
+    data = LabelledScenes(SceneData(count=48, scales=(1, 2)), (SIZE,))
     picture = data.read(5, SIZE, (0, 5))
     assert picture.pixels.shape == (3, *SIZE) and picture.pixels.dtype == torch.uint8
     rows = data.labels([picture.name, str(EXTRA_EVERY)])
@@ -77,7 +77,7 @@ def test_scenes_are_drawn_with_their_labels_and_some_show_the_extra_subject() ->
 
 
 def test_degraded_pictures_follow_from_their_key() -> None:
-    data = LabelledScenes(SceneData(), SIZE, degraded=1.0)
+    data = LabelledScenes(SceneData(), (SIZE,), degraded=1.0)
     assert data.read(3, SIZE, (0, 3)).pixels.equal(data.read(3, SIZE, (0, 3)).pixels)
     x = torch.rand(1, 3, *SIZE)
     for seed in range(8):
@@ -126,7 +126,7 @@ def trained() -> Recogniser:
 @pytest.fixture(scope="module")
 def unseen() -> tuple[Tensor, Tensor]:
     """Held-out pictures and their labels."""
-    data = LabelledScenes(SceneData(split="held_out"), SIZE)
+    data = LabelledScenes(SceneData(split="held_out"), (SIZE,))
     pixels = [data.read(number, SIZE, (0,)).pixels for number in range(CHECKED)]
     return torch.stack(pixels) / 255, data.labels([str(number) for number in range(CHECKED)])
 

@@ -124,6 +124,19 @@ def test_a_finished_encoder_stays_as_it_is(folder: Path, stage_b: dict) -> None:
     assert not any(name.startswith("effnet.") for name in _trained(run))
 
 
+def test_with_a_finished_encoder_latents_can_be_cached(folder: Path, stage_b: dict) -> None:
+    cache = folder / "cache"
+    values = {**stage_b, "effnet_checkpoint_path": str(folder / "b" / "effnet_encoder.safetensors")}
+    run = train("train_stage_b.py", folder, "b_cached", {**values, "cache_path": str(cache)}, "updates=3")
+    files = list(cache.rglob("*.safetensors"))
+    assert len(losses(run)) == 3 and len(files) == COMMON["scenes"]["count"]
+    shapes = {name: tuple(value.shape) for name, value in read_tensors(files[0]).items()}
+    assert shapes == {"z": (4, 16, 16), "seen": (16, 6, 6), "pooled": (1, 128)}
+    written = [path.stat().st_mtime_ns for path in files]
+    train("train_stage_b.py", folder, "b_cached", {**values, "cache_path": str(cache)})
+    assert [path.stat().st_mtime_ns for path in files] == written
+
+
 def _trained(run: Path) -> set[str]:
     (checkpoint,) = run.glob("step_*.pt")
     return set(torch.load(checkpoint, weights_only=True)["parameters"])

@@ -19,6 +19,7 @@ from toy_training import read_weights, train
 from training_lesson import torchrun
 
 from core.trainer import TrainSettings, check_batch_size, learning_rate
+from gdf.loss_weights import constant
 
 UPDATES = 30
 
@@ -52,6 +53,14 @@ def test_accumulation_gives_the_same_weights(tmp_path: Path) -> None:
     one, four = read_weights(tmp_path / "one"), read_weights(tmp_path / "four")
     for name in one:
         torch.testing.assert_close(one[name], four[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_fixed_weight_multiplies_each_loss(tmp_path: Path) -> None:
+    train(tmp_path / "plain", updates=1, warmup_updates=0, loss_weight=constant)
+    train(tmp_path / "none", updates=1, warmup_updates=0, loss_weight=lambda logsnr: 0 * logsnr)
+    plain, none = losses(tmp_path / "plain"), losses(tmp_path / "none")
+    norms = [json.loads((tmp_path / n / "log.jsonl").read_text())["grad_norm"] for n in ("plain", "none")]
+    assert plain == none and norms[0] > 0 and norms[1] == 0
 
 
 def test_old_checkpoints_are_pruned_and_backups_kept(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from core.guidance_training import draw_noise
 from core.trainer import Recipe, StepLoss, Trainer, TrainSettings
 from core.training_log import RunLog
+from gdf.loss_weights import LossWeight, constant
 from gdf.schedules import cosine
 
 BATCH = 8
@@ -31,6 +32,8 @@ def train(
     save_every: int = 10,
     keep: int = 2,
     backup_every: int = 0,
+    warmup_updates: int = 4,
+    loss_weight: LossWeight | None = None,
 ) -> None:
     """Fit a linear map to twice its input; the samples follow from their keys, the data from the position.
 
@@ -40,8 +43,9 @@ def train(
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     settings = TrainSettings(
-        lr=0.05, updates=updates, batch_size=BATCH, grad_accum_steps=grad_accum_steps, warmup_updates=4,
-        save_every=save_every, keep=keep, backup_every=backup_every, ema=0.9,
+        lr=0.05, updates=updates, batch_size=BATCH, grad_accum_steps=grad_accum_steps,
+        warmup_updates=warmup_updates, save_every=save_every, keep=keep, backup_every=backup_every, ema=0.9,
+        adaptive_loss_weight=loss_weight is None, loss_weight=loss_weight or constant,
     )  # fmt: skip
     per_process = BATCH // accelerator.num_processes // grad_accum_steps
 

@@ -44,7 +44,7 @@ def make_loss(run: Run) -> Callable[..., StepLoss]:
 
 def make_check(run: Run, recogniser: Recogniser) -> Callable[[int], None]:
     """Tells the accuracy on held-out pictures, plain and blurred."""
-    data = LabelledScenes(replace(run.config.scenes, split="held_out", scales=(1,)), run.data.size)
+    data = LabelledScenes(replace(run.config.scenes, split="held_out", scales=(1,)), run.data.sizes)
     pixels = [data.read(number, data.size, (0,)).pixels for number in range(CHECKED)]
     images = (torch.stack(pixels).float() / 255).to(run.device)
     labels = data.labels([str(number) for number in range(CHECKED)]).to(run.device)
@@ -66,7 +66,7 @@ def build(run: Run) -> Recipe:
     config = run.config
     if config.scenes is None:
         raise ValueError("the recogniser learns from 'scenes', not from webdataset_path")
-    run = replace(run, data=LabelledScenes(config.scenes, run.data.size, degraded=config.degraded_share))
+    run = replace(run, data=LabelledScenes(config.scenes, run.data.sizes, degraded=config.degraded_share))
     sizes = {"classes": CLASSES, **asdict(config.recogniser)}
     torch.manual_seed(config.seed)
     recogniser = Recogniser(**sizes).to(run.device, memory_format=torch.channels_last)

@@ -6,10 +6,11 @@ command again continues from the last checkpoint in checkpoint_path/experiment_i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from core.settings import Settings
 from core.stage_b_training import StageBTraining, draw_noise, encoder_picture
 from core.trainer import Recipe, StepLoss
 from core.training import Run, export_parts, read_command, train, trained_module
+from core.training_encoders import cached, check_cache, fingerprint
 from gdf.diffusion import sample_losses
 from gdf.targets import target_named
 from modules.effnet import EfficientNetEncoder, imagenet_normalise
@@ -50,6 +52,21 @@ class Networks:
     effnet: EfficientNetEncoder
     stage_a: StageA
     text: TextEncoder
+    finished: bool  # the encoder is, and not trained along
+
+    @torch.no_grad()
+    def encode(self, batch: Batch, picture: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """Latents `z` (B, 4, H, W), pooled texts `pooled` (B, 1, P), and what Stage B's training `seen`.
+
+        That is the encoder's latents of `picture` (B, 3, h, w) where it is finished, else `picture` itself.
+        """
+        texts = self.text.encode(batch.captions, device, together=True)
+        picture = picture.to(device)
+        return {
+            "z": self.stage_a.encode(batch.images.to(device)),
+            "seen": self.effnet(imagenet_normalise(picture)) if self.finished else picture,
+            "pooled": torch.cat([texts[caption].pooled for caption in batch.captions]),
+        }
 
 
 def load_networks(config: StageBTrainConfig, device: torch.device) -> Networks:
@@ -71,7 +88,7 @@ def load_networks(config: StageBTrainConfig, device: torch.device) -> Networks:
         )  # fmt: skip
     stage_b = trained_module(build_b, config.pretrained_path, device, "Stage B")
     stage_b.gradient_checkpointing = config.gradient_checkpointing
-    return Networks(stage_b, effnet, stage_a, text)
+    return Networks(stage_b, effnet, stage_a, text, config.effnet_checkpoint_path is not None)
 
 
 # --- the recipe -----------------------------------------------------------------------------------
@@ -83,20 +100,31 @@ def make_loss(run: Run, networks: Networks) -> Callable[..., StepLoss]:
     target, dtype = target_named(config.target), DTYPES[config.dtype]
     empty = networks.text.encode([""], device)[""].pooled
 
-    def loss(module: nn.Module, batch: Batch, keys: list[tuple[int, ...]]) -> StepLoss:
-        images = batch.images.to(device)
-        with torch.no_grad():
-            z = networks.stage_a.encode(images)
-            texts = networks.text.encode(batch.captions, device, together=True)
+    def loss(module: nn.Module, batch: Batch | Mapping[str, Tensor], keys: list[tuple[int, ...]]) -> StepLoss:
+        if isinstance(batch, Batch):
+            picture = encoder_picture(batch.images, keys[0][:2], config.geometry.stride)
+            batch = networks.encode(batch, picture, device)
+        z, seen, pooled = (batch[name].to(device) for name in ("z", "seen", "pooled"))
         noise = draw_noise(keys, z.shape[1:], config.pyramid_noise)
         latents = noised(z, noise.t, noise.epsilon, target)
-        pooled = torch.cat([texts[caption].pooled for caption in batch.captions])
         pooled = torch.where(noise.drop_text[:, None, None].to(device), empty, pooled)
-        picture = encoder_picture(images, keys[0][:2], config.geometry.stride)
-        prediction = module(latents, picture, pooled.to(dtype), noise)
+        prediction = module(latents, seen, pooled.to(dtype), noise)
         return StepLoss(sample_losses(prediction, latents.target), latents.logsnr)
 
     return loss
+
+
+def batches_of(run: Run, networks: Networks) -> Callable[[Any], Iterator]:
+    """The run's batches of pictures or, where it has a cache, of what Stage B sees of them."""
+    config = run.config
+    if config.cache_path is None:
+        return run.batches
+
+    def encode(batch: Batch) -> dict[str, Tensor]:
+        return networks.encode(batch, _at_compression(batch.images, config), run.device)
+
+    files = [config.stage_a_checkpoint_path, config.effnet_checkpoint_path]
+    return cached(run, fingerprint(config, files, "stage_b"), encode)
 
 
 def make_sampler(run: Run, networks: Networks, example: Batch) -> Callable[[int], None]:
@@ -151,15 +179,17 @@ def build(run: Run) -> Recipe:
     """Stage B's recipe."""
     networks = load_networks(run.config, run.device)
     example = next(run.batches(None))[0]
-    module = StageBTraining(networks.stage_b, networks.effnet, run.config)
+    module = StageBTraining(networks.stage_b, None if networks.finished else networks.effnet, run.config)
     return Recipe(
-        module, run.batches, make_loss(run, networks), make_sampler(run, networks, example), make_export(run)
-    )
+        module, batches_of(run, networks), make_loss(run, networks), make_sampler(run, networks, example),
+        make_export(run),
+    )  # fmt: skip
 
 
 def main() -> int:
     config = read_command(StageBTrainConfig, __doc__)
     find_text_encoder(config.clip_text_path)
+    check_cache(config)
     files = [config.stage_a_checkpoint_path, config.effnet_checkpoint_path, config.effnet_pretrained_path]
     return train(config, files, build, mixed_precision=config.dtype == "bfloat16")
 

@@ -28,7 +28,7 @@ from core.resolution import plan
 from core.settings import Settings
 from core.trainer import Recipe, StepLoss
 from core.training import Run, read_command, train, trained_module
-from core.training_encoders import EncodedBatch, Encoders, batches_of
+from core.training_encoders import EncodedBatch, Encoders, batches_of, check_cache
 from gdf.diffusion import sample_losses
 from gdf.targets import target_named
 from modules.stage_c import StageC
@@ -113,6 +113,7 @@ def main() -> int:
     config = read_command(StageCTrainConfig, __doc__)
     if config.effnet_checkpoint_path is None:
         raise ValueError("training needs 'effnet_checkpoint_path' in the configuration")
+    check_cache(config)
     find_text_encoder(config.clip_text_path)
     return train(config, [config.effnet_checkpoint_path], build, config.dtype == "bfloat16")
 

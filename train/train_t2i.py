@@ -17,7 +17,6 @@ from core.cli import run
 from core.conditioning import find_text_encoder, stack
 from core.config import TrainConfig, guidance_sizes, stage_c_sizes
 from core.data.loader import Batch
-from core.data.shards import is_shards
 from core.guidance_training import GuidedStageC, draw_noise, drop_conditions, noise_latents
 from core.images import save_image
 from core.layouts import guidance_names, to_published_guidance
@@ -27,7 +26,7 @@ from core.resolution import plan
 from core.settings import Settings
 from core.trainer import Recipe, StepLoss
 from core.training import Run, read_command, train, trained_module
-from core.training_encoders import EncodedBatch, Encoders, batches_of
+from core.training_encoders import EncodedBatch, Encoders, batches_of, check_cache
 from gdf.diffusion import sample_losses
 from gdf.targets import target_named
 from modules.guidance import Guidance
@@ -141,8 +140,7 @@ def check(config: TrainConfig) -> None:
         raise ValueError("training needs 'effnet_checkpoint_path' in the configuration")
     if config.use_fsdp:
         raise ValueError("'use_fsdp' is for trainings of whole stages: the guidance is small, leave it out")
-    if config.cache_path is not None and config.webdataset_path and is_shards(config.webdataset_path):
-        raise ValueError("'cache_path' cannot be used with shards: leave it out")
+    check_cache(config)
     find_text_encoder(config.clip_text_path)
 
 

@@ -22,10 +22,10 @@ Data = IndexedData | ShardData
 
 @dataclass(frozen=True)
 class DrawnScenes:
-    """Scenes of the procedural world as pictures of one size (height, width), numbered by their seeds."""
+    """Scenes of the procedural world as pictures of these sizes (height, width), numbered by their seeds."""
 
     settings: SceneData
-    size: Size
+    sizes: tuple[Size, ...]
     broken: int = 0
 
     @property
@@ -35,8 +35,10 @@ class DrawnScenes:
 
     @cached_property
     def members(self) -> dict[Size, np.ndarray]:
-        """All seeds, in one bucket."""
-        return {self.size: np.arange(self.settings.count)}
+        """All seeds, in turn in the sizes' buckets."""
+        count, step = self.settings.count, len(self.sizes)
+        seeds = (np.arange(first, count, step) for first in range(step))
+        return {size: mine for size, mine in zip(self.sizes, seeds, strict=True) if len(mine)}
 
     def read(self, number: int, bucket: Size, key: Sequence[int]) -> Picture | Broken:
         """A scene, drawn at one of the scales and cut out, with one of its captions."""
@@ -58,10 +60,8 @@ class DrawnScenes:
 def open_data(config: RunConfig) -> Data:
     """The data that a configuration names, indexed; raises what is wrong with it."""
     if config.scenes is not None:
-        side = config.image_size
-        if not isinstance(side, int):
-            raise ValueError(f"'scenes' are drawn at one image_size, not at {list(side)}")
-        return DrawnScenes(config.scenes, (side, side))
+        sides = (config.image_size,) if isinstance(config.image_size, int) else config.image_size
+        return DrawnScenes(config.scenes, tuple((side, side) for side in sides))
     buckets = make_buckets(config.image_size, config.multi_aspect_ratio)
     if is_shards(config.webdataset_path):
         return open_shards(config.webdataset_path, buckets)
