@@ -1,11 +1,12 @@
 # make venv: a virtual environment in .venv with everything installed; make demo: that and one picture;
-# make test: that and the tests; make lint: style and spelling.
+# make tiny: trains the embedded family from nothing, on from where it stopped; make test: the tests;
+# make lint: style and spelling.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := outputs/demo
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo tiny test lint clean
 
 venv: $(STAMP)
 
@@ -15,10 +16,20 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 	touch $(STAMP)
 
 demo: venv
-	$(BIN)/python models/random_family.py $(DEMO)/models
-	$(BIN)/python inference/test_t2i.py --config_c $(DEMO)/models/stage_c.yaml --config_b $(DEMO)/models/stage_b.yaml \
-		--pretrained_path $(DEMO)/models/ultrapixel_t2i.safetensors --height 512 --width 512 --output_dir $(DEMO) \
-		--prompt "a lighthouse on a cliff at dusk, waves below"
+	$(BIN)/python inference/test_t2i.py --preset tiny --output_dir $(DEMO) \
+		--prompt "a large red lighthouse on the left, by the sea, a dusk sky with a low sun"
+
+tiny: venv
+	$(BIN)/python train/train_text_encoder.py configs/tiny/train_text_encoder.yaml
+	$(BIN)/python train/train_recogniser.py configs/tiny/train_recogniser.yaml
+	$(BIN)/python train/train_stage_a.py configs/tiny/train_stage_a.yaml
+	$(BIN)/python train/train_stage_a.py configs/tiny/train_stage_a_finish.yaml
+	$(BIN)/python train/train_previewer.py configs/tiny/train_encoder.yaml
+	$(BIN)/python train/train_stage_b.py configs/tiny/train_stage_b.yaml
+	$(BIN)/python train/train_stage_b.py configs/tiny/train_stage_b_finish.yaml
+	$(BIN)/python train/train_previewer.py configs/tiny/train_previewer.yaml
+	$(BIN)/python train/train_stage_c.py configs/tiny/train_stage_c.yaml
+	$(BIN)/python train/train_t2i.py configs/tiny/train_t2i.yaml
 
 test: venv
 	$(BIN)/python -m pytest

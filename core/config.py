@@ -121,6 +121,7 @@ class RunConfig:
     scenes: SceneData | None = None  # instead of webdataset_path
     pretrained_path: str | None = None  # trained weights to start from
     export_path: str | None = None  # where the trained weights go; None: into the run's folder
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of their matrices in that file
     lr: float = 1e-4
     lr_end: float | None = None  # at the last update, along a cosine; None: lr stays
     batch_size: int = 4  # pictures per update: processes x pictures each x grad_accum_steps
@@ -183,6 +184,12 @@ class StageATrainConfig(RunConfig):
     quantised_share: float = 0.5  # of the pictures that are decoded from quantised latents
     adversarial_weight: float = 0.1  # of the patch discriminator's judgement; 0: none
     adversarial_start: int = 1000  # update from which it counts
+    decoder_only: bool = False  # of pretrained_path; latents, on which other stages depend, stay as they are
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder_only and (self.pretrained_path is None or self.statistics_updates):
+            raise ValueError("'decoder_only' needs 'pretrained_path' and 'statistics_updates' of 0")
 
 
 @dataclass(frozen=True, kw_only=True)

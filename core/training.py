@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,7 @@ from core.trainer import Recipe, Trainer, TrainSettings, check_batch_size, check
 from core.training_log import UpdateBar, save_losses, tracker_named
 from gdf.loss_weights import loss_weight_named
 
+Export = Callable[[Mapping[str, Tensor], int], None]  # of named tensors at an update
 Config = TypeVar("Config", bound=RunConfig)
 
 CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
@@ -108,7 +109,7 @@ def trained_module(
     return module
 
 
-def export_parts(files: Mapping[str, tuple[Path, Any]]) -> Callable[[Mapping[str, Tensor], int], None]:
+def export_parts(files: Mapping[str, tuple[Path, Any]]) -> Export:
     """Writes parts of the trained module into files of their own, with their sizes.
 
     `files`: the prefix of a part's names, such as "stage_b.", to its path and its sizes (a dataclass).
@@ -120,6 +121,15 @@ def export_parts(files: Mapping[str, tuple[Path, Any]]) -> Callable[[Mapping[str
             save_tensors(path, named, config_metadata(asdict(sizes)))
 
     return export
+
+
+def in_dtype(export: Export | None, dtype: torch.dtype) -> Export | None:
+    """An export whose matrices are rounded to a number format; vectors stay as they are."""
+    if export is None:
+        return None
+    return lambda tensors, step: export(
+        {n: t.to(dtype) if t.is_floating_point() and t.dim() > 1 else t for n, t in tensors.items()}, step
+    )
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -187,6 +197,7 @@ def train(
     data = check_run(config, files, accelerator.num_processes)
     accelerator.init_trackers(config.experiment_id, init_kwargs={"wandb": {"dir": str(folder)}})
     recipe = build(Run(config, accelerator, data, folder))
+    recipe = replace(recipe, export=in_dtype(recipe.export, getattr(torch, config.export_dtype)))
     trainer = Trainer(recipe, settings_of(config), folder, accelerator)
     trainer.resume()
     if accelerator.is_main_process:

@@ -92,6 +92,17 @@ def test_stage_a_trains_and_decodes(stage_a: Path) -> None:
     assert Image.open(stage_a.parent / "samples" / "a" / "step_00000004.jpg").size == (3 * 256, 2 * 256)
 
 
+def test_stage_a_can_train_its_decoder_alone(folder: Path, stage_a: Path) -> None:
+    before = stage_a / "stage_a.safetensors"
+    config = {"stage_a": STAGE_A, "pretrained_path": str(before), "decoder_only": True, "updates": 2}
+    config |= {"statistics_updates": 0, "adversarial_weight": 0.0, "export_dtype": "float16"}
+    after = read_tensors(train("train_stage_a.py", folder, "a_decoder", config) / "stage_a.safetensors")
+    for name, tensor in read_tensors(before).items():
+        trained = name.startswith(("up_blocks", "out_block"))
+        assert torch.equal(tensor.to(after[name].dtype), after[name]) != trained, name
+        assert after[name].dtype == (torch.float16 if trained and tensor.dim() > 1 else tensor.dtype)
+
+
 def test_stage_b_trains_with_the_encoder_along(folder: Path, stage_b: dict) -> None:
     run = folder / "b"
     assert len(losses(run)) == 4

@@ -72,8 +72,7 @@ def build(run: Run) -> Recipe:
     recogniser = Recogniser(**sizes).to(run.device, memory_format=torch.channels_last)
 
     def export(tensors: Mapping[str, Tensor], _step: int) -> None:
-        halves = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
-        save_tensors(run.export_path(EXPORT), halves, config_metadata(sizes))
+        save_tensors(run.export_path(EXPORT), tensors, config_metadata(sizes))
 
     return Recipe(recogniser, run.batches, make_loss(run), make_check(run, recogniser), export)
 
