@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from core.layouts import UNKNOWN, describe_mismatch, identify, lora_names
+from core.layouts import UNKNOWN, describe_mismatch, identify
 
 PathLike = str | os.PathLike[str]
 Content = Literal["safetensors", "zip", "pickle"]
@@ -181,25 +181,6 @@ def read_tensors(
     return _copies(path, _open_tensors(path), dtype, device)
 
 
-def read_lora(
-    path: PathLike,
-    order: Sequence[str],
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor]:
-    """A LoRA file in the published or own layout, under own names; `order` as for `from_published_lora`."""
-    path = Path(path)
-    tensors = _open_tensors(path)
-    given = identify(_shapes(tensors))
-    if given != "a LoRA":
-        raise CheckpointError(f"{path} {describe_mismatch(given, 'a LoRA')}")
-    try:
-        names = lora_names(tensors, order)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return {names[name]: tensor for name, tensor in _copies(path, tensors, dtype, device).items()}
-
-
 def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -327,22 +308,26 @@ def _check_fit(path: Path, what: str, shapes: Shapes, names: Mapping[str, str], 
         raise CheckpointError(f"{path} {describe_mismatch(network, asked)}")
     problems = []
     if missing:
-        problems.append(f"{_count(missing)} missing ({_name_some(missing)})")
+        problems.append(f"{count_tensors(missing)} missing ({name_some(missing)})")
     if extra:
-        problems.append(f"{_count(extra)} unknown ({_name_some(extra)})")
+        problems.append(f"{count_tensors(extra)} unknown ({name_some(extra)})")
     if other:
         first = other[0]
-        problems.append(f"{_count(other)} of another shape ({first} is {given[first]}, not {wanted[first]})")
+        problems.append(
+            f"{count_tensors(other)} of another shape ({first} is {given[first]}, not {wanted[first]})"
+        )
     raise CheckpointError(
         f"{path} does not fit {what}: {', '.join(problems)}; use the file that the configured sizes belong to"
     )
 
 
-def _count(names: Collection[str]) -> str:
+def count_tensors(names: Collection[str]) -> str:
+    """How many there are, as the beginning of a sentence."""
     return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
 
 
-def _name_some(names: Sequence[str]) -> str:
+def name_some(names: Sequence[str]) -> str:
+    """The first few of many names, and how many more there are."""
     rest = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
 

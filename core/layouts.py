@@ -1,7 +1,6 @@
-"""Published layouts: tensor names of the guidance and LoRA files, both ways, and which network a file is of.
+"""Published layouts: tensor names of the guidance files, both ways, and which network a file is of.
 
-Own names are those of `modules.guidance.Guidance` (`down.0.…`, `up.1.…`) and, for a LoRA, the weight it acts
-on with `.lora_down` (rank, in) or `.lora_up` (out, rank), beside `tokens.embeddings` and `tokens.indices`.
+Own names are those of `modules.guidance.Guidance` (`down.0.…`, `up.1.…`). LoRA files: `core.lora_files`.
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 UNKNOWN = "unknown weights"
+LORA = "a LoRA"
 STAGE_C_VERSIONS = {2048: "3.6B", 1536: "1B"}  # by the width of its levels
 STAGE_B_VERSIONS = {640: "3B", 576: "700M"}  # by the width of its second level, the first that differs
 CONTROLNETS = {1: "canny", 4: "inpainting", 16: "super resolution"}  # by the channels of the control input
-
-BLOCKS_PER_ATTENTION = 3  # Stage C's levels repeat ResBlock, TimestepBlock, AttnBlock
-LEVELS = (("down_blocks", 0), ("up_blocks", 1))
 
 
 # --- guidance -------------------------------------------------------------------------------------
@@ -69,86 +66,6 @@ def to_published_guidance(tensors: Mapping[str, Tensor], n_res_blocks: int) -> d
     return published
 
 
-# --- LoRA -----------------------------------------------------------------------------------------
-
-_PUBLISHED_LORA = re.compile(r"(?:module\.)?(\d+)\.(lora_down|lora_up|embeddings|indices)")
-_OWN_LORA = re.compile(r".+\.lora_(?:down|up)|tokens\.(?:embeddings|indices)")
-
-
-def attention_lora_order(blocks: Sequence[Sequence[int]]) -> list[str]:
-    """The weights a LoRA with the filter `.attn` acts on, in the order of the published layout.
-
-    `blocks` are Stage C's: attention blocks per level on the way down and, in running order, up.
-    """
-    order = []
-    for path, side in LEVELS:
-        for level, count in enumerate(blocks[side]):
-            for block in range(count):
-                attention = f"{path}.{level}.{BLOCKS_PER_ATTENTION * block + 2}.attention.attn"
-                order += [f"{attention}.out_proj.weight", f"{attention}.in_proj_weight"]
-    return order
-
-
-def lora_names(names: Iterable[str], order: Sequence[str]) -> dict[str, str]:
-    """Names in a LoRA file, in the published layout or in our own -> own names.
-
-    `order` lists the weights that `module.0`, `module.1`, … act on; the number after them holds new tokens.
-    ValueError if the file's updates are not those.
-    """
-    entries = {name: _PUBLISHED_LORA.fullmatch(name) for name in names}
-    for name, entry in entries.items():
-        if not (entry or _OWN_LORA.fullmatch(name)):
-            raise ValueError(f"the LoRA holds {name!r}, of another layout: give it in the published one")
-    numbers = {int(entry[1]) for entry in entries.values() if entry and entry[2].startswith("lora")}
-    if numbers and numbers != set(range(len(order))):
-        raise ValueError(
-            f"the LoRA has updates for {len(numbers)} weights, but this model takes {len(order)}: "
-            "it belongs to another model size or was trained with another filter"
-        )
-    own = {name: _own_lora_name(name, entry, order) for name, entry in entries.items()}
-    _require_pairs(own.values())
-    return own
-
-
-def _own_lora_name(name: str, entry: re.Match[str] | None, order: Sequence[str]) -> str:
-    if entry is None:
-        return name
-    return f"{order[int(entry[1])] if entry[2].startswith('lora') else 'tokens'}.{entry[2]}"
-
-
-def from_published_lora(tensors: Mapping[str, Tensor], order: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of a LoRA file under own names; `order` and errors as in `lora_names`."""
-    return {own: tensors[name] for name, own in lora_names(tensors, order).items()}
-
-
-def _require_pairs(names: Iterable[str]) -> None:
-    names = set(names)
-    for name in sorted(names):
-        weight, _, kind = name.rpartition(".")
-        partner = {"lora_down": "lora_up", "lora_up": "lora_down"}.get(kind)
-        if partner and f"{weight}.{partner}" not in names:
-            raise ValueError(f"the LoRA has {kind} of {weight} without {partner}: the file is not complete")
-
-
-def to_published_lora(tensors: Mapping[str, Tensor], order: Sequence[str]) -> dict[str, Tensor]:
-    """Tensors under own names in the published layout, which has an update for every weight in `order`."""
-    _require_pairs(tensors)
-    place = {weight: number for number, weight in enumerate([*order, "tokens"])}
-    published = {}
-    for name, tensor in tensors.items():
-        weight, _, kind = name.rpartition(".")
-        if weight not in place:
-            raise ValueError(f"the published LoRA layout has no place for {name!r}")
-        published[f"module.{place[weight]}.{kind}"] = tensor
-    absent = [weight for weight in order if f"{weight}.lora_down" not in tensors]
-    if absent:
-        raise ValueError(
-            f"the published LoRA layout needs an update for each of {len(order)} weights; "
-            f"{len(absent)} have none, the first {absent[0]}"
-        )
-    return published
-
-
 # --- which network ---------------------------------------------------------------------------------
 
 
@@ -161,8 +78,8 @@ def identify(shapes: Mapping[str, Sequence[int]]) -> str:
     def size(suffix: str, axis: int = 0) -> int | None:
         return next((shape[axis] for name, shape in shapes.items() if name.endswith(suffix)), None)
 
-    if any(".lora_" in name for name in shapes):
-        return "a LoRA"
+    if any("lora" in name for name in shapes):
+        return LORA
     if any(name.endswith(".wtokens") for name in shapes):
         return _versioned("guidance for Stage C", size(".input_layer.weight", 1), STAGE_C_VERSIONS)
     if size("clip_txt_mapper.weight"):

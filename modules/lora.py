@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +12,42 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """One weight's update lora_up @ lora_down·alpha / rank: down (rank, in), up (out, rank)."""
+    """One weight's update lora_up @ lora_down·alpha / rank: down (rank, in), up (out, rank).
+
+    For a weight of more than two sides `in` is the second, and all taps get the same, or the product of all
+    but the first.
+    """
 
     down: Tensor
     up: Tensor
     alpha: float = 1.0
 
-    def delta(self, shape: torch.Size) -> Tensor:
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def scale(self) -> float:
+        """The factor of lora_up @ lora_down."""
+        return self.alpha / self.rank
+
+    def delta(self, shape: Sequence[int]) -> Tensor:
         """The update in float32, in the weight's shape (out, in, ...)."""
-        product = self.up.float() @ self.down.float() * (self.alpha / len(self.down))
+        product = self.up.float() @ self.down.float() * self.scale
+        if product.shape[1] == math.prod(shape[1:]):
+            return product.view(shape)
         return product.view(*product.shape, *(1,) * (len(shape) - 2)).expand(shape)
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """ValueError unless the matrices belong together and to a weight of this name and shape."""
+        (rank, columns), (rows, up_rank) = self.down.shape, self.up.shape
+        if rank != up_rank or rank == 0:
+            raise ValueError(f"the LoRA of {name} does not fit together: it is of rank {rank} and {up_rank}")
+        if rows != shape[0] or columns not in (shape[1], math.prod(shape[1:])):
+            raise ValueError(
+                f"the LoRA of {name} is for a weight of {(rows, columns)}, but it has {tuple(shape)}: "
+                "another model size"
+            )
 
 
 class MergedLora:
@@ -53,8 +80,4 @@ def _check(module: nn.Module, name: str, update: LoraUpdate) -> None:
         raise ValueError(
             f"the LoRA acts on {name!r}, a weight that {type(module).__name__} does not have"
         ) from None
-    wanted = (len(update.up), update.down.shape[1])
-    if tuple(shape[:2]) != wanted:
-        raise ValueError(
-            f"the LoRA of {name} is for a weight of {wanted}, but it has {tuple(shape)}: another model size"
-        )
+    update.check(name, shape)

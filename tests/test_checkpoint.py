@@ -28,13 +28,12 @@ from core.checkpoint import (
     iter_tensors,
     load_module,
     read_config,
-    read_lora,
     read_metadata,
     read_tensors,
     save_archive,
     save_tensors,
 )
-from core.layouts import attention_lora_order, guidance_names, to_published_guidance, to_published_lora
+from core.layouts import guidance_names, to_published_guidance
 from modules.controlnet import ControlNet
 from modules.effnet import EfficientNetEncoder
 from modules.guidance import Guidance
@@ -501,21 +500,6 @@ def test_another_networks_file_is_called_by_its_name(
     monkeypatch.setattr(core.checkpoint, "_open_tensors", lambda _: manifest_tensors(reference_folder, given))
     message = refusal(lambda: load_module(build, "some/w", dtype=torch.float32, what="the wanted one"))
     assert message.startswith(f"some{os.sep}w {sentence}")
-
-
-def test_lora_files_are_read_or_refused(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    order = attention_lora_order(BLOCKS)
-    own = {f"{weight}.lora_{way}": torch.randn(4, 4) for weight in order for way in ("down", "up")}
-    save_archive(tmp_path / "lora", to_published_lora(own, order))
-    assert_same(read_lora(tmp_path / "lora", order), own)
-    half = read_lora(tmp_path / "lora", order, dtype=torch.bfloat16)
-    assert_same(half, {name: tensor.bfloat16() for name, tensor in own.items()})
-    longer = attention_lora_order(((2, 1), (1, 1)))
-    message = refusal(lambda: read_lora(tmp_path / "lora", longer))
-    assert f"{tmp_path / 'lora'}: the LoRA has updates for 8 weights, but this model takes 10" in message
-    save_tensors(tmp_path / "c", random_state(stage_c), {})
-    message = refusal(lambda: read_lora(tmp_path / "c", order))
-    assert "c is Stage C of width 16, but a LoRA was asked for" in message
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+"""Convert a LoRA of Stage C between layouts: python models/convert.py IN OUT --to own|published|kohya|peft
+
+python models/convert.py models/lora_cat.safetensors cat.safetensors --to own \
+    --token "[roubaobao]" --initialise_from "^cat</w>"                   with its token, which the file lacks
+python models/convert.py models/lora_cat.safetensors comfyui.safetensors --to kohya --leave_out tokens
+python models/convert.py onetrainer.safetensors adapter --to peft        a folder, for diffusers
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from core.cli import run
+from core.config import stage_c_sizes
+from core.config_files import load_stage_c
+from core.lora_files import LAYOUTS, LoraFile, LoraTokens, name_tokens, write_lora
+from core.lora_reading import find_version, read_lora
+from core.sizes import STAGE_C_VERSIONS, StageCSizes
+from modules.lora import LoraUpdate
+
+PARTS = {"tokens": {"tokens": None}, "text": {"text_updates": {}}}  # that can be left out
+SHOWN = 4  # ranks, alphas and tokens that are listed before the rest is counted
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", metavar="IN", help="a LoRA in any layout, or a folder of peft or OneTrainer"
+    )
+    parser.add_argument("target", metavar="OUT", help="the file to write, with peft a folder")
+    parser.add_argument("--to", required=True, choices=LAYOUTS, help="layout; ComfyUI reads kohya's")
+    parser.add_argument(
+        "--version",
+        help=f"of Stage C: {', '.join(STAGE_C_VERSIONS)} or a configuration; left out, found from the file",
+    )
+    parser.add_argument("--token", action="append", help="string of the new token; once for each of several")
+    parser.add_argument(
+        "--initialise_from", action="append", metavar="REGEX",
+        help="vocabulary entries whose mean a token starts from, '' for none; once for each --token",
+    )  # fmt: skip
+    parser.add_argument("--leave_out", nargs="+", choices=tuple(PARTS), default=[], help="what OUT has not")
+    return parser.parse_args(arguments)
+
+
+def sizes_of(version: str | None) -> StageCSizes | None:
+    """The sizes of a version or a configuration."""
+    if version is None or version in STAGE_C_VERSIONS:
+        return STAGE_C_VERSIONS.get(version)
+    if version.endswith((".yaml", ".yml")):
+        return stage_c_sizes(load_stage_c(version))
+    known = ", ".join(STAGE_C_VERSIONS)
+    raise ValueError(f"unknown version {version!r} of Stage C: use {known}, or a configuration's .yaml")
+
+
+def describe(lora: LoraFile) -> str:
+    """What a LoRA holds, in a line."""
+    parts = [f"{lora.layout} layout", f"Stage C {find_version(lora.sizes) or 'of the configured size'}"]
+    for what, updates in (("Stage C", lora.updates), ("the text encoder", lora.text_updates)):
+        if updates:
+            parts.append(f"updates of {what}: {describe_updates(list(updates.values()))}")
+    if lora.tokens is not None:
+        parts.append(describe_tokens(lora.tokens))
+    return "; ".join(parts)
+
+
+def describe_updates(updates: Sequence[LoraUpdate]) -> str:
+    ranks = Counter(str(update.rank) for update in updates)
+    alphas = Counter(f"{update.alpha:.4g}" for update in updates)
+    return f"{len(updates)} of rank {shorten(list(ranks))} with alpha {shorten(list(alphas))}"
+
+
+def describe_tokens(tokens: LoraTokens) -> str:
+    """Whether they are whole rows, and all that is known of them."""
+    text = f"token {'rows' if tokens.absolute else 'offsets'} {tuple(tokens.values.shape)}"
+    if tokens.indices is not None:
+        text += f" at {shorten([str(index) for index in tokens.indices])}"
+    text += " without names" if tokens.names is None else f" of {shorten(list(dict.fromkeys(tokens.names)))}"
+    if tokens.initialise_from is not None:
+        text += f" from {shorten([expression or 'zero' for expression in tokens.initialise_from])}"
+    return text
+
+
+def shorten(texts: Sequence[str]) -> str:
+    rest = len(texts) - SHOWN
+    return ", ".join(texts[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    lora = read_lora(options.source, sizes_of(options.version))
+    print(f"read    {options.source}: {describe(lora)}")
+    if options.token:
+        expressions = options.initialise_from and [text or None for text in options.initialise_from]
+        lora = name_tokens(lora, options.token, expressions)
+    elif options.initialise_from:
+        raise ValueError("--initialise_from says where a --token starts from: give that too")
+    for part in options.leave_out:
+        lora = replace(lora, **PARTS[part])
+    write_lora(options.target, lora, options.to)
+    print(f"wrote   {options.target}: {describe(read_lora(options.target, lora.sizes))}")
+
+
+if __name__ == "__main__":
+    run(main)
