@@ -65,10 +65,16 @@ def draw_noise(
     return SampleNoise(*(torch.stack(column) for column in zip(*drawn, strict=True)))
 
 
-def noise_latents(z: Tensor, z_lr: Tensor, noise: SampleNoise, target: Target) -> NoisyLatents:
-    """Diffuse latents (B, 16, H, W) at the samples' times and (B, 16, h, w) at t = 0.05 (section 4.1)."""
+def noise_latents(
+    z: Tensor, z_lr: Tensor, noise: SampleNoise, target: Target, t_lr: float | Tensor = TRAINING_R
+) -> NoisyLatents:
+    """Diffuse latents (B, 16, H, W) at the samples' times and (B, 16, h, w) at `t_lr`: 0.05 (section 4.1).
+
+    `t_lr` may also be a time for each sample (B,).
+    """
+    low_t = t_lr if isinstance(t_lr, Tensor) else torch.full_like(noise.t, t_lr)
     high = noised(z, noise.t, noise.epsilon, target)
-    low = noised(z_lr, torch.full_like(noise.t, TRAINING_R), noise.epsilon_lr, target)
+    low = noised(z_lr, low_t, noise.epsilon_lr, target)
     return NoisyLatents(high.x, high.r, low.x, low.r, high.logsnr, high.target)
 
 

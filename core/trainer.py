@@ -182,9 +182,12 @@ class Trainer:
     ) -> None:
         """Train to the last update, or until SIGTERM or Ctrl-C; saves at the end in any case."""
         handlers = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        batches = self.recipe.batches(self.position)
         try:
-            self._loop(on_update, on_save)
+            self._loop(batches, on_update, on_save)
         finally:
+            if hasattr(batches, "close"):
+                batches.close()  # ends the data workers, for which a process that fails would wait otherwise
             self._writer.shutdown()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -192,10 +195,10 @@ class Trainer:
 
     def _loop(
         self,
+        batches: Iterator[tuple[Any, Any]],
         on_update: Callable[[dict[str, float]], None] | None,
         on_save: Callable[[LossesSeen], None] | None,
     ) -> None:
-        batches = self.recipe.batches(self.position)
         saved = self.step
         while self.step < self.settings.updates and not self._stop_everywhere():
             start = time.perf_counter()

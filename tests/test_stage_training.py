@@ -186,6 +186,27 @@ def test_a_signal_to_all_processes_saves_and_stops(folder: Path, number: signal.
     assert [int(path.stem[5:]) for path in (folder / name).glob("step_*.pt")] == [len(losses(folder / name))]
 
 
+CRASH = """
+import train_stage_a
+def make_loss(run):
+    def loss(*_):
+        raise RuntimeError("broken")
+    return loss
+train_stage_a.make_loss = make_loss
+train_stage_a.main()
+"""
+
+
+def test_a_crash_ends_the_data_workers_too(folder: Path) -> None:
+    values = {**COMMON, "stage_a": STAGE_A, "num_workers": 1, "experiment_id": "crash"}
+    values |= {"checkpoint_path": str(folder), "output_path": str(folder / "samples")}
+    (folder / "crash.yaml").write_text(yaml.safe_dump(values))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT}:{ROOT / 'train'}"}
+    command = [sys.executable, "-c", CRASH, str(folder / "crash.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == 1 and "RuntimeError: broken" in done.stderr
+
+
 # --- losses ---------------------------------------------------------------------------------------
 
 

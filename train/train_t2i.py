@@ -24,7 +24,7 @@ from core.pipeline import DTYPES, load_previewer
 from core.preview import preview_row, sample_latents, sheet, with_latents
 from core.resolution import plan
 from core.settings import Settings
-from core.trainer import Recipe, StepLoss
+from core.trainer import Recipe, StepLoss, compile_blocks
 from core.training import Run, read_command, train, trained_module
 from core.training_encoders import EncodedBatch, Encoders, batches_of, check_cache
 from gdf.diffusion import sample_losses
@@ -126,6 +126,8 @@ def make_export(run: Run) -> Callable[[Mapping[str, Tensor], int], None]:
 def build(run: Run) -> Recipe:
     """The guidance's recipe."""
     networks = load_networks(run.config, run.device)
+    if run.config.compile:
+        compile_blocks(networks.stage_c)  # the trainer compiles what it trains
     example = next(run.batches(None))[0]
     return Recipe(
         GuidedStageC(networks.stage_c, networks.guidance), batches_of(run, networks.encoders),

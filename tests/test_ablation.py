@@ -1,0 +1,199 @@
+"""benchmarks/ablation.py: its variants of the guidance, and the script on a family of random weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, random_pipeline
+from PIL import Image
+from torch import Tensor
+
+from core.checkpoint import save_tensors
+from core.cli import run
+from core.config import TrainConfig
+from core.config_files import load
+from core.guidance_training import draw_noise, noise_latents
+from core.pipeline import Job
+from core.settings import Settings
+from core.sizes import EffnetSizes, GuidanceSizes
+from gdf.targets import V
+from modules.effnet import EfficientNetEncoder
+from modules.guidance import Guidance, GuidanceFeatures
+
+SCRIPT = ROOT / "benchmarks" / "ablation.py"
+sys.path.insert(0, str(SCRIPT.parent))
+from ablation import (  # noqa: E402
+    RECOGNISER,
+    VARIANTS,
+    OwnTimePipeline,
+    Variant,
+    as_variant,
+    main,
+    names,
+    parse,
+    trained,
+)
+
+GUIDED = {variant.name: variant for variant in VARIANTS if variant.guided}
+SIZES = GuidanceSizes(ind=32, ch=16, n_head=2, head_dim=8, n_groups=4, f_dim=16)
+SIDE, PICTURES = 64, 2
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+
+
+def make(variant: Variant) -> Guidance:
+    torch.manual_seed(0)
+    guidance = Guidance(**asdict(SIZES))
+    guidance.init_weights()
+    return as_variant(guidance, variant)
+
+
+def guide(guidance: Guidance, size: tuple[int, int]) -> Tensor:
+    """What the guidance adds at the first site to random maps of a size."""
+    generator = torch.Generator().manual_seed(0)
+    features = GuidanceFeatures(tuple(torch.randn(2, 32, 3, 4, generator=generator) for _ in range(4)))
+    prepared = guidance.prepare(features, [size] * 4)
+    x, r_embed = torch.randn(2, 32, *size, generator=generator), torch.randn(2, 64, generator=generator)
+    return torch.stack([prepared.fuse(site, x, r_embed) - x for site in range(4)])
+
+
+# --- the variants ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", GUIDED.values(), ids=GUIDED)
+def test_a_variant_trains_all_its_parameters_from_the_common_start(variant: Variant) -> None:
+    guidance, full = make(variant), dict(make(GUIDED["full"]).named_parameters())
+    assert all(torch.equal(p, full[n]) for n, p in guidance.named_parameters() if "convolution" not in n)
+    guide(guidance, (6, 8)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in guidance.parameters())
+    names = " ".join(name for name, _ in guidance.named_parameters())
+    assert ("wtokens" in names) == variant.implicit == ("convolution" not in names)
+    assert ("hr_norm" in names) == variant.scale_aware
+
+
+def test_variants_differ_in_what_they_add_but_hardly_in_how_much() -> None:
+    added = {name: guide(make(variant), (6, 8)).detach() for name, variant in GUIDED.items()}
+    assert added["own_t"].equal(added["full"]) and added["t_05"].equal(added["full"])
+    rest = [value for name, value in added.items() if name not in ("own_t", "t_05")]
+    assert all(not a.allclose(b) for i, a in enumerate(rest) for b in rest[:i])
+    assert all(value.std() == pytest.approx(float(added["full"].std()), rel=0.15) for value in rest)
+
+
+def test_the_low_resolution_is_noised_at_the_asked_time() -> None:
+    noise = draw_noise([(0, 0, i) for i in range(3)], (16, 6, 8), (16, 6, 8))
+    z, target = torch.randn(3, 16, 6, 8), V
+    own = noise_latents(z, z, replace(noise, epsilon_lr=noise.epsilon), target, noise.t)
+    assert own.x_lr.equal(own.x) and own.r_lr.equal(own.r)
+    half, default = noise_latents(z, z, noise, target, 0.5), noise_latents(z, z, noise, target)
+    assert half.r_lr.tolist() == pytest.approx([0.5] * 3, abs=1e-5)
+    assert half.x.equal(default.x) and not half.x_lr.allclose(default.x_lr)
+    assert default.r_lr.tolist() == pytest.approx([0.05] * 3, abs=1e-5)
+
+
+def test_guided_at_its_own_time_a_single_step_is_the_ordinary_one(family_folder: Path) -> None:
+    ordinary = random_pipeline(family_folder)
+    files = (family_folder / name for name in ("stage_c.yaml", "stage_b.yaml", "ultrapixel_t2i.safetensors"))
+    own, jobs = OwnTimePipeline.from_config(*files), [Job("x", SIDE, 96, 3)]
+    for steps, alike in ((1, True), (2, False)):
+        settings = Settings(steps=steps, steps_b=1, guidance_r="last_step")
+        (a,), (b,) = (pipeline.run(jobs, settings) for pipeline in (ordinary, own))
+        assert a.pixels.allclose(b.pixels, atol=1e-5) == alike
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flags(family_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """For one update and two small pictures of the random family."""
+    if not (ROOT / RECOGNISER).is_file():
+        pytest.skip("models/tiny has no recogniser")
+    folder = tmp_path_factory.mktemp("ablation")
+    sizes = EffnetSizes(stem=8, stages=(("fused", 2, 2, 8, 1), ("fused", 2, 2, 8, 1)), head=16)
+    save_tensors(folder / "effnet.safetensors", EfficientNetEncoder(**asdict(sizes)).state_dict(), {})
+    config = yaml.safe_load((family_folder / "stage_c.yaml").read_text("utf-8"))
+    config |= {
+        "effnet_checkpoint_path": str(folder / "effnet.safetensors"),
+        "effnet": json.loads(json.dumps(asdict(sizes))), "scenes": {"count": 8}, "num_workers": 0,
+        "experiment_id": "t2i", "checkpoint_path": "checkpoints", "output_path": "samples",
+        "grad_accum_steps": 1, "warmup_updates": 0, "ema": 0.9,
+    }  # fmt: skip
+    (folder / "t2i.yaml").write_text(yaml.safe_dump(config), "utf-8")
+    named = {
+        "config": folder / "t2i.yaml", "config_c": family_folder / "stage_c.yaml",
+        "config_b": family_folder / "stage_b.yaml", "folder": folder / "run", "figure": folder / "a.png",
+        "updates": 1, "batch_size": 2, "num_image": PICTURES, "side": SIDE, "train_side": SIDE,
+    }  # fmt: skip
+    return [part for name, value in named.items() for part in (f"--{name}", str(value))]
+
+
+def test_the_script_compares_all_variants_and_keeps_what_it_has(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(flags[flags.index("--folder") + 1])
+    command, environment = [sys.executable, str(SCRIPT), *flags], {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(f"| {variant.label} |" in done.stdout for variant in VARIANTS)
+    assert done.stdout == (folder / "table.md").read_text("utf-8")
+    results = {path.name.rsplit("_", 1)[0]: path for path in folder.glob("*.json")}
+    assert results.keys() == {"none", *(f"{name}_0" for name in GUIDED)}
+    assert all(path.with_suffix(".png").is_file() for path in results.values())
+    figures = {name: json.loads(path.read_text("utf-8")) for name, path in results.items()}
+    assert all(one["count"] == PICTURES and 0 <= one["accuracy"]["mean"] <= 1 for one in figures.values())
+    assert len({one["patch_frechet"] for one in figures.values()}) == len(VARIANTS)
+    assert len(list(folder.glob("training/*/step_00000001.pt"))) == len(GUIDED)
+    assert Image.open(flags[flags.index("--figure") + 1]).width > 1000
+
+    results["full_0"].write_text(json.dumps({**figures["full_0"], "frechet": 123.456}), "utf-8")
+    results["implicit_0"].unlink()
+    monkeypatch.chdir(ROOT)
+    assert main([*flags, "--seeds", "0", "0"]) == 0
+    again = capsys.readouterr()
+    assert "123.456 ± 0.000" in again.out and "training:" not in again.err
+    repeated = json.loads(results["implicit_0"].read_text("utf-8"))
+    assert repeated["patch_frechet"] == pytest.approx(figures["implicit_0"]["patch_frechet"], rel=1e-3)
+
+
+def test_other_settings_have_other_names(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load(TrainConfig, flags[flags.index("--config") + 1])
+    variant, base = GUIDED["full"], names(GUIDED["full"], config, parse(flags))
+    assert names(variant, config, parse(flags)) == base
+    relabelled = names(replace(variant, label="other"), config, parse(flags))
+    assert relabelled == base
+    measured = names(variant, config, parse([*flags, "--num_image", "9"]))
+    assert measured[0] == base[0] and measured[1] != base[1]
+    for other in (replace(config, seed=1), replace(config, updates=7)):
+        assert not set(names(variant, other, parse(flags))) & set(base)
+        unguided = [names(VARIANTS[0], c, parse(flags)) for c in (config, other)]
+        assert unguided[0] == unguided[1]
+
+
+def test_a_stopped_training_ends_the_script(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ablation.train", lambda *_, **__: 0)  # leaves without its last checkpoint
+    config = load(TrainConfig, flags[flags.index("--config") + 1], [f"checkpoint_path={tmp_path}"])
+    with pytest.raises(KeyboardInterrupt):
+        trained(GUIDED["full"], config)
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for wrong, part in ((["--side", "7"], "64 to 16384"), (["--num_image", "0"], "--num_image")):
+        with pytest.raises(SystemExit) as ended:
+            run(lambda wrong=wrong: main([*flags, *wrong]))
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert ended.value.code == 2 and line.startswith("error:") and part in line
