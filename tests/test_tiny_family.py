@@ -1,0 +1,107 @@
+"""The embedded family: what a newcomer gets without any download."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from core.checkpoint import load_module, read_config, read_tensors
+from core.config_files import load_stage_c
+from core.data.scenes import caption, sample_scene
+from core.evaluation import Evaluation, Judge, View, held_out_cases
+from core.pipeline import UltraPixelPipeline
+from core.presets import EMBEDDED, PRESETS
+from core.settings import Settings
+from modules.effnet import EfficientNetEncoder
+from modules.recogniser import Recogniser
+
+FOLDER = ROOT / "models" / "tiny"
+TINY = PRESETS[EMBEDDED]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def at_root():
+    """The preset's paths are relative to the repository."""
+    before = Path.cwd()
+    os.chdir(ROOT)
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> UltraPixelPipeline:
+    return UltraPixelPipeline.from_config(TINY.config_c, TINY.config_b, TINY.pretrained_path, CPU)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    path = FOLDER / "recogniser.safetensors"
+    build = lambda: Recogniser(**read_config(path))  # noqa: E731
+    return Judge(load_module(build, path, dtype=torch.float32, what="recogniser"), CPU)
+
+
+def test_all_files_together_are_small_and_hold_no_nan() -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
+    for path in FOLDER.rglob("*.safetensors"):
+        assert all(t.isfinite().all() for t in read_tensors(path).values() if t.is_floating_point())
+
+
+def test_small_pictures_show_what_was_asked_for(pipeline: UltraPixelPipeline, judge: Judge) -> None:
+    evaluation = Evaluation(pipeline, judge, held_out_cases(12, 2000), Settings())
+    view = View("128", (128, 128))
+    (measured,) = evaluation.pictures(view.size, [view], None, lambda *_: None)
+    assert measured.accuracy.mean > 0.75
+
+
+def test_real_pictures_survive_encoder_stage_b_and_stage_a(
+    pipeline: UltraPixelPipeline, judge: Judge
+) -> None:
+    path = Path(load_stage_c(TINY.config_c).effnet_checkpoint_path)
+    build = lambda: EfficientNetEncoder(**read_config(path))  # noqa: E731
+    encoder = load_module(build, path, dtype=torch.float32, what="encoder")
+    evaluation = Evaluation(pipeline, judge, held_out_cases(12, 3000), Settings())
+    trip = evaluation.round_trip(encoder, (128, 128), None)
+    assert trip.psnr > 28 and trip.kept.mean > 0.85
+
+
+def test_the_guided_picture_resembles_its_small_version(pipeline: UltraPixelPipeline) -> None:
+    prompt = caption(sample_scene(5, "held_out"), 5)
+    small, large = (pipeline(prompt, side, side, seed=3)[0].pixels for side in (128, 512))
+    reduced = torch.nn.functional.avg_pool2d(large[None], 4)[0]
+    other = pipeline(caption(sample_scene(8, "held_out"), 8), 128, 128, seed=4)[0].pixels
+    near, far = ((x - reduced).square().mean() for x in (small, other))
+    assert near < 0.5 * far
+
+
+def run(cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "inference" / "test_t2i.py"), *flags]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=240)
+
+
+def test_the_first_command_of_the_readme_makes_a_picture(tmp_path: Path) -> None:
+    done = run(ROOT, "--preset", "tiny", "--prompt", "a red house", "--output_dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.png")
+    picture = np.asarray(Image.open(path))
+    assert picture.shape == (512, 512, 3) and picture.std() > 10
+
+
+def test_without_weights_the_way_out_is_named(tmp_path: Path) -> None:
+    for name in ("configs", "models/tiny"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    done = run(tmp_path, "--prompt", "a red house")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "models/stage_c_bf16.safetensors" in done.stderr and "models/download.py" in done.stderr
+    assert "--preset tiny runs now" in done.stderr
