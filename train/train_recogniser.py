@@ -45,7 +45,7 @@ def make_loss(run: Run) -> Callable[..., StepLoss]:
 def make_check(run: Run, recogniser: Recogniser) -> Callable[[int], None]:
     """Tells the accuracy on held-out pictures, plain and blurred."""
     data = LabelledScenes(replace(run.config.scenes, split="held_out", scales=(1,)), run.data.sizes)
-    pixels = [data.read(number, data.size, (0,)).pixels for number in range(CHECKED)]
+    pixels = [data.read(number, data.sizes[0], (0,)).pixels for number in range(CHECKED)]
     images = (torch.stack(pixels).float() / 255).to(run.device)
     labels = data.labels([str(number) for number in range(CHECKED)]).to(run.device)
 
