@@ -249,11 +249,8 @@ def measure(
 
 def names(variant: Variant, config: TrainConfig, arguments: argparse.Namespace) -> tuple[str, str]:
     """Names of a variant's training and of its result, which differ wherever settings or weights do."""
-    pipeline, name, parts = (
-        make_pipeline(variant, arguments),
-        variant.name,
-        [asdict(replace(variant, label=""))],
-    )
+    pipeline, name = make_pipeline(variant, arguments), variant.name
+    parts = [asdict(replace(variant, label=""))]
     if variant.guided:
         name, parts = f"{variant.name}_{config.seed}", [*parts, as_yaml(config)]
     training = fingerprint(config, weights_of(config), *parts)

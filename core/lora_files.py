@@ -56,11 +56,11 @@ class LoraTokens:
     """
 
     values: Tensor  # (n, width): offsets to add to the base rows, or the rows themselves if `absolute`
-    indices: tuple[int, ...] | None = None  # (n): of the rows in the embedding; None: not known
-    names: tuple[str, ...] | None = (
-        None  # (n): the tokens, one that has several rows at each; None: not known
-    )
-    initialise_from: tuple[str | None, ...] | None = None  # (n): expressions; None: not known
+    # (n) each, None where not known: rows in the embedding; the tokens, one that has several rows at each of
+    # them; expressions
+    indices: tuple[int, ...] | None = None
+    names: tuple[str, ...] | None = None
+    initialise_from: tuple[str | None, ...] | None = None
     absolute: bool = False
 
     def __post_init__(self) -> None:

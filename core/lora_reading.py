@@ -44,9 +44,8 @@ _BUNDLED = re.compile(r"bundle_emb\.(.+)\.clip_g")
 _SKIPPED = "_aux."  # OneTrainer's
 _STALE = "sshs_"  # hashes of the file that is read
 
-Parts = dict[
-    int | None, LoraUpdate
-]  # of a packed weight's queries, keys and values; None: of all of a weight
+# Updates of a packed weight's queries, keys and values; None: of all of a weight.
+Parts = dict[int | None, LoraUpdate]
 
 
 @dataclass(frozen=True)

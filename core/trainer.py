@@ -88,7 +88,8 @@ class Recipe:
     `batches(position)` yields (batch, position after it) from a position on (None: the start); positions are
     plain data. `loss(module, batch, keys)` gets the module as wrapped for several processes, and a key per
     sample for its random numbers. `sample(step)` may write pictures, in every process where the weights are
-    sharded, else in the main one alone; `export(tensors, step)` weights (the running means where there are).
+    sharded, else in the main one alone; `export(tensors, step)` all of the module's weights (the running means
+    where there are).
     """
 
     module: nn.Module
@@ -163,7 +164,9 @@ class Trainer:
         if settings.compile:
             compile_blocks(recipe.module)
         self.module = distribute(recipe.module, accelerator, settings.shard)
-        self._parameters = {n: p for n, p in recipe.module.named_parameters() if p.requires_grad}
+        named = dict(recipe.module.named_parameters())
+        self._parameters = {n: p for n, p in named.items() if p.requires_grad}
+        self._frozen = wholes({n: p for n, p in named.items() if not p.requires_grad})
         self._buffers = dict(recipe.module.named_buffers())
         self.optimizer = make_optimizer(settings.optimizer, list(self._parameters.values()), settings.lr)
         self.weight = AdaptiveLossWeight(accelerator.device)
@@ -333,7 +336,7 @@ class Trainer:
         save_archive(self.folder / CHECKPOINT.format(state["step"]), state)
         self._prune()
         if self.recipe.export is not None:
-            tensors = {**state["parameters"], **state["buffers"], **state["ema"]}
+            tensors = {**self._frozen, **state["parameters"], **state["buffers"], **state["ema"]}
             self.recipe.export(tensors, state["step"])
 
     def _prune(self) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def pipeline() -> UltraPixelPipeline:
 @pytest.fixture(scope="module")
 def judge() -> Judge:
     path = FOLDER / "recogniser.safetensors"
-    build = lambda: Recogniser(**read_config(path))  # noqa: E731
+    build = partial(Recogniser, **read_config(path))
     return Judge(load_module(build, path, dtype=torch.float32, what="recogniser"), CPU)
 
 
@@ -68,7 +69,7 @@ def test_real_pictures_survive_encoder_stage_b_and_stage_a(
     pipeline: UltraPixelPipeline, judge: Judge
 ) -> None:
     path = Path(load_stage_c(TINY.config_c).effnet_checkpoint_path)
-    build = lambda: EfficientNetEncoder(**read_config(path))  # noqa: E731
+    build = partial(EfficientNetEncoder, **read_config(path))
     encoder = load_module(build, path, dtype=torch.float32, what="encoder")
     evaluation = Evaluation(pipeline, judge, held_out_cases(12, 3000), Settings())
     trip = evaluation.round_trip(encoder, (128, 128), None)

@@ -67,11 +67,10 @@ def build(run: Run) -> Recipe:
     if run.config.decoder_only:
         for part in (stage_a.in_block, stage_a.down_blocks, stage_a.vquantizer):
             part.requires_grad_(False)
-    frozen = {f"stage_a.{n}": p.detach() for n, p in stage_a.named_parameters() if not p.requires_grad}
-    write = export_parts({"stage_a.": (run.export_path(EXPORT), stage_a_sizes(run.config))})
+    export = export_parts({"stage_a.": (run.export_path(EXPORT), stage_a_sizes(run.config))})
     sampler = make_sampler(run, stage_a, next(run.batches(None))[0])
     module = StageATraining(stage_a, run.config.adversarial_weight)
-    return Recipe(module, run.batches, make_loss(run), sampler, lambda t, step: write({**frozen, **t}, step))
+    return Recipe(module, run.batches, make_loss(run), sampler, export)
 
 
 def main() -> int:
