@@ -88,7 +88,7 @@ class Recipe:
     `batches(position)` yields (batch, position after it) from a position on (None: the start); positions are
     plain data. `loss(module, batch, keys)` gets the module as wrapped for several processes, and a key per
     sample for its random numbers. `sample(step)` may write pictures, in every process where the weights are
-    sharded, else in the main one alone; `export(tensors, step)` all of the module's weights (the running means
+    sharded, else in the main one alone; `export(tensors, step)` all weights of the module (running means
     where there are).
     """
 
