@@ -38,7 +38,7 @@ from core.evaluation import Evaluation, Judge, Measured, View, held_out_cases
 from core.guidance_training import GuidedStageC, draw_noise, drop_conditions, noise_latents
 from core.offload import Offloaded
 from core.passes import C_LATENT, in_halves, prepare_stage_c
-from core.pipeline import DTYPES, Job, Observer, UltraPixelPipeline
+from core.pipeline import DTYPES, ControlEntries, Job, Observer, UltraPixelPipeline
 from core.resolution import Plan, guidance_strength, plan
 from core.settings import TRAINING_R, Settings
 from core.trainer import CHECKPOINT, Recipe, StepLoss
@@ -188,6 +188,7 @@ class OwnTimePipeline(UltraPixelPipeline):
         texts: dict[str, TextCondition],
         settings: Settings,
         _observer: Observer | None = None,
+        _entries: Sequence[ControlEntries] = (),
     ) -> list[Tensor]:
         """Both passes of Stage C for every job: latents (1, 16, h, w) on the CPU."""
         with self.stage_c.on_device() as stage_c, self._guidance_on_device() as guidance:

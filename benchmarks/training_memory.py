@@ -1,11 +1,13 @@
-"""Peak device memory of a training step of the guidance: python benchmarks/training_memory.py [--measure]
+"""Peak device memory of a training step: python benchmarks/training_memory.py [--personalized] [--measure]
 
 Runs the step of `core.guidance_training` at the published sizes (Stage C 3.6B in bfloat16, frozen; the
 guidance in float32 under bfloat16 autocast; AdamW; the encoder in float32; one picture per process, in the
 second of two micro-batches) on tensors that hold no data, and follows every storage from the operator that
 makes it to its release. That takes one core, two minutes, 0.5 GB and no GPU. `--measure` runs the same step
 on a CUDA device and prints `torch.cuda.max_memory_allocated`; `--check` compares the count with what the
-CPU's allocator gives out in real steps of a small configuration.
+CPU's allocator gives out in real steps of a small configuration. `--personalized` does all this for the step
+of `core.personalization`: a LoRA of rank 4 on the attention and one new token, the guidance frozen, in
+bfloat16, and gradients through the text encoder.
 
 A CPU build of torch cannot run autograd on fake 'cuda' tensors. So the fake tensors lie on the CPU, and
 `autocast_as_on_cuda` makes the CPU's autocast choose number formats by CUDA's lists (norms in float32, for
@@ -21,7 +23,7 @@ import argparse
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,10 +36,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import modules.torchvision_operators  # noqa: F401  before transformers
 from core.conditioning import TextCondition
 from core.config import LatentGeometry
 from core.data.loader import Batch
 from core.guidance_training import GuidedStageC, draw_noise, drop_conditions, noise_latents
+from core.lora_names import published_orders
+from core.personalization import PersonalizedStageC
 from core.sizes import TINY, EffnetSizes, GuidanceSizes, StageCSizes
 from core.trainer import CLIP_NORM
 from core.training_encoders import Encoders
@@ -47,9 +52,13 @@ from modules.effnet import EfficientNetEncoder
 from modules.guidance import Guidance
 from modules.stage_c import StageC
 
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection  # isort: skip
+
 SIDES = (1024, 2048, 3072, 4096, 4608)  # of the pictures, in pixels
 TEXT_ENCODER = 694_659_840  # parameters of the CLIP text encoder, which stays on the device
 TEXT_TOKENS = 77
+TEXT_LAYERS, TEXT_VOCABULARY = 32, 49409  # of the same, with a new token
+RANK = 4
 GRANULE = 512  # bytes: CUDA's allocator hands out multiples
 GIB = 2**30
 
@@ -66,6 +75,9 @@ class Job:
     geometry: LatentGeometry = LatentGeometry()
     dtype: torch.dtype = torch.bfloat16  # of Stage C, and autocast's
     text_encoder: int = TEXT_ENCODER  # parameters, in the same dtype
+    personalized: bool = False  # LoRA and a token instead of the guidance, and a text encoder of this depth
+    text_layers: int = TEXT_LAYERS
+    text_vocabulary: int = TEXT_VOCABULARY
 
     @property
     def latent(self) -> int:
@@ -188,15 +200,15 @@ class Training:
     """Networks and optimiser of a job on a device."""
 
     job: Job
-    module: GuidedStageC
+    module: GuidedStageC | PersonalizedStageC
     effnet: EfficientNetEncoder
-    text_encoder: Tensor  # stands in for its weights
+    text_encoder: list[Tensor]  # its weights, or what stands in for them
     optimizer: torch.optim.AdamW
 
     def follow(self, live: LiveBytes) -> tuple[int, int, int]:
         """Let `live` count the weights, the optimiser's state and the gradients: bytes of each."""
-        modules = (self.module, self.module.stage_c, self.effnet)
-        weights = [t for m in modules for t in (*m.parameters(), *m.buffers())] + [self.text_encoder]
+        modules = (self.module, self.module.stage_c, self.module.guidance, self.effnet)
+        weights = [t for m in modules for t in (*m.parameters(), *m.buffers())] + self.text_encoder
         state = [t for entry in self.optimizer.state.values() for t in entry.values()]
         gradients = [p.grad for p in self.module.parameters()]
         totals = [live.now]
@@ -222,17 +234,44 @@ def prepare(job: Job, device: str) -> Training:
     with torch.device(device):
         with default_dtype(job.dtype):
             stage_c = StageC(**asdict(job.stage_c))
-        guidance, effnet = Guidance(**asdict(job.guidance)), EfficientNetEncoder(**asdict(job.effnet))
-        text_encoder = torch.empty(job.text_encoder, dtype=job.dtype)
-    guidance.init_weights()
-    effnet.requires_grad_(False)
-    stage_c.gradient_checkpointing = job.gradient_checkpointing
-    module = GuidedStageC(stage_c, guidance).train()
+        effnet = EfficientNetEncoder(**asdict(job.effnet)).requires_grad_(False)
+        stage_c.gradient_checkpointing = job.gradient_checkpointing
+        module, text_encoder = (make_personalized if job.personalized else make_guided)(job, stage_c)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, foreach=True)  # CUDA's default
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    return Training(job, module, effnet, text_encoder, optimizer)
+    return Training(job, module.train(), effnet, text_encoder, optimizer)
+
+
+def make_guided(job: Job, stage_c: StageC) -> tuple[GuidedStageC, list[Tensor]]:
+    """The guidance to train, and what stands in for the text encoder."""
+    guidance = Guidance(**asdict(job.guidance))
+    guidance.init_weights()
+    return GuidedStageC(stage_c, guidance), [torch.empty(job.text_encoder, dtype=job.dtype)]
+
+
+def make_personalized(job: Job, stage_c: StageC) -> tuple[PersonalizedStageC, list[Tensor]]:
+    """A LoRA and a token to train, and the text encoder's weights."""
+    with default_dtype(job.dtype):
+        guidance = Guidance(**asdict(job.guidance))
+        text = RandomTokens(job, make_text_model(job))
+    weights = published_orders(job.stage_c)[0]
+    module = PersonalizedStageC(stage_c, guidance, text, weights, RANK, [job.text_vocabulary - 1])
+    return module, [*text.model.parameters(), *text.model.buffers()]
+
+
+def make_text_model(job: Job) -> CLIPTextModelWithProjection:
+    """A text encoder as wide as Stage C expects it; CLIP bigG at the published sizes."""
+    width = job.stage_c.c_clip_text
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=job.text_vocabulary, hidden_size=width, intermediate_size=4 * width,
+            projection_dim=job.stage_c.c_clip_text_pooled, num_hidden_layers=job.text_layers,
+            num_attention_heads=width // min(64, width // 2), hidden_act="gelu",
+            bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -248,18 +287,36 @@ class RandomText:
         return {prompt: TextCondition(tokens, pooled) for prompt in prompts}
 
 
+@dataclass(frozen=True)
+class RandomTokens:
+    """In the place of `core.conditioning.TextEncoder` too, with the network and without a tokenizer."""
+
+    job: Job
+    model: CLIPTextModelWithProjection
+
+    def embed(self, prompts: Sequence[str], device: str) -> tuple[Tensor, Tensor]:
+        """The new token in every place: fake tensors cannot tell where a text ends."""
+        ids = torch.full((len(prompts), TEXT_TOKENS), self.job.text_vocabulary - 1, device=device)
+        out = self.model.text_model(input_ids=ids)
+        return out.last_hidden_state, self.model.text_projection(out.last_hidden_state[:, -1:])
+
+
 def micro_batch(training: Training, device: str) -> None:
-    """Forward and backward for one random picture, as `train/train_t2i.py` and the trainer do it."""
+    """Forward and backward for one random picture, as the training script and the trainer do it."""
     job = training.job
     encoders = Encoders(
         training.effnet, RandomText(job), None, job.geometry, job.stage_c.c_clip_img, torch.device(device)
     )
-    encoded = encoders.encode(Batch(torch.rand(1, 3, job.side, job.side), [""], [""]))
-    noise = draw_noise([(0, 0, 0)], encoded.z.shape[1:], encoded.z_lr.shape[1:])
-    latents = noise_latents(encoded.z, encoded.z_lr, noise, EPSILON)
-    held = drop_conditions(encoded.conditions, encoders.empty(), noise).to(device, job.dtype)
+    batch = Batch(torch.rand(1, 3, job.side, job.side), [""], [""])
+    z, z_lr = encoders.latents(batch)
+    noise = draw_noise([(0, 0, 0)], z.shape[1:], z_lr.shape[1:])
+    latents = noise_latents(z, z_lr, noise, EPSILON)
+    if job.personalized:
+        inputs = (batch.captions, encoders.image_embeddings(batch), noise)
+    else:
+        inputs = (drop_conditions(encoders.conditions(batch), encoders.empty(), noise).to(device, job.dtype),)
     with torch.autocast(device, job.dtype) if job.dtype == torch.bfloat16 else nullcontext():
-        prediction = training.module(latents, held)
+        prediction = training.module(latents, *inputs)
     sample_losses(prediction, latents.target).mean().backward()
 
 
@@ -328,6 +385,8 @@ SMALL = Job(
     effnet=TINY.effnet,
     geometry=LatentGeometry(stride=8, lr_train_cells=12),
     text_encoder=0,
+    text_layers=2,
+    text_vocabulary=100,
 )
 
 
@@ -336,23 +395,23 @@ def pair(job: Job, figure: Callable[[Job], Memory | None]) -> list[Memory | None
     return [figure(replace(job, gradient_checkpointing=checkpointing)) for checkpointing in (True, False)]
 
 
-def print_table(sides: Iterable[int], figure: Callable[[Job], Memory | None]) -> None:
+def print_table(sides: Iterable[int], figure: Callable[[Job], Memory | None], personalized: bool) -> None:
     """A line of Markdown for each size of picture, in GiB."""
     print("| size | latent | weights + optimiser | peak with checkpointing | peak without |")
     print("|---|---|---|---|---|", flush=True)
     for side in sides:
-        job = Job(side)
+        job = Job(side, personalized=personalized)
         both = pair(job, figure)
         resident = next((f"{(m.weights + m.optimiser) / GIB:.1f}" for m in both if m), "-")
         peaks = " | ".join(f"{m.peak / GIB:.1f}" if m else "does not fit" for m in both)
         print(f"| {side}² | {job.latent}² | {resident} | {peaks} |", flush=True)
 
 
-def print_check() -> None:
+def print_check(personalized: bool) -> None:
     """The count against the allocator of the CPU: what a step takes over what lies there before it."""
     for dtype in (torch.float32, torch.bfloat16):
         for checkpointing in (True, False):
-            job = replace(SMALL, dtype=dtype, gradient_checkpointing=checkpointing)
+            job = replace(SMALL, dtype=dtype, gradient_checkpointing=checkpointing, personalized=personalized)
             counted, real = estimate(job, 1).growth, allocator_growth(job)
             print(f"{str(dtype):15} {'with' if checkpointing else 'without':8} checkpointing: "
                   f"{counted / 1e6:.2f} MB counted, {real / 1e6:.2f} MB allocated, "
@@ -360,7 +419,10 @@ def print_check() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Peak device memory of a training step of the guidance.")
+    parser = argparse.ArgumentParser(description="Peak device memory of a training step.")
+    parser.add_argument(
+        "--personalized", action="store_true", help="LoRA and a token instead of the guidance"
+    )
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="of the pictures, in pixels")
     parser.add_argument(
         "--measure", action="store_true", help="measure on the CUDA device, with real tensors"
@@ -368,13 +430,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare the count with real runs on the CPU")
     options = parser.parse_args()
     if options.check:
-        print_check()
+        print_check(options.personalized)
         return
     if options.measure and not torch.cuda.is_available():
         sys.exit("--measure needs a CUDA device, and torch finds none")
     where = torch.cuda.get_device_name() if options.measure else "counted without a device"
     print(f"GiB, batch 1, {where}\n", flush=True)
-    print_table(options.sides, measure if options.measure else estimate)
+    print_table(options.sides, measure if options.measure else estimate, options.personalized)
 
 
 if __name__ == "__main__":

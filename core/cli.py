@@ -23,6 +23,7 @@ DTYPE_NAMES = {
 }  # fmt: skip
 FLOAT16_NAMES = ("fp16", "float16", "half")
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype")  # what tells which models made a picture
+FACTS = ("versions", "weights")  # in pictures, besides the values of flags
 
 
 # --- running a script -----------------------------------------------------------------------------
@@ -151,6 +152,12 @@ def parse_with_preset(parser: argparse.ArgumentParser, arguments: Sequence[str] 
         parser.set_defaults(**asdict(PRESETS[known.preset]))
     if getattr(known, "from_image", None) is not None:
         stored = read_image_metadata(known.from_image)
+        others = [name for name in stored if stored[name] and not hasattr(known, name)]
+        if foreign := sorted({*others} - {*FACTS}):
+            raise ValueError(
+                f"{known.from_image} was made with --{foreign[0]}, which this script does not have: use the "
+                "one that made it"
+            )
         parser.set_defaults(**{name: value for name, value in stored.items() if hasattr(known, name)})
     return parser.parse_args(arguments)
 

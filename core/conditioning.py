@@ -90,7 +90,7 @@ def stack(conditional: Conditions, unconditional: Conditions) -> Conditions:
 # ----------------------------------------------------------------------------------------------- encoders
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextEncoder:
     """CLIP's text tower with its tokenizer."""
 
@@ -125,11 +125,17 @@ class TextEncoder:
         self.to(device)
         distinct = list(dict.fromkeys(prompts))
         groups = [distinct] if together else [[prompt] for prompt in distinct]
-        rows = [row for group in groups for row in self._encode(group, device)]
+        with torch.no_grad():
+            parts = [self.embed(group, device) for group in groups]
+        rows = [TextCondition(tokens[i : i + 1], pooled[i : i + 1])
+                for tokens, pooled in parts for i in range(len(tokens))]  # fmt: skip
         return dict(zip(distinct, rows, strict=True))
 
-    @torch.no_grad()
-    def _encode(self, prompts: Sequence[str], device: torch.device | str) -> list[TextCondition]:
+    def embed(self, prompts: Sequence[str], device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L, D) and pooled embeddings (B, 1, P) of prompts in one pass, with gradients.
+
+        The model must be on `device`.
+        """
         ids, mask = (torch.cat(column) for column in zip(*map(self._tokenize, prompts), strict=True))
         norm, captured = _final_layer_norm(self.model), []
         # What `hidden_states` holds depends on transformers' release; the input of the last norm does not.
@@ -139,8 +145,7 @@ class TextEncoder:
         # The first end of text: padding repeats it, and an added token may have a higher id.
         ends = [row.index(self.tokenizer.eos_token_id) for row in ids.tolist()]
         last = torch.stack([row[end] for row, end in zip(tokens, ends, strict=True)])[:, None]  # (B, 1, D)
-        pooled = self.model.text_projection(norm(last))
-        return [TextCondition(tokens[i : i + 1], pooled[i : i + 1]) for i in range(len(ids))]
+        return tokens, self.model.text_projection(norm(last))
 
     def _tokenize(self, prompt: str) -> tuple[Tensor, Tensor]:
         length = self.model.config.max_position_embeddings

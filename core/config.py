@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from core.sizes import (
+    CONTROLNETS,
     PUBLISHED,
     STAGE_B_VERSIONS,
     STAGE_C_VERSIONS,
     TINY,
+    ControlNetSizes,
     EffnetSizes,
     GuidanceSizes,
     PreviewerSizes,
@@ -22,9 +24,12 @@ from core.sizes import (
 )
 from gdf.loss_weights import loss_weight_named
 
+MIN_CONTROL_SIZE = 16  # px
+
 T = TypeVar("T")
 Dtype = Literal["bfloat16", "float32"]
 Target = Literal["epsilon", "x0", "v", "rectified_flow"]
+ControlFilter = Literal["canny", "inpainting", "super_resolution"]
 
 
 def _require_positive(config: object, *names: str) -> None:
@@ -54,6 +59,8 @@ class StageCConfig:
     `clip_text_path` and `clip_image_path` are local folders or hub ids. A folder holds the text model and its
     tokenizer together, or in `text_encoder/` and `tokenizer/`. Sizes left out follow from `model_version`.
     `guidance_strength`: (from this many latent pixels, strength on the up path), large to small.
+    `train_tokens`: (new token, expression of the vocabulary entries whose mean it starts from) for each token
+    row of a LoRA whose file does not tell, such as the published [["[roubaobao]", "^cat</w>"]].
     """
 
     model_version: str
@@ -70,6 +77,7 @@ class StageCConfig:
     effnet: EffnetSizes | None = None
     geometry: LatentGeometry = LatentGeometry()
     guidance_strength: tuple[tuple[int, float], ...] = ((9216, 0.7), (5184, 0.5), (0, 0.3))
+    train_tokens: tuple[tuple[str, str | None], ...] = ()
 
     def __post_init__(self) -> None:
         stage_c_sizes(self)
@@ -119,6 +127,7 @@ class RunConfig:
     output_path: str  # folder for sample pictures
     webdataset_path: str | None = None  # folder (or shards) of training pictures
     scenes: SceneData | None = None  # instead of webdataset_path
+    tmp_prompt: str | None = None  # the caption of all pictures of the folder, instead of their own
     pretrained_path: str | None = None  # trained weights to start from
     export_path: str | None = None  # where the trained weights go; None: into the run's folder
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of their matrices in that file
@@ -172,6 +181,36 @@ class TrainConfig(RunConfig, StageCConfig):
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         StageCConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalizedTrainConfig(RunConfig, StageCConfig):
+    """Training of LoRA and of the new tokens in `train_tokens`: Stage C's configuration and a run."""
+
+    ultrapixel_path: str | None = None  # the guidance, which stays as it is; None: the base alone is trained
+    lora_rank: int = 4
+    module_filters: tuple[str, ...] = (".attn",)  # modules of Stage C whose names contain one of them
+    lora_layout: Literal["own", "published", "kohya", "peft"] = "own"  # of the exported file
+    # (from this update on, image sizes), instead of image_size; every picture is shown at each of the sizes
+    image_size_schedule: tuple[tuple[int, tuple[int, ...]], ...] | None = None
+    prior_path: str | None = None  # folder (or shards) of pictures of what should stay as it is
+    prior_scenes: SceneData | None = None  # instead of prior_path
+    prior_prompt: str | None = None  # the caption of all pictures of prior_path, instead of their own
+    prior_weight: float = 1.0  # how much such a picture counts beside one of the subject
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        StageCConfig.__post_init__(self)
+        _require_positive(self, "lora_rank", "prior_weight")
+        starts = [start for start, _ in phases(self)]
+        if starts[:1] != [0] or starts != sorted(set(starts)):
+            raise ValueError(f"'image_size_schedule' must go up from update 0, not {starts}")
+        if any(min(sizes, default=0) <= 0 for _, sizes in phases(self)):
+            raise ValueError(f"'image_size_schedule' needs sizes above 0, not {self.image_size_schedule}")
+        if self.prior_path is not None and self.prior_scenes is not None:
+            raise ValueError("what should stay is shown by one of 'prior_path' and 'prior_scenes', not both")
+        if self.prior_prompt is not None and self.prior_path is None:
+            raise ValueError("'prior_prompt' is the caption of pictures of 'prior_path', which is not given")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +290,46 @@ class RecogniserTrainConfig(RunConfig):
     degraded_share: float = 0.7  # of the pictures that are blurred, made noisy or pale
 
 
+@dataclass(frozen=True, kw_only=True)
+class ControlConfig:
+    """The ControlNet that a configuration of Stage C names beside it; what it leaves out, the file tells."""
+
+    controlnet_filter: ControlFilter = "canny"  # what it sees
+    controlnet_checkpoint_path: str | None = None  # None: models/controlnet/<controlnet_filter>.safetensors
+    control_size: int | None = None  # side (px) of the picture that edges are found in; published: 224
+    controlnet: ControlNetSizes | None = None
+
+    def __post_init__(self) -> None:
+        if self.control_size is not None and self.control_size < MIN_CONTROL_SIZE:
+            raise ValueError(f"'control_size' must be at least {MIN_CONTROL_SIZE}, not {self.control_size}")
+        seen = CONTROLNETS[self.controlnet_filter].c_in
+        if self.controlnet is not None and self.controlnet.c_in != seen:
+            raise ValueError(
+                f"'controlnet.c_in' must be {seen} for the filter {self.controlnet_filter}, "
+                f"not {self.controlnet.c_in}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlTrainConfig(ControlConfig, RunConfig, StageCConfig):
+    """Training of a ControlNet: Stage C's configuration, what the ControlNet sees, and a run."""
+
+    train_encoder: bool = True  # its backbone too, not the projections alone
+
+    def __post_init__(self) -> None:
+        ControlConfig.__post_init__(self)
+        RunConfig.__post_init__(self)
+        StageCConfig.__post_init__(self)
+        check_proj_blocks(controlnet_sizes(self), stage_c_sizes(self))
+
+
+def phases(config: PersonalizedTrainConfig) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """The schedule of image sizes: (from this update on, sizes)."""
+    if config.image_size_schedule is not None:
+        return config.image_size_schedule
+    return ((0, (config.image_size,) if isinstance(config.image_size, int) else config.image_size),)
+
+
 def stage_c_sizes(config: StageCConfig) -> StageCSizes:
     """Stage C's sizes: those given, else those of the model version (ValueError if that is unknown)."""
     return config.stage_c or _published(STAGE_C_VERSIONS, config.model_version, "stage_c")
@@ -280,6 +359,32 @@ def effnet_sizes(config: StageCConfig) -> EffnetSizes:
 def previewer_sizes(config: StageCConfig) -> PreviewerSizes:
     """The previewer's sizes, likewise."""
     return config.previewer or _family(config).previewer
+
+
+def controlnet_sizes(config: ControlTrainConfig) -> ControlNetSizes:
+    """The ControlNet's sizes: those given, else the family's or the published ones at Stage C's width."""
+    if config.controlnet is not None:
+        return config.controlnet
+    published = CONTROLNETS[config.controlnet_filter]
+    if _family(config) is TINY:
+        mode = "effnet" if published.bottleneck_mode == "effnet" else "simple"  # the large one is too large
+        return replace(TINY.controlnet, c_in=published.c_in, bottleneck_mode=mode)
+    return replace(published, c_proj=stage_c_sizes(config).c_hidden[0])
+
+
+def check_proj_blocks(controlnet: ControlNetSizes, stage_c: StageCSizes) -> None:
+    """ValueError if the ControlNet acts on ResBlocks or at a width that Stage C does not have."""
+    count, width = sum(map(sum, stage_c.blocks)), stage_c.c_hidden[0]
+    if controlnet.c_proj != width:
+        raise ValueError(
+            f"the ControlNet is for a Stage C of width {controlnet.c_proj}, but the configured one has "
+            f"{width}: use one that was trained for this Stage C"
+        )
+    if not set(controlnet.proj_blocks) <= set(range(count)):
+        raise ValueError(
+            f"the ControlNet acts before the ResBlocks {list(controlnet.proj_blocks)}, but the configured "
+            f"Stage C has 0 to {count - 1} alone: use one that was trained for this Stage C"
+        )
 
 
 def _family(config: StageBConfig | StageCConfig) -> Sizes:

@@ -12,10 +12,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from core.config import (
+    ControlConfig,
+    ControlTrainConfig,
     Dtype,
+    PersonalizedTrainConfig,
     StageBConfig,
     StageCConfig,
     TrainConfig,
+    controlnet_sizes,
     effnet_sizes,
     guidance_sizes,
     previewer_sizes,
@@ -47,7 +51,12 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 
 def load_stage_c(path: str | Path, overrides: Sequence[str] = ()) -> StageCConfig:
     """Read Stage C's configuration from an inference or a training file; training keys are only checked."""
-    return _load(StageCConfig, path, overrides, get_type_hints(TrainConfig))
+    return _load(StageCConfig, path, overrides, _training_keys())
+
+
+def load_control(path: str | Path, overrides: Sequence[str] = ()) -> ControlConfig:
+    """Read which ControlNet a configuration of Stage C names; its other keys are only checked."""
+    return _load(ControlConfig, path, overrides, _training_keys())
 
 
 def load_stage_b(path: str | Path, overrides: Sequence[str] = ()) -> StageBConfig:
@@ -65,10 +74,18 @@ def as_yaml(config: object) -> str:
             previewer=previewer_sizes(config),
             effnet=effnet_sizes(config),
         )
+    if isinstance(config, ControlTrainConfig):
+        config = replace(config, controlnet=controlnet_sizes(config))
     if isinstance(config, StageBConfig):
         config = replace(config, stage_b=stage_b_sizes(config), stage_a=stage_a_sizes(config))
     plain = json.loads(json.dumps(asdict(config)))  # tuples to lists
     return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
+def _training_keys() -> dict[str, Any]:
+    """The keys, with their types, that files of Stage C's trainings and of control carry."""
+    kinds = (TrainConfig, PersonalizedTrainConfig, ControlTrainConfig)
+    return {key: hint for kind in kinds for key, hint in get_type_hints(kind).items()}
 
 
 def _load(cls: type[T], path: str | Path, overrides: Sequence[str], dropped: Mapping[str, Any]) -> T:

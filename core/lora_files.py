@@ -112,16 +112,18 @@ def name_tokens(
 
 
 @torch.no_grad()
-def write_lora(path: PathLike, lora: LoraFile, layout: str = OWN) -> None:
+def write_lora(path: PathLike, lora: LoraFile, layout: str = OWN, dtype: torch.dtype | None = None) -> None:
     """Write a LoRA in one of `LAYOUTS`; ValueError for what that cannot hold, before anything is written.
 
     own: as above. published: UltraPixel's, with zeros for attention weights that have no update. kohya: reads
-    ComfyUI too. peft: a folder, for diffusers' StableCascadeUNet.
+    ComfyUI too. peft: a folder, for diffusers' StableCascadeUNet. `dtype`: of matrices and token rows; None:
+    as they are.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown LoRA layout {layout!r}: use {', '.join(LAYOUTS)}")
     if layout == PEFT:
         tensors, config = _to_peft(lora)
+        tensors = _in_format(tensors, dtype)
         Path(path).mkdir(parents=True, exist_ok=True)
         save_tensors(Path(path) / PEFT_WEIGHTS, tensors, {"format": "pt"})
         (Path(path) / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -129,7 +131,18 @@ def write_lora(path: PathLike, lora: LoraFile, layout: str = OWN) -> None:
         tensors, metadata = {OWN: _to_own, PUBLISHED: _to_published, KOHYA: _to_kohya}[layout](lora)
         if not tensors:
             raise ValueError(NOTHING)
-        save_tensors(path, tensors, metadata)
+        save_tensors(path, _in_format(tensors, dtype), metadata)
+
+
+def _in_format(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The matrices and rows in a number format; ValueError where it cannot hold them."""
+    if dtype is None:
+        return dict(tensors)
+    kept = {name: t for name, t in tensors.items() if name.endswith(".alpha") or not t.is_floating_point()}
+    cast = {name: t if name in kept else t.to(dtype) for name, t in tensors.items()}
+    if too_large := [name for name in tensors if not cast[name].isfinite().all()]:
+        raise ValueError(f"{dtype} has no room for the numbers of {name_some(too_large)}: use bfloat16")
+    return cast
 
 
 def _to_own(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -81,7 +81,7 @@ def read_lora(path: PathLike, sizes: StageCSizes | None = None) -> LoraFile:
     Without `sizes`, those of the known version that all names and shapes fit. CheckpointError names what
     cannot be mapped, and says if the LoRA is for another size.
     """
-    file = _find_file(Path(path))
+    file = find_lora_file(path)
     tensors = read_tensors(file, torch.float32)
     network = identify({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if network not in (LORA, UNKNOWN):
@@ -103,7 +103,9 @@ def find_version(sizes: StageCSizes) -> str | None:
     return next((version for version, known in STAGE_C_VERSIONS.items() if known == sizes), None)
 
 
-def _find_file(path: Path) -> Path:
+def find_lora_file(path: PathLike) -> Path:
+    """The file of a LoRA that may be a folder; CheckpointError if the folder has none."""
+    path = Path(path)
     if not path.is_dir():
         return path
     for name in IN_FOLDERS:

@@ -17,12 +17,20 @@ class Offloaded(Generic[M]):
 
     Its weights keep their place in CPU memory meanwhile, so leaving the device copies nothing. They must
     not be changed on the device: what is changed there is lost. `resident` leaves them there instead.
+    `prepare` is called before each use, with the module where it rests.
     """
 
-    def __init__(self, load: Callable[[], M], device: torch.device, resident: bool = False) -> None:
+    def __init__(
+        self,
+        load: Callable[[], M],
+        device: torch.device,
+        resident: bool = False,
+        prepare: Callable[[M], None] | None = None,
+    ) -> None:
         self._load = load
         self._device = device
         self._resident = resident
+        self._prepare = prepare
         self._module: M | None = None
 
     @property
@@ -32,6 +40,8 @@ class Offloaded(Generic[M]):
             self._module = self._load()
             if self._resident:
                 self._module.to(self._device)
+        if self._prepare is not None:
+            self._prepare(self._module)
         return self._module
 
     @contextmanager

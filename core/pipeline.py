@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from core.checkpoint import check_file, load_module
 from core.conditioning import Conditions, TextCondition, TextEncoder, conditions, find_text_encoder, stack
 from core.config import (
+    ControlConfig,
     StageBConfig,
     StageCConfig,
+    effnet_sizes,
     guidance_sizes,
     previewer_sizes,
     stage_a_sizes,
@@ -24,7 +26,9 @@ from core.config import (
     stage_c_sizes,
 )
 from core.config_files import load_stage_b, load_stage_c
+from core.control import Control, ControlNetFile, open_controlnet
 from core.layouts import guidance_names
+from core.loras import LoraMerger, WeightedLora, check_loras, lora_files
 from core.memory import peak_memory
 from core.offload import Offloaded
 from core.passes import (
@@ -40,6 +44,8 @@ from core.resolution import Plan, guidance_strength, plan
 from core.settings import Settings
 from gdf.samplers import Estimate, Step
 from gdf.targets import target_named
+from modules.controlnet import ControlNet
+from modules.effnet import EfficientNetEncoder
 from modules.guidance import Guidance
 from modules.previewer import Previewer
 from modules.stage_a import StageA
@@ -94,6 +100,7 @@ class StageUse:
 
 
 Observer = Callable[[Progress], None]
+ControlEntries = list[Tensor | None] | None  # of one picture: as `modules.controlnet.ControlNet` returns them
 
 
 class UltraPixelPipeline:
@@ -114,6 +121,8 @@ class UltraPixelPipeline:
         self.config_c, self.config_b = config_c, config_b
         self.device = torch.device(device)
         self.uses: dict[str, StageUse] = {}
+        self.control_file: ControlNetFile | None = None
+        self.controlnet: Offloaded[ControlNet] | None = None
         dtype_c, dtype_b = DTYPES[config_c.dtype], DTYPES[config_b.dtype]
         offloaded = partial(Offloaded, device=self.device, resident=resident)
 
@@ -124,7 +133,11 @@ class UltraPixelPipeline:
         self._text_encoder: TextEncoder | None = None
         self._guidance_path = guidance_path
         build_c = partial(StageC, **asdict(stage_c_sizes(config_c)))
-        self.stage_c = stage(build_c, config_c.generator_checkpoint_path, dtype_c, "Stage C")
+        self._loras = LoraMerger()
+        self.stage_c = offloaded(
+            lambda: load_module(build_c, config_c.generator_checkpoint_path, dtype=dtype_c, what="Stage C"),
+            prepare=self._loras.into_stage_c,
+        )
         self.guidance = None
         if guidance_path is not None:
             build_guidance = partial(Guidance, **asdict(guidance_sizes(config_c)))
@@ -165,27 +178,64 @@ class UltraPixelPipeline:
         negative_prompt: str = "",
         settings: Settings | None = None,
         observer: Observer | None = None,
+        control: Control | None = None,
     ) -> list[Picture]:
         """Pictures of a prompt, or `num_images` of each of several; the i-th of all has seed `seed + i`."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         wanted = [p for p in prompts for _ in range(num_images)]
         jobs = [Job(p, height, width, seed + i, negative_prompt) for i, p in enumerate(wanted)]
-        return self.run(jobs, settings or Settings(), observer)
+        controls = () if control is None else [control] * len(jobs)
+        return self.run(jobs, settings or Settings(), observer, controls)
 
     @torch.no_grad()
-    def run(self, jobs: Sequence[Job], settings: Settings, observer: Observer | None = None) -> list[Picture]:
-        """Pictures of the jobs, stage by stage, so that each stage visits the device once."""
+    def run(
+        self,
+        jobs: Sequence[Job],
+        settings: Settings,
+        observer: Observer | None = None,
+        controls: Sequence[Control] = (),
+    ) -> list[Picture]:
+        """Pictures of the jobs, stage by stage, so that each stage visits the device once.
+
+        `controls`, where there are any, are one for each job, for the ControlNet of `set_control`.
+        """
         plans = [plan(job.height, job.width, self.config_c.geometry) for job in jobs]
         texts = self.encode_text(jobs)
-        latents = self.run_stage_c(jobs, plans, texts, settings, observer)
+        entries = self.run_controlnet(controls)
+        latents = self.run_stage_c(jobs, plans, texts, settings, observer, entries)
         latents = self.run_stage_b(jobs, plans, texts, latents, settings, observer)
-        return self.run_stage_a(jobs, plans, latents, settings, observer)
+        pictures = self.run_stage_a(jobs, plans, latents, settings, observer)
+        return [_kept(*pair) for pair in zip(pictures, controls, strict=True)] if controls else pictures
+
+    def set_control(self, config: ControlConfig) -> ControlNetFile:
+        """Use this ControlNet from now on, for jobs that come with a control; return what its file tells.
+
+        ValueError if it is not one, or one for another Stage C.
+        """
+        file = open_controlnet(config, stage_c_sizes(self.config_c))
+        build, dtype = partial(ControlNet, **asdict(file.sizes)), DTYPES[self.config_c.dtype]
+        self.control_file = file
+        self.controlnet = Offloaded(
+            lambda: load_module(build, file.path, dtype=dtype, what=file.name), self.device, self._resident
+        )
+        return file
+
+    def set_loras(self, loras: Sequence[WeightedLora]) -> None:
+        """Use these LoRAs and no others from now on: merged into the weights before their next use.
+
+        Those of before are undone exactly. ValueError if one is for another size, or two bring one token.
+        """
+        check_loras(loras, self.config_c)
+        self._loras.wanted = tuple(loras)
 
     def files(self) -> dict[str, str]:
         """The weight files of the job, by what they hold; the text encoder may be a folder or a hub id."""
         named = {"Stage C": self.config_c.generator_checkpoint_path}
         if self._guidance_path is not None:
             named["guidance"] = str(self._guidance_path)
+        named |= lora_files(self._loras.wanted)
+        if self.control_file is not None:
+            named["ControlNet"] = self.control_file.path
         named["Stage B"] = self.config_b.generator_checkpoint_path
         named["Stage A"] = self.config_b.stage_a_checkpoint_path
         return {**named, "text encoder": self.config_c.clip_text_path}
@@ -208,10 +258,25 @@ class UltraPixelPipeline:
                 self._text_encoder = TextEncoder.load(
                     self.config_c.clip_text_path, DTYPES[self.config_c.dtype], self._allow_download
                 )
+            self._loras.into_text(self._text_encoder)
             texts = self._text_encoder.encode(distinct, self.device)
             if not self._resident:
                 self._text_encoder.to("cpu")
         return texts
+
+    def run_controlnet(self, controls: Sequence[Control]) -> list[ControlEntries]:
+        """The entries for Stage C of every control, times its weight, on the CPU; none for no controls."""
+        if not controls:
+            return []
+        if self.controlnet is None:
+            raise ValueError("a control was given, but no ControlNet: name one with set_control")
+        dtype = DTYPES[self.config_c.dtype]
+        with self._measured("control"), self.controlnet.on_device() as network:
+            made = [network(control.seen.to(self.device, dtype)) for control in controls]
+            return [
+                [None if entry is None else (control.weight * entry).cpu() for entry in entries]
+                for control, entries in zip(controls, made, strict=True)
+            ]
 
     def run_stage_c(
         self,
@@ -220,8 +285,12 @@ class UltraPixelPipeline:
         texts: dict[str, TextCondition],
         settings: Settings,
         observer: Observer | None = None,
+        entries: Sequence[ControlEntries] = (),
     ) -> list[Tensor]:
-        """Both passes of Stage C for every job: latents (1, 16, h, w) on the CPU."""
+        """Both passes of Stage C for every job: latents (1, 16, h, w) on the CPU.
+
+        `entries`, where there are any, are those of `run_controlnet`; they act on the low-resolution pass.
+        """
         target = target_named(self.config_c.target)
         with (
             self._measured("stage C"),
@@ -229,7 +298,7 @@ class UltraPixelPipeline:
             self._guidance_on_device() as guidance,
         ):
             latents = []
-            for job, sizes in zip(jobs, plans, strict=True):
+            for job, sizes, control in zip(jobs, plans, entries or [None] * len(jobs), strict=True):
                 held = prepare_stage_c(stage_c, self._conditions(job, texts, settings))
                 low, features = low_resolution_pass(
                     stage_c,
@@ -238,6 +307,7 @@ class UltraPixelPipeline:
                     sizes,
                     settings,
                     self._noise(job, "lr"),
+                    control=control and [e if e is None else e.to(self.device) for e in control],
                     on_step=_report(observer, "stage C, low resolution", job),
                 )
                 prepared = None
@@ -336,10 +406,24 @@ class UltraPixelPipeline:
         use.seconds += time.perf_counter() - start
 
 
+def _kept(picture: Picture, control: Control) -> Picture:
+    """The picture, with what its control keeps."""
+    return picture if control.kept is None else replace(picture, pixels=control.kept.around(picture.pixels))
+
+
 def _report(observer: Observer | None, stage: str, job: Job) -> Callable[[Step, Estimate], None] | None:
     if observer is None:
         return None
     return lambda step, estimate: observer(Progress(stage, job, step.index + 1, step.count, estimate.x0))
+
+
+def load_encoder(config: StageCConfig, what_for: str) -> EfficientNetEncoder:
+    """The encoder of Stage C's latents, on the CPU; ValueError (`what_for` needs it) where none is named."""
+    if config.effnet_checkpoint_path is None:
+        raise ValueError(f"{what_for} needs 'effnet_checkpoint_path' in the Stage C configuration")
+    build = partial(EfficientNetEncoder, **asdict(effnet_sizes(config)))
+    path = config.effnet_checkpoint_path
+    return load_module(build, path, dtype=torch.float32, what="EfficientNet encoder")
 
 
 def load_previewer(config: StageCConfig, device: torch.device | str) -> Previewer:

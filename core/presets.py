@@ -12,8 +12,10 @@ class Preset:
     config_c: str
     config_b: str
     pretrained_path: str  # "none": without guidance
+    control_file: str = "models/controlnet/{control}.safetensors"  # {control}: what the ControlNet sees
     height: int = 2048  # pixels
     width: int = 2048
+    lora: tuple[str, ...] = ()  # of test_personalized
 
 
 _STAGE_C, _GUIDANCE = "configs/training/t2i.yaml", "models/ultrapixel_t2i.safetensors"
@@ -25,7 +27,8 @@ PRESETS = {
     "lite": Preset("configs/inference/stage_c_1b.yaml", _STAGE_B_SMALL, "none"),
     "tiny": Preset(
         "configs/tiny/stage_c.yaml", "configs/tiny/stage_b.yaml", "models/tiny/ultrapixel_t2i.safetensors",
-        height=512, width=512,
+        control_file="models/tiny/controlnet_{control}.safetensors", height=512, width=512,
+        lora=("models/tiny/lora_striped_balloon.safetensors",),
     ),
 }  # fmt: skip
 DEFAULT = PRESETS["small-big"]

@@ -26,7 +26,7 @@ SIDE = 256  # pixels of a picture on the sheet
 @torch.no_grad()
 def sample_latents(
     stage_c: StageC,
-    guidance: Guidance,
+    guidance: Guidance | None,
     conditions: Conditions,
     target: Target,
     plan: Plan,
@@ -39,7 +39,7 @@ def sample_latents(
     low, features = low_resolution_pass(
         stage_c, held, target, plan, settings, NoiseSource.of(seed, 0, device)
     )
-    bound = guidance.prepare(features, stage_c.site_sizes(plan.hr_latent))
+    bound = None if guidance is None else guidance.prepare(features, stage_c.site_sizes(plan.hr_latent))
     noise = NoiseSource.of(seed, 1, device)
     return low.x0, high_resolution_pass(stage_c, held, bound, target, plan, settings, noise).x0
 

@@ -76,6 +76,22 @@ class PreviewerSizes:
 
 
 @dataclass(frozen=True)
+class ControlNetSizes:
+    """Constructor values of `modules.controlnet.ControlNet`; the default is the published one for edges.
+
+    `stem`, `stages` and `head` as in `EffnetSizes`, for the backbone of that name.
+    """
+
+    c_in: int = 1  # channels of what it sees
+    c_proj: int = 2048  # Stage C's width
+    proj_blocks: tuple[int, ...] = (0, 4, 8, 12, 51, 55, 59, 63)  # ResBlocks it acts before
+    bottleneck_mode: str = "effnet"
+    stem: int = 24
+    stages: tuple[tuple[str, int, int, int, int], ...] | None = None
+    head: int = 1280
+
+
+@dataclass(frozen=True)
 class TextSizes:
     """Sizes of a CLIP text encoder of our own; the defaults are the tiny family's."""
 
@@ -105,6 +121,7 @@ class Sizes:
     stage_a: StageASizes = StageASizes()
     effnet: EffnetSizes = EffnetSizes()
     previewer: PreviewerSizes = PreviewerSizes()
+    controlnet: ControlNetSizes = ControlNetSizes()
 
 
 PUBLISHED = Sizes(StageCSizes())
@@ -124,6 +141,10 @@ TINY = Sizes(
         stem=16, stages=(("fused", 2, 2, 32, 1), ("fused", 2, 2, 64, 2), ("fused", 2, 1, 96, 2)), head=256,
     ),
     previewer=PreviewerSizes(c_hidden=64),
+    controlnet=ControlNetSizes(
+        c_proj=128, proj_blocks=tuple(range(10)), stem=16, head=128,
+        stages=(("fused", 2, 2, 32, 1), ("fused", 2, 2, 64, 2), ("fused", 2, 1, 96, 2)),
+    ),
 )  # fmt: skip
 
 STAGE_C_VERSIONS: dict[str, StageCSizes] = {
@@ -139,4 +160,9 @@ STAGE_B_VERSIONS: dict[str, StageBSizes] = {
         (320, 576, 1152, 1152), (-1, 9, 18, 18), ((2, 4, 14, 4), (4, 14, 4, 2)), ((1, 1, 1, 1), (2, 2, 2, 2))
     ),
     "tiny": TINY.stage_b,
+}
+CONTROLNETS: dict[str, ControlNetSizes] = {  # the published ones, by what they see
+    "canny": ControlNetSizes(),
+    "inpainting": ControlNetSizes(c_in=4),
+    "super_resolution": ControlNetSizes(c_in=16, bottleneck_mode="large"),
 }

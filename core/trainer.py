@@ -73,12 +73,14 @@ class TrainSettings:
 class StepLoss:
     """A micro-batch's result: the loss of each sample (B,), with gradients, and its logSNR (B,).
 
-    `extra` () is added to the mean as it is, without a weight.
+    `extra` () is added to the mean as it is, without a weight. `counts` (B,) says how much each sample counts
+    in the mean, beside the weight of its logSNR; None: all the same.
     """
 
     per_sample: Tensor
     logsnr: Tensor
     extra: Tensor | None = None
+    counts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,10 @@ class Trainer:
 
     def _weighted(self, result: StepLoss) -> Tensor:
         weigh = self.weight if self.settings.adaptive_loss_weight else self.settings.loss_weight
-        loss = (result.per_sample * weigh(result.logsnr).detach()).mean()
+        weights = weigh(result.logsnr).detach()
+        if result.counts is not None:
+            weights = weights * result.counts
+        loss = (result.per_sample * weights).mean()
         return loss if result.extra is None else loss + result.extra
 
     def _apply_gradients(self) -> None:

@@ -33,7 +33,10 @@ Config = TypeVar("Config", bound=RunConfig)
 
 CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
 # What cannot change between the parts of a run, since its checkpoints would not fit.
-FIXED = ("model_version", "stage_c", "stage_b", "stage_a", "guidance", "effnet", "previewer", "target")
+FIXED = (
+    "model_version", "stage_c", "stage_b", "stage_a", "guidance", "effnet", "previewer", "target",
+    "lora_rank", "module_filters", "train_tokens", "controlnet", "controlnet_filter",
+)  # fmt: skip
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -85,7 +88,7 @@ def _check_continues(config: RunConfig) -> None:
         return
     then, now = (yaml.safe_load(text) for text in (path.read_text("utf-8"), as_yaml(config)))
     for key in FIXED:
-        if then.get(key) != now.get(key):
+        if (then.get(key) or None) != (now.get(key) or None):  # left out or empty
             raise ValueError(
                 f"the checkpoints in {folder} are of a run with another '{key}' (see {path}): choose another "
                 "experiment_id, or remove them"

@@ -17,7 +17,14 @@ from tqdm import tqdm
 
 from core.checkpoint import file_sha256, load_module
 from core.conditioning import Conditions, ImageEncoder, TextEncoder, conditions, find_text_encoder
-from core.config import LatentGeometry, StageBTrainConfig, TrainConfig, effnet_sizes, stage_c_sizes
+from core.config import (
+    LatentGeometry,
+    StageBTrainConfig,
+    StageCConfig,
+    TrainConfig,
+    effnet_sizes,
+    stage_c_sizes,
+)
 from core.data.cache import Cache, cached_batches, fill
 from core.data.loader import Batch
 from core.data.shards import is_shards
@@ -60,7 +67,7 @@ class Encoders:
     device: torch.device
 
     @classmethod
-    def load(cls, config: TrainConfig, device: torch.device) -> Encoders:
+    def load(cls, config: StageCConfig, device: torch.device) -> Encoders:
         """From a configuration's files; the picture's encoder in float32, the others in its number format."""
         build = partial(EfficientNetEncoder, **asdict(effnet_sizes(config)))
         effnet = load_module(
@@ -74,21 +81,26 @@ class Encoders:
 
     def encode(self, batch: Batch, with_lr: bool = True) -> EncodedBatch:
         """Latents, at both resolutions or one, and conditions of a batch, with nothing dropped."""
+        return EncodedBatch(*self.latents(batch, with_lr), self.conditions(batch))
+
+    def latents(self, batch: Batch, with_lr: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The pictures' latents (B, 16, H, W) and, where asked for, those at low resolution (B, 16, h, w)."""
         images = batch.images.to(self.device)
         z = encode_latent(self.effnet, images)
-        z_lr = encode_latent(self.effnet, at_low_resolution(images, self.geometry)) if with_lr else None
-        return EncodedBatch(z, z_lr, self.conditions(batch))
+        return z, encode_latent(self.effnet, at_low_resolution(images, self.geometry)) if with_lr else None
 
     def conditions(self, batch: Batch) -> Conditions:
         """The captions' conditions, with image embeddings where there is an encoder for them."""
         texts = self.text.encode(batch.captions, self.device, together=True)
-        images = [None] * len(batch.captions)
-        if self.image is not None:
-            images = [self.image.encode(to_image(picture), self.device) for picture in batch.images]
-        pairs = zip(batch.captions, images, strict=True)
-        rows = [conditions(texts[caption], image, self.clip_img_width) for caption, image in pairs]
-        columns = zip(*(vars(row).values() for row in rows), strict=True)
-        return Conditions(*(torch.cat(column) for column in columns))
+        rows = [texts[caption] for caption in batch.captions]
+        tokens, pooled = torch.cat([row.tokens for row in rows]), torch.cat([row.pooled for row in rows])
+        return Conditions(tokens, pooled, self.image_embeddings(batch).to(pooled))
+
+    def image_embeddings(self, batch: Batch) -> Tensor:
+        """The pictures' image embeddings (B, 1, I), zeros where there is no encoder for them."""
+        if self.image is None:
+            return torch.zeros(len(batch.images), 1, self.clip_img_width, device=self.device)
+        return torch.cat([self.image.encode(to_image(picture), self.device) for picture in batch.images])
 
     def empty(self) -> Conditions:
         """The conditions (1, …) of the empty caption."""

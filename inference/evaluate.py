@@ -27,16 +27,14 @@ from core.cli import (
     run,
     settings_of,
 )
-from core.config import StageCConfig, effnet_sizes
 from core.data.labelled import CLASSES
 from core.data.scenes import ATTRIBUTES
 from core.evaluation import Case, Evaluation, Judge, Measured, RoundTrip, View, held_out_cases
 from core.images import safe_stem, save_image, to_image
-from core.pipeline import Job, UltraPixelPipeline
+from core.pipeline import Job, UltraPixelPipeline, load_encoder
 from core.presets import EMBEDDED
 from core.report import WeightHashes
 from core.resolution import Size, plan
-from modules.effnet import EfficientNetEncoder
 from modules.recogniser import Recogniser
 
 TINY = Path("models/tiny")  # the recogniser, and the text encoder that knows the scenes' words
@@ -119,15 +117,6 @@ def load_recogniser(path: str, device: torch.device) -> Recogniser:
         raise ValueError(f"{path} is no recogniser of these scenes: name its file with --recogniser")
     build = partial(Recogniser, **sizes)
     return load_module(build, path, dtype=torch.float32, device=device, what="recogniser")
-
-
-def load_encoder(config: StageCConfig, device: torch.device) -> EfficientNetEncoder:
-    """The encoder of Stage C's latents; ValueError where the configuration names none."""
-    path = config.effnet_checkpoint_path
-    if path is None:
-        raise ValueError("--round_trip needs 'effnet_checkpoint_path' in the Stage C configuration")
-    build = partial(EfficientNetEncoder, **asdict(effnet_sizes(config)))
-    return load_module(build, path, dtype=torch.float32, device=device, what="EfficientNet encoder")
 
 
 def prepare(pipeline: UltraPixelPipeline) -> UltraPixelPipeline:
@@ -214,7 +203,7 @@ def main(given: Sequence[str] | None = None) -> int:
     made = make_series(sizes, arguments.compare, pipeline.guidance is not None)
     judge = Judge(load_recogniser(arguments.recogniser, device), device)
     check_weights(pipeline, arguments.preset)
-    encoder = load_encoder(config, device) if arguments.round_trip else None
+    encoder = load_encoder(config, "--round_trip").to(device) if arguments.round_trip else None
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if device.type == "cuda":

@@ -3,6 +3,8 @@
 python models/convert.py models/lora_cat.safetensors cat.safetensors --to own \
     --token "[roubaobao]" --initialise_from "^cat</w>"                   with its token, which the file lacks
 python models/convert.py models/lora_cat.safetensors comfyui.safetensors --to kohya --leave_out tokens
+python models/convert.py cat.safetensors comfyui.safetensors --to kohya --text_encoder models --dtype float16
+                                                                  its tokens as whole rows, for ComfyUI
 python models/convert.py onetrainer.safetensors adapter --to peft        a folder, for diffusers
 """
 
@@ -13,15 +15,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from core.cli import run
+from core.conditioning import TextEncoder
 from core.config import stage_c_sizes
 from core.config_files import load_stage_c
 from core.lora_files import LAYOUTS, LoraFile, LoraTokens, name_tokens, write_lora
+from core.lora_names import KOHYA
 from core.lora_reading import find_version, read_lora
+from core.new_tokens import whole_rows
 from core.sizes import STAGE_C_VERSIONS, StageCSizes
-from modules.lora import LoraUpdate
+from modules.lora import LoraUpdate, check_update
 
 PARTS = {"tokens": {"tokens": None}, "text": {"text_updates": {}}}  # that can be left out
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHOWN = 4  # ranks, alphas and tokens that are listed before the rest is counted
 
 
@@ -45,6 +53,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="vocabulary entries whose mean a token starts from, '' for none; once for each --token",
     )  # fmt: skip
     parser.add_argument("--leave_out", nargs="+", choices=tuple(PARTS), default=[], help="what OUT has not")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="number format of OUT; left out, float32")
+    parser.add_argument(
+        "--text_encoder", metavar="FOLDER",
+        help="turns offsets of tokens into whole rows where OUT holds those, and checks the text's updates",
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 
@@ -56,6 +69,22 @@ def sizes_of(version: str | None) -> StageCSizes | None:
         return stage_c_sizes(load_stage_c(version))
     known = ", ".join(STAGE_C_VERSIONS)
     raise ValueError(f"unknown version {version!r} of Stage C: use {known}, or a configuration's .yaml")
+
+
+def fit_to_text_encoder(lora: LoraFile, folder: str | None, layout: str) -> LoraFile:
+    """The LoRA with its tokens as the layout holds them; ValueError where the text encoder does not fit."""
+    offsets = layout == KOHYA and lora.tokens is not None and not lora.tokens.absolute
+    if folder is None:
+        if offsets:
+            raise ValueError(
+                "the kohya layout holds whole token rows, and this LoRA offsets: add them to rows of a text "
+                "encoder with --text_encoder FOLDER, or use --leave_out tokens"
+            )
+        return lora
+    encoder = TextEncoder.load(folder, torch.float32)
+    for name, update in lora.text_updates.items():
+        check_update(encoder.model, name, update)
+    return replace(lora, tokens=whole_rows(encoder, lora.tokens)) if offsets else lora
 
 
 def describe(lora: LoraFile) -> str:
@@ -102,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError("--initialise_from says where a --token starts from: give that too")
     for part in options.leave_out:
         lora = replace(lora, **PARTS[part])
-    write_lora(options.target, lora, options.to)
+    lora = fit_to_text_encoder(lora, options.text_encoder, options.to)
+    write_lora(options.target, lora, options.to, DTYPES.get(options.dtype))
     print(f"wrote   {options.target}: {describe(read_lora(options.target, lora.sizes))}")
 
 

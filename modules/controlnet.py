@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from modules.blocks import channels_first, pixels_last
-from modules.effnet import BACKBONE_WIDTH, efficientnet_features
+from modules.effnet import BACKBONE_STEM, BACKBONE_WIDTH, StageRow, efficientnet_features
 
 PUBLISHED_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)
 LEAKY_SLOPE = 0.2
@@ -52,20 +52,36 @@ def _large_backbone(c_in: int) -> tuple[nn.Sequential, int]:
     ), BACKBONE_WIDTH
 
 
-def _effnet_backbone(c_in: int) -> tuple[nn.Sequential, int]:
-    backbone = efficientnet_features()
+def _effnet_backbone(
+    c_in: int, stem: int, stages: Sequence[StageRow] | None, head: int
+) -> tuple[nn.Sequential, int]:
+    backbone = efficientnet_features(stem, stages, head)
     if c_in != 3:
-        backbone[0][0] = nn.Conv2d(c_in, 24, 3, stride=2, bias=False)  # without padding, as published
-    return backbone, BACKBONE_WIDTH
+        backbone[0][0] = nn.Conv2d(c_in, stem, 3, stride=2, bias=False)  # without padding, as published
+    return backbone, head
 
 
-BACKBONES = {"simple": _simple_backbone, "large": _large_backbone, "effnet": _effnet_backbone}
+BACKBONES = ("simple", "large", "effnet")
+
+
+def _make_backbone(
+    mode: str, c_in: int, stem: int, stages: Sequence[StageRow] | None, head: int
+) -> tuple[nn.Sequential, int]:
+    """The backbone of a mode, and its width."""
+    if mode == "simple":
+        return _simple_backbone(c_in)
+    if mode == "large":
+        return _large_backbone(c_in)
+    if mode == "effnet":
+        return _effnet_backbone(c_in, stem, stages, head)
+    raise ValueError(f"unknown ControlNet backbone {mode!r}: known are {', '.join(BACKBONES)}")
 
 
 class ControlNet(nn.Module):
     """Control entries for Stage C from a control picture or latent (B, c_in, H, W).
 
     `forward` returns an entry per ResBlock up to the last of `proj_blocks`: a map (B, c_proj, h, w), or None.
+    `stem`, `stages` and `head` are sizes of the "effnet" backbone, as in `modules.effnet`.
     """
 
     def __init__(
@@ -74,13 +90,12 @@ class ControlNet(nn.Module):
         c_proj: int = 2048,
         proj_blocks: Sequence[int] = PUBLISHED_BLOCKS,
         bottleneck_mode: str = "effnet",
+        stem: int = BACKBONE_STEM,
+        stages: Sequence[StageRow] | None = None,
+        head: int = BACKBONE_WIDTH,
     ) -> None:
         super().__init__()
-        if bottleneck_mode not in BACKBONES:
-            raise ValueError(
-                f"unknown ControlNet backbone {bottleneck_mode!r}: known are {', '.join(BACKBONES)}"
-            )
-        self.backbone, width = BACKBONES[bottleneck_mode](c_in)
+        self.backbone, width = _make_backbone(bottleneck_mode, c_in, stem, stages, head)
         self.proj_blocks = tuple(proj_blocks)
         self.projections = nn.ModuleList(
             nn.Sequential(

@@ -67,11 +67,12 @@ class FolderIndex:
 # --- the index ------------------------------------------------------------------------------------
 
 
-def index_folder(folder: str | Path, max_broken: float = 0.1) -> FolderIndex:
+def index_folder(folder: str | Path, max_broken: float = 0.1, caption: str | None = None) -> FolderIndex:
     """Search a folder through for pictures with captions, reading the pictures' headers only.
 
-    A caption stands beside its picture as .json ({"caption": ...}) or .txt, or in a metadata.jsonl. What is
-    broken is logged by name; ValueError where that is more than the share `max_broken`, or nothing is found.
+    A caption stands beside its picture as .json ({"caption": ...}) or .txt, or in a metadata.jsonl, unless
+    `caption` is that of all. What is broken is logged by name; ValueError where that is more than the share
+    `max_broken`, or nothing is found.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -80,10 +81,10 @@ def index_folder(folder: str | Path, max_broken: float = 0.1) -> FolderIndex:
     pictures = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES))
     if not pictures:
         raise ValueError(f"{folder}: the folder holds no picture ({', '.join(IMAGE_SUFFIXES)})")
-    listed, broken = _read_metadata(folder, files)
+    listed, broken = _read_metadata(folder, files) if caption is None else ({}, [])
 
     def read(names: Sequence[str]) -> list[Sample | Broken]:
-        return [_read_sample(folder, name, files, listed) for name in names]
+        return [_read_sample(folder, name, files, listed, caption) for name in names]
 
     chunks = [pictures[start : start + INDEX_CHUNK] for start in range(0, len(pictures), INDEX_CHUNK)]
     with ThreadPoolExecutor(INDEX_THREADS) as pool:
@@ -142,21 +143,25 @@ def _read_metadata(folder: Path, files: set[str]) -> tuple[dict[str, dict[str, A
 
 
 def _read_sample(
-    folder: Path, name: str, files: set[str], listed: dict[str, dict[str, Any]]
+    folder: Path, name: str, files: set[str], listed: dict[str, dict[str, Any]], caption: str | None
 ) -> Sample | Broken:
-    stem, path = os.path.splitext(name)[0], folder / name
+    path = folder / name
     try:
-        if stem + ".json" in files:
-            caption = caption_of_json((folder / f"{stem}.json").read_bytes())
-        elif stem + ".txt" in files:
-            caption = caption_of_text((folder / f"{stem}.txt").read_bytes())
-        elif name in listed:
-            caption = _caption_of(listed[name])
-        else:
-            raise ValueError(f"it has no caption: no .json or .txt beside it, no line in a {METADATA}")
+        caption = _own_caption(path, name, files, listed) if caption is None else caption
         return Sample(name, caption, *header_size(path))
     except (OSError, ValueError) as error:
         return Broken(name, str(error).removeprefix(f"{path}: "))
+
+
+def _own_caption(path: Path, name: str, files: set[str], listed: dict[str, dict[str, Any]]) -> str:
+    stem = os.path.splitext(name)[0]
+    if stem + ".json" in files:
+        return caption_of_json(path.with_suffix(".json").read_bytes())
+    if stem + ".txt" in files:
+        return caption_of_text(path.with_suffix(".txt").read_bytes())
+    if name in listed:
+        return _caption_of(listed[name])
+    raise ValueError(f"it has no caption: no .json or .txt beside it, no line in a {METADATA}")
 
 
 # --- captions -------------------------------------------------------------------------------------

@@ -64,8 +64,10 @@ def open_data(config: RunConfig) -> Data:
         return DrawnScenes(config.scenes, tuple((side, side) for side in sides))
     buckets = make_buckets(config.image_size, config.multi_aspect_ratio)
     if is_shards(config.webdataset_path):
+        if config.tmp_prompt is not None:
+            raise ValueError("'tmp_prompt' is for a folder of pictures: shards have captions of their own")
         return open_shards(config.webdataset_path, buckets)
-    return into_buckets(index_folder(config.webdataset_path, config.max_broken), buckets)
+    return into_buckets(index_folder(config.webdataset_path, config.max_broken, config.tmp_prompt), buckets)
 
 
 def stream(

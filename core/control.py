@@ -1,0 +1,284 @@
+"""Control of the low-resolution pass: pictures to what a ControlNet sees, and what stays around a hole."""
+
+from __future__ import annotations
+
+import http.client
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.checkpoint import CheckpointError, iter_tensors, read_config
+from core.config import ControlConfig, ControlFilter, LatentGeometry, check_proj_blocks
+from core.data.folder import NamedBytes
+from core.images import load_image, open_image
+from core.layouts import describe_mismatch, identify
+from core.resolution import Size
+from core.sizes import CONTROLNETS, ControlNetSizes, StageCSizes
+from modules.effnet import imagenet_normalise
+
+CONTROL_WEIGHT = 0.7
+CONTROL_SIZE = 224  # px, the side of the picture that the published ControlNet's edges are found in
+PATTERN = "models/controlnet/{control}.safetensors"
+METADATA_KEY = "control"
+CANNY_THRESHOLDS = (100, 200)
+HOLE_LEVEL = 0.5  # a mask's pixels from this on are the hole
+BLEND_SHARE = 1 / 64  # of the shorter side: how wide the blend inside a hole's edge is
+SR_SCALE = 2  # how much smaller the picture is that a super resolution's latents are of
+FETCH_SECONDS, FETCH_BYTES = 30, 1 << 26
+FETCH_BLOCK = 1 << 16
+
+Encoder = Callable[[Tensor], Tensor]
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ControlNetFile:
+    """A ControlNet's weights, and how it is used."""
+
+    path: str
+    filter: ControlFilter
+    control_size: int
+    sizes: ControlNetSizes
+
+    @property
+    def name(self) -> str:
+        """As errors and `core.layouts.identify` call it."""
+        return f"the {self.filter.replace('_', ' ')} ControlNet"
+
+
+def open_controlnet(config: ControlConfig, stage_c: StageCSizes) -> ControlNetFile:
+    """The ControlNet that a configuration names, with the sizes of its file, for a Stage C of these sizes.
+
+    CheckpointError, or ValueError, if the file is of another network, of another ControlNet or of one for
+    another Stage C. A file that is not there yet is taken for a fitting one: it is missed at loading.
+    """
+    path = config.controlnet_checkpoint_path or PATTERN.format(control=config.controlnet_filter)
+    published = replace(CONTROLNETS[config.controlnet_filter], c_proj=stage_c.c_hidden[0])
+    size = config.control_size or CONTROL_SIZE
+    file = ControlNetFile(path, config.controlnet_filter, size, config.controlnet or published)
+    if not Path(path).exists():
+        return file
+    shapes = {name: tuple(tensor.shape) for name, tensor in iter_tensors(path)}
+    if (found := identify(shapes)) != file.name:
+        raise CheckpointError(f"{path} {describe_mismatch(found, file.name)}")
+    width = shapes["projections.0.2.weight"][0]
+    stored = read_config(path)
+    own = ControlNetSizes(**stored) if stored else replace(published, c_proj=width)
+    file = replace(file, sizes=config.controlnet or own)
+    try:
+        check_proj_blocks(replace(file.sizes, c_proj=width), stage_c)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    trained = (read_config(path, METADATA_KEY) or {}).get("control_size", CONTROL_SIZE)
+    return replace(file, control_size=config.control_size or trained)
+
+
+# --- pictures that are given ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture that is given as control, and its hole, if it has one (8-bit grey of its size, white)."""
+
+    picture: Image.Image
+    hole: Image.Image | None = None
+
+
+def read_source(place: str | Path, mask: str | Path | None = None) -> Source:
+    """A picture from a file or a URL; its hole is what `mask` shows white, else what is transparent in it.
+
+    OSError or ValueError, of one sentence, for what cannot be read, and for a mask of another size.
+    """
+    content = fetch(str(place)) if "://" in str(place) else place
+    picture = load_image(content)
+    if mask is None:
+        return Source(picture, _transparent(content))
+    hole = load_image(mask).convert("L")
+    if hole.size != picture.size:
+        raise ValueError(
+            f"{mask}: the mask has {hole.height} x {hole.width} pixels (height x width), but the picture has "
+            f"{picture.height} x {picture.width}: give a mask of the picture's size"
+        )
+    return Source(picture, hole)
+
+
+def _transparent(content: str | Path | NamedBytes) -> Image.Image | None:
+    with open_image(content) as image:
+        if not image.has_transparency_data:
+            return None
+        return ImageOps.invert(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
+
+
+def fetch(url: str) -> NamedBytes:
+    """The content of an http or https URL, also over redirects to such.
+
+    OSError or ValueError if it cannot be had, has more than FETCH_BYTES or takes longer than FETCH_SECONDS.
+    """
+    if url.partition("://")[0].lower() not in ("http", "https"):
+        raise ValueError(f"{url}: pictures are fetched by http and https only; give such a URL or a file")
+    end, content = time.monotonic() + FETCH_SECONDS, b""
+    try:
+        with _web().open(urllib.request.Request(url), timeout=FETCH_SECONDS) as response:
+            while block := response.read1(FETCH_BLOCK):
+                content += block
+                if len(content) > FETCH_BYTES:
+                    raise OSError(f"it has more than {FETCH_BYTES >> 20} MiB, the most that is fetched")
+                if time.monotonic() > end:
+                    raise OSError(f"it took more than {FETCH_SECONDS} s")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise OSError(f"{url}: the picture cannot be fetched ({error})") from None
+    return NamedBytes(content, url)
+
+
+def _web() -> urllib.request.OpenerDirector:
+    """Opens http and https and nothing else, which a redirect could lead to."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler, urllib.request.UnknownHandler, urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler, urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor,
+    ):  # fmt: skip
+        opener.add_handler(handler())
+    return opener
+
+
+# --- filters --------------------------------------------------------------------------------------
+
+
+def edges(pictures: Tensor, size: int, keep_aspect: bool = False) -> Tensor:
+    """Canny edges (B, 1, H, W) in [0, 1] of pictures (B, 3, H, W) in [0, 1].
+
+    As published they are found in the picture squeezed to size x size (with `keep_aspect`: its shorter side)
+    and enlarged to H x W again.
+    """
+    height, width = pictures.shape[-2:]
+    scale = size / min(height, width)
+    reduced = (round(scale * height), round(scale * width)) if keep_aspect else (size, size)
+    small = F.interpolate(pictures, size=reduced, mode="bilinear")
+    eight_bit = (small * 255).byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    found = np.stack([cv2.Canny(picture, *CANNY_THRESHOLDS) for picture in eight_bit])
+    lines = torch.from_numpy(found)[:, None].to(pictures) / 255
+    return F.interpolate(lines, size=(height, width), mode="bilinear")
+
+
+def with_hole(pictures: Tensor, holes: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) with holes (B, 1, H, W), 0 or 1, painted white, and the holes: (B, 4, H, W)."""
+    return torch.cat([torch.where(holes > 0, 1.0, pictures), holes], dim=1)
+
+
+@torch.no_grad()
+def half_size_latents(pictures: Tensor, encoder: Encoder) -> tuple[Tensor, Tensor]:
+    """Latents (B, 16, h, w) of pictures (B, 3, H, W) in [0, 1] at half size, and those (B, 3, H, W).
+
+    Both are enlarged again, by nearest neighbour.
+    """
+    small = F.interpolate(pictures, scale_factor=1 / SR_SCALE, mode="nearest")
+    latents = encoder(imagenet_normalise(small))
+    return tuple(F.interpolate(x, scale_factor=SR_SCALE, mode="nearest") for x in (latents, small))
+
+
+# --- what a picture is made under -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays as it is around a hole."""
+
+    picture: Tensor  # (3, H, W) in [0, 1]
+    inside: Tensor  # (H, W): 0 outside the hole, rising to 1 within it over BLEND_SHARE of the shorter side
+
+    def around(self, pixels: Tensor) -> Tensor:
+        """The picture with pixels (3, H, W) in its hole."""
+        return torch.lerp(self.picture, pixels.to(self.picture), self.inside)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What steers the low-resolution pass of a picture."""
+
+    seen: Tensor  # (1, c_in, H, W), the ControlNet's input
+    shown: Tensor  # (1 or 3, H, W) in [0, 1], the same to look at
+    weight: float = CONTROL_WEIGHT  # of the ControlNet's entries
+    kept: Kept | None = None
+
+
+def control_size(height: int, width: int, geometry: LatentGeometry) -> Size:
+    """The (height, width) of what a ControlNet sees of a picture of height x width.
+
+    The shorter side is that of a low-resolution picture in training (published: 768 px), the longer one as
+    near to the picture's shape as whole cells of the encoder at half size allow. As a whole it lies over the
+    whole low-resolution latent.
+    """
+    step = SR_SCALE * geometry.stride
+    scale = geometry.lr_train_cells * geometry.stride / min(height, width)
+    rows, columns = (max(1, round(scale * side / step)) for side in (height, width))
+    return rows * step, columns * step
+
+
+def fitted(image: Image.Image, size: Size, shape: Size) -> Tensor:
+    """The largest middle part of a picture that has the shape of `shape`, resized to `size` (height, width).
+
+    (3, *size), or (1, *size) of a grey picture, in [0, 1].
+    """
+    scale = min(image.height / shape[0], image.width / shape[1])
+    height, width = scale * shape[0], scale * shape[1]
+    top, left = (image.height - height) / 2, (image.width - width) / 2
+    box = (left, top, left + width, top + height)
+    pixels = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR, box))  # antialiased
+    return torch.from_numpy(pixels.reshape(*size, -1)).permute(2, 0, 1).float() / 255
+
+
+def edge_control(
+    source: Source, shape: Size, geometry: LatentGeometry, size: int, keep_aspect: bool = False
+) -> Control:
+    """Control by the edges of a picture, for pictures of `shape` (height, width); `size` as in `edges`."""
+    picture = fitted(source.picture, control_size(*shape, geometry), shape)
+    found = edges(picture[None], size, keep_aspect)
+    return Control(found, found[0])
+
+
+def ready_edge_control(drawing: Image.Image, shape: Size, geometry: LatentGeometry) -> Control:
+    """Control by edges that are given as a picture, white on black."""
+    lines = fitted(drawing.convert("L"), control_size(*shape, geometry), shape)
+    return Control(lines[None], lines)
+
+
+def hole_control(source: Source, shape: Size, geometry: LatentGeometry) -> Control:
+    """Control by what lies around a picture's hole, which stays; ValueError if there is no hole."""
+    if source.hole is None or max(source.hole.getextrema()) < HOLE_LEVEL * 255:
+        raise ValueError(
+            "inpainting needs a hole to fill: a mask with white in it, or a picture with transparent parts"
+        )
+    size = control_size(*shape, geometry)
+    picture, hole = fitted(source.picture, size, shape), _binary(fitted(source.hole, size, shape))
+    seen = with_hole(picture[None], hole[None])
+    whole = fitted(source.picture, shape, shape)
+    return Control(seen, seen[0, :3], kept=Kept(whole, blend(_binary(fitted(source.hole, shape, shape)))))
+
+
+def _binary(hole: Tensor) -> Tensor:
+    return (hole >= HOLE_LEVEL).float()
+
+
+def blend(hole: Tensor) -> Tensor:
+    """The generated picture's share (H, W) for a hole (1, H, W): 0 outside, inside rising from its edge."""
+    depth = cv2.distanceTransform(hole[0].byte().numpy(), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)  # px
+    return torch.from_numpy(depth / (BLEND_SHARE * min(depth.shape))).clamp(max=1)
+
+
+def half_size_control(source: Source, shape: Size, geometry: LatentGeometry, encoder: Encoder) -> Control:
+    """Control by the encoder's latents of a small picture that is to be made large."""
+    picture = fitted(source.picture, control_size(*shape, geometry), shape)
+    latents, small = half_size_latents(picture[None], encoder)
+    return Control(latents, small[0])

@@ -1,0 +1,60 @@
+"""Text to image with LoRAs and their tokens: python inference/test_personalized.py --lora FILE --prompt "..."
+
+python inference/test_personalized.py --pretrained_path_lora models/lora_cat.safetensors \
+    --prompt "a photo of a cat [roubaobao] in the snow"
+python inference/test_personalized.py --lora cat.safetensors:0.8 --lora style.safetensors:0.5 --prompt "..."
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from core.cli import MODEL_FLAGS, make_pipeline, parse_with_preset, run, settings_of
+from core.loras import load_loras, uncalled
+from core.pictures import make_jobs, make_pictures, picture_parser
+
+CONFIG_C = "configs/training/lora_personalization.yaml"  # has the token of the published file, which lacks it
+
+
+class Gather(argparse.Action):
+    """Collects the values of a repeated flag, instead of the default ones."""
+
+    def __call__(
+        self,
+        _parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        value: str,
+        _flag: str | None = None,
+    ) -> None:
+        held = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(() if held is self.default else held), value])
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line: that of test_t2i, and the LoRAs."""
+    parser = picture_parser(__doc__)
+    parser.set_defaults(config_c=CONFIG_C)
+    parser.add_argument(
+        "--lora", "--pretrained_path_lora", action=Gather, default=(), metavar="FILE[:WEIGHT]",
+        help="a LoRA in any layout, and how much of it; once for each of several",
+    )  # fmt: skip
+    return parse_with_preset(parser, arguments)
+
+
+def main() -> int:
+    arguments = parse()
+    jobs, settings = make_jobs(arguments), settings_of(arguments)
+    if not arguments.lora:
+        raise ValueError("no LoRA was given: add --pretrained_path_lora FILE, or --lora FILE:WEIGHT")
+    pipeline = make_pipeline(arguments)
+    loras = load_loras(arguments.lora, pipeline.config_c)
+    pipeline.set_loras(loras)
+    for sentence in uncalled(loras, list(dict.fromkeys(job.prompt for job in jobs))):
+        print(f"warning: {sentence}", file=sys.stderr)
+    return make_pictures(arguments, pipeline, jobs, settings, (*MODEL_FLAGS, "lora"))
+
+
+if __name__ == "__main__":
+    run(main)
