@@ -16,9 +16,11 @@ from conftest import ROOT
 from PIL import Image
 
 from core.checkpoint import load_module, read_config, read_tensors
+from core.config import ControlConfig
 from core.config_files import load_stage_c
 from core.data.scenes import caption, sample_scene
 from core.evaluation import Evaluation, Judge, View, held_out_cases
+from core.loras import load_loras
 from core.pipeline import UltraPixelPipeline
 from core.presets import EMBEDDED, PRESETS
 from core.settings import Settings
@@ -83,6 +85,26 @@ def test_the_guided_picture_resembles_its_small_version(pipeline: UltraPixelPipe
     other = pipeline(caption(sample_scene(8, "held_out"), 8), 128, 128, seed=4)[0].pixels
     near, far = ((x - reduced).square().mean() for x in (small, other))
     assert near < 0.5 * far
+
+
+def test_the_lora_brings_its_token_and_changes_what_it_calls() -> None:
+    assert (ROOT / TINY.lora[0]).stat().st_size <= 1e6
+    pipeline = UltraPixelPipeline.from_config(TINY.config_c, TINY.config_b, None, CPU)
+    loras = load_loras(TINY.lora, pipeline.config_c)
+    assert loras[0].tokens == ["[stripes]"]
+    prompt = "a large [stripes] balloon above the sea by day under a clear sky, in the middle"
+    settings = Settings(steps=4, steps_b=2)
+    before = pipeline(prompt, 128, 128, settings=settings)[0].pixels
+    pipeline.set_loras(loras)
+    assert (pipeline(prompt, 128, 128, settings=settings)[0].pixels - before).abs().mean() > 0.01
+
+
+def test_the_controlnet_is_one_for_this_family() -> None:
+    path = TINY.control_file.format(control="canny")
+    assert (ROOT / path).stat().st_size <= 2e6
+    pipeline = UltraPixelPipeline.from_config(TINY.config_c, TINY.config_b, None, CPU)
+    file = pipeline.set_control(ControlConfig(controlnet_checkpoint_path=path))
+    assert (file.filter, file.control_size) == ("canny", 96)
 
 
 def run(cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
