@@ -21,13 +21,13 @@ from core.config import ControlConfig, ControlFilter, LatentGeometry, check_proj
 from core.data.folder import NamedBytes
 from core.images import load_image, open_image
 from core.layouts import describe_mismatch, identify
+from core.presets import DEFAULT
 from core.resolution import Size
 from core.sizes import CONTROLNETS, ControlNetSizes, StageCSizes
 from modules.effnet import imagenet_normalise
 
 CONTROL_WEIGHT = 0.7
 CONTROL_SIZE = 224  # px, the side of the picture that the published ControlNet's edges are found in
-PATTERN = "models/controlnet/{control}.safetensors"
 METADATA_KEY = "control"
 CANNY_THRESHOLDS = (100, 200)
 HOLE_LEVEL = 0.5  # a mask's pixels from this on are the hole
@@ -63,7 +63,7 @@ def open_controlnet(config: ControlConfig, stage_c: StageCSizes) -> ControlNetFi
     CheckpointError, or ValueError, if the file is of another network, of another ControlNet or of one for
     another Stage C. A file that is not there yet is taken for a fitting one: it is missed at loading.
     """
-    path = config.controlnet_checkpoint_path or PATTERN.format(control=config.controlnet_filter)
+    path = config.controlnet_checkpoint_path or DEFAULT.control_file.format(control=config.controlnet_filter)
     published = replace(CONTROLNETS[config.controlnet_filter], c_proj=stage_c.c_hidden[0])
     size = config.control_size or CONTROL_SIZE
     file = ControlNetFile(path, config.controlnet_filter, size, config.controlnet or published)
