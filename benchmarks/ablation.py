@@ -39,6 +39,7 @@ from core.guidance_training import GuidedStageC, draw_noise, drop_conditions, no
 from core.offload import Offloaded
 from core.passes import C_LATENT, in_halves, prepare_stage_c
 from core.pipeline import DTYPES, ControlEntries, Job, Observer, UltraPixelPipeline
+from core.presets import EMBEDDED, PRESETS
 from core.resolution import Plan, guidance_strength, plan
 from core.settings import TRAINING_R, Settings
 from core.trainer import CHECKPOINT, Recipe, StepLoss
@@ -78,8 +79,9 @@ class Variant:
 
     @property
     def settings(self) -> Settings:
-        """The default ones, which take the features at the last step, t = 0.05, or those at the variant's."""
-        return Settings(guidance_r=None if self.lr_time in (None, TRAINING_R) else self.lr_time)
+        """The family's, which take the features at the last step, t = 0.05, or those at the variant's."""
+        lr_time = None if self.lr_time in (None, TRAINING_R) else self.lr_time
+        return Settings(cfg=PRESETS[EMBEDDED].cfg, guidance_r=lr_time)
 
 
 VARIANTS = (

@@ -1,8 +1,9 @@
 """How well controlled pictures keep the edges that were given: python benchmarks/tiny_control.py
 
-Held-out scenes give edges and prompts. With each, pictures are made under control and, from the same prompt
-and seed, without. A prompt says what is in the picture, but not where and how large: the edges do
-(--full_prompts says all). Sampling is that of inference/test_controlnet.py, without its suffix.
+Held-out scenes give edges. From the same seed pictures are made under control and without. There is no
+prompt at all, so that the edges alone say what to draw; with --prompts open it says what is in the picture,
+but not where and how large, with --prompts full all of that. Sampling is that of
+inference/test_controlnet.py, without its suffix.
 
 The measure looks at outlines, as finer detail is not in latents of 12 x 12: pictures are reduced to
 128 x 128, smoothed (a Gaussian of 3 px) and searched by Canny with thresholds 25 and 50. F1: of outlines
@@ -16,7 +17,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 import cv2
@@ -53,12 +55,20 @@ NEAR, FAR = 2.0, 16.0  # px: within which outlines agree, and the most that coun
 SHOWN = 8  # scenes on a sheet
 
 
+def no_prompt(_scene: Scene) -> str:
+    """Nothing."""
+    return ""
+
+
 def open_prompt(scene: Scene) -> str:
     """What is in a scene, without where and how large it is."""
     afloat = scene.subject in AFLOAT and (scene.land == "sea" or scene.subject == "balloon")
     where = (AFLOAT[scene.subject] if afloat else WHERE[scene.land])[0]
     what, land = SUBJECTS[scene.subject][0], LANDS[scene.land][0]
     return f"a {scene.colour} {what} {where} {land}, {SKIES[scene.sky, scene.light][0]}"
+
+
+PROMPTS = {"none": no_prompt, "open": open_prompt, "full": None}  # None: the scene's caption
 
 
 # --- the measure ----------------------------------------------------------------------------------
@@ -154,9 +164,10 @@ def report(rows: Sequence[Row]) -> str:
         names = (f"{row.size[0]} x {row.size[1]}, control", "without control")
         for name, seen in zip(names, (row.controlled, row.free), strict=True):
             lines.append(f"{name:<20}{seen.f1:>8.2f}{seen.above_chance:>15.2f}{seen.distance:>9.2f} px")
-        above = row.controlled.above_chance / max(row.free.above_chance, 1e-3)
-        distance = row.free.distance / row.controlled.distance
-        lines.append(f"{'  times better':<20}{'':>8}{above:>15.1f}{distance:>12.1f}")
+        f1 = row.controlled.f1 / row.free.f1 if row.free.f1 else inf
+        above = row.controlled.above_chance / row.free.above_chance if row.free.above_chance > 0 else inf
+        distance = row.free.distance / row.controlled.distance if row.controlled.distance else inf
+        lines.append(f"{'  times better':<20}{f1:>8.1f}{above:>15.1f}{distance:>12.1f}")
     return "\n".join(lines)
 
 
@@ -169,14 +180,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{side}", dest=f"asked_{side}", type=int, metavar="PX", help="the only one")
     parser.add_argument("--num_image", type=int, default=16, help="held-out scenes, 2 or more (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the first scene")
-    parser.add_argument("--full_prompts", action="store_true", help="prompts that say where and how large")
+    parser.add_argument("--prompts", choices=tuple(PROMPTS), default="none", help="what they say")
     parser.add_argument("--control_file", help="weights of the ControlNet")
     parser.add_argument("--control_weight", type=float, default=CONTROL_WEIGHT)
     parser.add_argument("--output_dir", default="outputs/tiny_control", help="folder for the sheets")
     add_settings_flags(parser)
     add_model_flags(parser)
     parser.set_defaults(preset="tiny", cfg=1.0, shift=2.0)
-    return parse_with_preset(parser, arguments)
+    return parse_with_preset(parser, arguments, own=("cfg",))
 
 
 def main() -> int:
@@ -190,8 +201,8 @@ def main() -> int:
     pipeline.set_control(ControlConfig(controlnet_checkpoint_path=path))
     check_weights(pipeline, arguments.preset)
     cases, rows = held_out_cases(arguments.num_image, arguments.seed), []
-    if not arguments.full_prompts:
-        cases = [Case(case.scene, open_prompt(case.scene), case.seed) for case in cases]
+    if (prompt := PROMPTS[arguments.prompts]) is not None:
+        cases = [replace(case, prompt=prompt(case.scene)) for case in cases]
     for size in sizes:
         row, pictures = measure(pipeline, cases, size, settings, arguments.control_weight)
         save_image(pictures, Path(arguments.output_dir, f"{size[0]}x{size[1]}.jpg"), "jpg", {})

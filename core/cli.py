@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which files, and how they run."""
     group = parser.add_argument_group("models")
     group.add_argument(
-        "--preset", choices=tuple(PRESETS), help="sets the three flags below and the picture's size"
+        "--preset", choices=tuple(PRESETS), help="sets the three flags below, the picture's size and --cfg"
     )
     group.add_argument("--config_c", default=DEFAULT.config_c, help="configuration of Stage C")
     group.add_argument("--config_b", default=DEFAULT.config_b, help="configuration of Stages B and A")
@@ -145,11 +145,17 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stage_a_tiled", action="store_true", help="decode in tiles also where it would fit")
 
 
-def parse_with_preset(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The parsed flags, with --preset and then --from_image, if there is such a flag, giving the defaults."""
+def parse_with_preset(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, own: Collection[str] = ()
+) -> argparse.Namespace:
+    """The parsed flags, with --preset and then --from_image, if there is such a flag, giving the defaults.
+
+    `own` names flags whose defaults a preset leaves as the script has them.
+    """
     known = parser.parse_args(arguments)
     if known.preset is not None:
-        parser.set_defaults(**asdict(PRESETS[known.preset]))
+        preset = asdict(PRESETS[known.preset])
+        parser.set_defaults(**{name: value for name, value in preset.items() if name not in own})
     if getattr(known, "from_image", None) is not None:
         stored = read_image_metadata(known.from_image)
         others = [name for name in stored if stored[name] and not hasattr(known, name)]

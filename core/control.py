@@ -26,7 +26,7 @@ from core.resolution import Size
 from core.sizes import CONTROLNETS, ControlNetSizes, StageCSizes
 from modules.effnet import imagenet_normalise
 
-CONTROL_WEIGHT = 0.7
+CONTROL_WEIGHT = DEFAULT.control_weight
 CONTROL_SIZE = 224  # px, the side of the picture that the published ControlNet's edges are found in
 METADATA_KEY = "control"
 CANNY_THRESHOLDS = (100, 200)

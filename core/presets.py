@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from core.settings import Settings
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -15,6 +17,8 @@ class Preset:
     control_file: str = "models/controlnet/{control}.safetensors"  # {control}: what the ControlNet sees
     height: int = 2048  # pixels
     width: int = 2048
+    cfg: float = Settings.cfg
+    control_weight: float = 0.7
     lora: tuple[str, ...] = ()  # of test_personalized
 
 
@@ -27,8 +31,8 @@ PRESETS = {
     "lite": Preset("configs/inference/stage_c_1b.yaml", _STAGE_B_SMALL, "none"),
     "tiny": Preset(
         "configs/tiny/stage_c.yaml", "configs/tiny/stage_b.yaml", "models/tiny/ultrapixel_t2i.safetensors",
-        control_file="models/tiny/controlnet_{control}.safetensors", height=512, width=512,
-        lora=("models/tiny/lora_striped_balloon.safetensors",),
+        control_file="models/tiny/controlnet_{control}.safetensors", height=512, width=512, cfg=2.0,
+        control_weight=1.0, lora=("models/tiny/lora_striped_balloon.safetensors",),
     ),
 }  # fmt: skip
 DEFAULT = PRESETS["small-big"]

@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--keep_aspect", action="store_true", help="find edges without squeezing to a square")
     group.add_argument("--mask", help="inpainting: a picture of its size, white where it is filled")
     group.add_argument("--control_image", help="edges, or a mask, as a picture that is ready")
-    parsed = parse_with_preset(parser, arguments)
+    parsed = parse_with_preset(parser, arguments, own=("cfg",))
     stored = load_control(parsed.config_c)
     parsed.control = parsed.control or stored.controlnet_filter
     if parsed.control == "inpainting" and parsed.from_image is None:

@@ -189,6 +189,7 @@ def test_the_embedded_family_runs_under_control(tmp_path: Path, monkeypatch: pyt
     }  # fmt: skip
     assert script.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)]) == 0
     (path,) = pictures(tmp_path / "out")
+    assert read_image_metadata(path)["cfg"] == 1.0  # the script's, not the preset's
     assert Image.open(path).size == (128, 128)
     assert Image.open(path.with_name(f"{path.stem}_control.png")).size == (96, 96)
 

@@ -128,9 +128,10 @@ def test_a_dry_run_lists_the_lora(script: Run, lora: Path, tmp_path: Path) -> No
 
 def test_the_published_lora_needs_no_other_flag() -> None:
     parse = load("inference/test_personalized.py").parse
-    found = parse(["--pretrained_path_lora", "lora_cat.safetensors"])
-    assert load_stage_c(ROOT / found.config_c).train_tokens == (("[roubaobao]", "^cat</w>"),)
-    assert found.lora == ["lora_cat.safetensors"]
+    for preset in ([], ["--preset", "small-big"], ["--preset", "big-big"]):
+        found = parse([*preset, "--pretrained_path_lora", "lora_cat.safetensors"])
+        assert load_stage_c(ROOT / found.config_c).train_tokens == (("[roubaobao]", "^cat</w>"),)
+        assert found.lora == ["lora_cat.safetensors"]
     tiny = parse(["--preset", "tiny"])
     assert (tiny.config_c, len(tiny.lora)) == ("configs/tiny/stage_c.yaml", 1)
     assert parse(["--preset", "tiny", "--lora", "a", "--lora", "b:2"]).lora == ["a", "b:2"]

@@ -30,6 +30,7 @@ from modules.recogniser import Recogniser
 FOLDER = ROOT / "models" / "tiny"
 TINY = PRESETS[EMBEDDED]
 CPU = torch.device("cpu")
+SETTINGS = Settings(cfg=TINY.cfg)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +62,7 @@ def test_all_files_together_are_small_and_hold_no_nan() -> None:
 
 
 def test_small_pictures_show_what_was_asked_for(pipeline: UltraPixelPipeline, judge: Judge) -> None:
-    evaluation = Evaluation(pipeline, judge, held_out_cases(12, 2000), Settings())
+    evaluation = Evaluation(pipeline, judge, held_out_cases(12, 2000), SETTINGS)
     view = View("128", (128, 128))
     (measured,) = evaluation.pictures(view.size, [view], None, lambda *_: None)
     assert measured.accuracy.mean > 0.75
@@ -73,16 +74,16 @@ def test_real_pictures_survive_encoder_stage_b_and_stage_a(
     path = Path(load_stage_c(TINY.config_c).effnet_checkpoint_path)
     build = partial(EfficientNetEncoder, **read_config(path))
     encoder = load_module(build, path, dtype=torch.float32, what="encoder")
-    evaluation = Evaluation(pipeline, judge, held_out_cases(12, 3000), Settings())
+    evaluation = Evaluation(pipeline, judge, held_out_cases(12, 3000), SETTINGS)
     trip = evaluation.round_trip(encoder, (128, 128), None)
     assert trip.psnr > 28 and trip.kept.mean > 0.85
 
 
 def test_the_guided_picture_resembles_its_small_version(pipeline: UltraPixelPipeline) -> None:
     prompt = caption(sample_scene(5, "held_out"), 5)
-    small, large = (pipeline(prompt, side, side, seed=3)[0].pixels for side in (128, 512))
+    small, large = (pipeline(prompt, side, side, seed=3, settings=SETTINGS)[0].pixels for side in (128, 512))
     reduced = torch.nn.functional.avg_pool2d(large[None], 4)[0]
-    other = pipeline(caption(sample_scene(8, "held_out"), 8), 128, 128, seed=4)[0].pixels
+    other = pipeline(caption(sample_scene(8, "held_out"), 8), 128, 128, seed=4, settings=SETTINGS)[0].pixels
     near, far = ((x - reduced).square().mean() for x in (small, other))
     assert near < 0.5 * far
 
