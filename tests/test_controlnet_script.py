@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from PIL import Image
 from random_family import randomise
@@ -124,6 +125,20 @@ def test_ready_edges_and_a_weight_of_zero(run: Run, weights: Path, tmp_path: Pat
     for weight in (0.0, 5.0):
         run(output_dir=tmp_path / str(weight), control_weight=weight, **given)
     (free,), (steered,) = (pictures(tmp_path / name) for name in ("0.0", "5.0"))
+    assert not np.array_equal(pixels(free), pixels(steered))
+
+
+def test_a_small_picture_is_enlarged(run: Run, family_folder: Path, tmp_path: Path) -> None:
+    stored = yaml.safe_load((family_folder / "stage_c.yaml").read_text("utf-8"))
+    encoder = {"effnet_checkpoint_path": str(ROOT / "models/tiny/effnet_encoder.safetensors")}
+    config = tmp_path / "with_encoder.yaml"
+    config.write_text(yaml.safe_dump({**stored, **encoder, "effnet": asdict(TINY.effnet)}), "utf-8")
+    for weight in (0.0, 5.0):
+        run(control="super_resolution", config_c=config, control_weight=weight,
+            output_dir=tmp_path / str(weight))  # fmt: skip
+    (free,), (steered,) = (pictures(tmp_path / name) for name in ("0.0", "5.0"))
+    assert Image.open(steered).size == (128, 96)
+    assert Image.open(steered.with_name(f"{steered.stem}_control.png")).mode == "RGB"
     assert not np.array_equal(pixels(free), pixels(steered))
 
 
