@@ -92,7 +92,7 @@ def test_the_defaults_of_training_are_those_of_the_shipped_file(tmp_path: Path) 
     shipped = load(TrainConfig, ROOT / "configs/training/t2i.yaml")
     bare = load(TrainConfig, write(tmp_path, TRAIN))
     given_by_file = {name: getattr(shipped, name) for name in TRAIN} | {
-        name: getattr(shipped, name) for name in ("effnet_checkpoint_path", "previewer_checkpoint_path")
+        name: getattr(shipped, name) for name in ("effnet_checkpoint_path", "previewer_checkpoint_path", "train_tokens")
     }
     assert replace(bare, **given_by_file) == shipped
 
