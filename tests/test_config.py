@@ -91,9 +91,8 @@ def test_the_training_file_is_the_published_recipe_and_an_inference_file_too() -
 def test_the_defaults_of_training_are_those_of_the_shipped_file(tmp_path: Path) -> None:
     shipped = load(TrainConfig, ROOT / "configs/training/t2i.yaml")
     bare = load(TrainConfig, write(tmp_path, TRAIN))
-    given_by_file = {name: getattr(shipped, name) for name in TRAIN} | {
-        name: getattr(shipped, name) for name in ("effnet_checkpoint_path", "previewer_checkpoint_path", "train_tokens")
-    }
+    others = ("effnet_checkpoint_path", "previewer_checkpoint_path", "train_tokens")
+    given_by_file = {name: getattr(shipped, name) for name in (*TRAIN, *others)}
     assert replace(bare, **given_by_file) == shipped
 
 
