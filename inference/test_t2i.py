@@ -13,8 +13,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parse_with_preset(picture_parser(__doc__), arguments)
 
 
-def main() -> int:
-    arguments = parse()
+def main(given: list[str] | None = None) -> int:
+    arguments = parse(given)
     jobs, settings = make_jobs(arguments), settings_of(arguments)
     return make_pictures(arguments, make_pipeline(arguments), jobs, settings)
 

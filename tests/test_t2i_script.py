@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from core.cli import add_model_flags, add_picture_flags, parse_with_preset
+from core.cli import add_model_flags, add_picture_flags, parse_with_preset, run
 from core.images import read_image_metadata
 from core.presets import PRESETS
+
+sys.path.insert(0, str(ROOT / "inference"))
+import test_t2i  # noqa: E402
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -29,19 +33,25 @@ def call(arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def script(family_folder: Path, tmp_path: Path) -> Run:
-    """Runs the script on the random family; keywords add or replace flags, None removes one."""
+def command_line(family_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Flags for the random family; keywords add or replace them, None removes one."""
 
-    def run(*flags: object, **named: object) -> subprocess.CompletedProcess[str]:
+    def flags_of(*flags: object, **named: object) -> list[str]:
         values = {
             "config_c": family_folder / "stage_c.yaml", "config_b": family_folder / "stage_b.yaml",
             "pretrained_path": family_folder / "ultrapixel_t2i.safetensors", "prompt": "a fox", "height": 128,
             "width": 160, "steps": 2, "steps_b": 2, "output_dir": tmp_path / "out", **named,
         }  # fmt: skip
         parts = [part for name, value in values.items() if value is not None for part in (f"--{name}", value)]
-        return call([*parts, *flags])
+        return [str(part) for part in (*parts, *flags)]
 
-    return run
+    return flags_of
+
+
+@pytest.fixture
+def script(command_line: Callable[..., list[str]]) -> Run:
+    """Runs the script with these flags in a process of its own."""
+    return lambda *flags, **named: call(command_line(*flags, **named))
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -125,11 +135,12 @@ def test_a_dry_run_of_the_published_configuration_needs_no_weights() -> None:
         ({"format": "webp", "width": 16384}, ["16383", "png"]),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(script: Run, named: dict, parts: list[str]) -> None:
-    done = script(**named)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    command_line: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], named: dict, parts: list[str]
+) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        run(partial(test_t2i.main, command_line(**named)))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error:" in last
     for part in parts:
         assert part in last
@@ -140,6 +151,7 @@ def test_a_wrong_file_is_told_before_loading(script: Run, family_folder: Path, t
     page.write_text("<!DOCTYPE html><html></html>")
     done = script(pretrained_path=page)
     assert done.returncode == 2
+    assert "Traceback" not in done.stderr
     assert "HTML page" in done.stderr
     done = script(pretrained_path=family_folder / "stage_b.safetensors")
     assert done.returncode == 2
