@@ -35,8 +35,9 @@ CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
 # What cannot change between the parts of a run, since its checkpoints would not fit.
 FIXED = (
     "model_version", "stage_c", "stage_b", "stage_a", "guidance", "effnet", "previewer", "target",
-    "lora_rank", "module_filters", "train_tokens", "controlnet", "controlnet_filter",
+    "controlnet", "controlnet_filter",
 )  # fmt: skip
+FIXED_OF_LORA = ("lora_rank", "module_filters", "train_tokens")  # other trainings train no tokens
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def _check_continues(config: RunConfig) -> None:
     if not checkpoints(folder) or not path.exists():
         return
     then, now = (yaml.safe_load(text) for text in (path.read_text("utf-8"), as_yaml(config)))
-    for key in FIXED:
+    for key in (*FIXED, *(FIXED_OF_LORA if "lora_rank" in now else ())):
         if (then.get(key) or None) != (now.get(key) or None):  # left out or empty
             raise ValueError(
                 f"the checkpoints in {folder} are of a run with another '{key}' (see {path}): choose another "

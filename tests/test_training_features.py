@@ -332,6 +332,16 @@ def test_a_folder_of_another_network_is_refused_before_models_load(
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
+def test_a_run_of_the_guidance_goes_on_when_its_file_names_tokens_of_loras(
+    lesson: Path, t2i_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(t2i_run, tmp_path / "checkpoints" / "run")
+    folder = train(
+        train_t2i.main, lesson / "t2i.yaml", tmp_path, "train_tokens=[['[x]', '^a</w>']]", "updates=5"
+    )
+    assert len(losses(folder)) == 5
+
+
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(
     lesson: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
