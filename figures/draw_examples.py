@@ -8,22 +8,31 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
-from core.data.scenes import EXTRA_SUBJECTS, Scene, caption, render, sample_scene
+from core.data.scenes import EXTRA_SUBJECTS, Scene, caption, render
 
 FOLDER = Path(__file__).parent / "example_personalized"
-COUNT, SIDE, QUALITY = 8, 512, 92
+SIDE, QUALITY = 512, 92
 TOKEN = "[stripes]"
-FIRST = 42  # scene; in the eight from it on lands, skies, places and sizes are well mixed
+SCENES = (  # every sky, and more small balloons than large ones, which are learnt sooner
+    ("night", "clouds", "sea", "left", "small"),
+    ("night", "moon", "field", "right", "small"),
+    ("dusk", "sun", "sea", "centre", "small"),
+    ("day", "clouds", "mountains", "right", "small"),
+    ("overcast", "clear", "hills", "left", "small"),
+    ("dusk", "clouds", "field", "left", "large"),
+    ("night", "stars", "hills", "centre", "large"),
+    ("day", "sun", "sea", "right", "large"),
+)
 
 
 def scene(number: int) -> Scene:
-    """A scene of the training world with the new subject in the place of its own."""
-    return replace(sample_scene(FIRST + number), subject=EXTRA_SUBJECTS[0])
+    """One of the scenes, with the new subject, which has its own colours."""
+    sky, light, land, place, size = SCENES[number]
+    return Scene(sky, light, land, EXTRA_SUBJECTS[0], "red", place, size, seed=number)
 
 
 def text(number: int) -> str:
@@ -33,7 +42,7 @@ def text(number: int) -> str:
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(COUNT):
+    for number in range(len(SCENES)):
         path = folder / f"{number}.jpg"
         Image.fromarray(render(scene(number), SIDE, SIDE)).save(path, quality=QUALITY)
         path.with_suffix(".json").write_text(json.dumps({"caption": text(number)}) + "\n", "utf-8")
