@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +20,8 @@ from PIL import Image
 from core.checkpoint import load_module, read_config, read_tensors
 from core.config import ControlConfig
 from core.config_files import load_stage_c
-from core.data.scenes import caption, sample_scene
-from core.evaluation import Evaluation, Judge, View, held_out_cases
+from core.data.scenes import EXTRA_SUBJECTS, caption, sample_scene
+from core.evaluation import Case, Evaluation, Judge, View, held_out_cases
 from core.loras import load_loras
 from core.pipeline import UltraPixelPipeline
 from core.presets import EMBEDDED, PRESETS
@@ -88,16 +90,23 @@ def test_the_guided_picture_resembles_its_small_version(pipeline: UltraPixelPipe
     assert near < 0.5 * far
 
 
-def test_the_lora_brings_its_token_and_changes_what_it_calls() -> None:
+def test_the_lora_draws_striped_balloons_where_its_token_is(judge: Judge) -> None:
     assert (ROOT / TINY.lora[0]).stat().st_size <= 1e6
     pipeline = UltraPixelPipeline.from_config(TINY.config_c, TINY.config_b, None, CPU)
     loras = load_loras(TINY.lora, pipeline.config_c)
     assert loras[0].tokens == ["[stripes]"]
-    prompt = "a large [stripes] balloon above the sea by day under a clear sky, in the middle"
-    settings = Settings(steps=4, steps_b=2)
-    before = pipeline(prompt, 128, 128, settings=settings)[0].pixels
     pipeline.set_loras(loras)
-    assert (pipeline(prompt, 128, 128, settings=settings)[0].pixels - before).abs().mean() > 0.01
+
+    def found(words: str) -> float:
+        cases = []
+        for case in held_out_cases(4, 4000):
+            scene = replace(case.scene, subject=EXTRA_SUBJECTS[0])
+            prompt = re.sub("striped (hot air )?balloon", words, caption(scene, case.seed))
+            cases.append(Case(scene, prompt, case.seed))
+        evaluation, view = Evaluation(pipeline, judge, cases, SETTINGS), View("128", (128, 128))
+        return evaluation.pictures(view.size, [view], None, lambda *_: None)[0].accuracy.each["subject"]
+
+    assert found("[stripes] balloon") >= 0.5 and found("balloon") <= 0.2
 
 
 def test_the_controlnet_is_one_for_this_family() -> None:
