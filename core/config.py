@@ -113,9 +113,12 @@ class SceneData:
     count: int = 60000  # different scenes, an epoch
     split: Literal["train", "held_out"] = "train"
     scales: tuple[int, ...] = (1,)  # drawn this many times as large, with equal chance, and cut out
+    without_colour: float = 0.0  # share of the pictures whose caption leaves out the subject's colour
 
     def __post_init__(self) -> None:
         _require_positive(self, "count", "scales")
+        if not 0 <= self.without_colour <= 1:
+            raise ValueError(f"'without_colour' is a share, 0 to 1, not {self.without_colour}")
 
 
 @dataclass(frozen=True, kw_only=True)

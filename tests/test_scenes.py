@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from core.config import SceneData
 from core.data.scenes import (
     ATTRIBUTES,
     EXTRA_SUBJECTS,
@@ -22,6 +23,7 @@ from core.data.scenes import (
     render,
     sample_scene,
 )
+from core.data.sources import DrawnScenes
 
 SCENE = Scene("day", "sun", "hills", "house", "red", "right", "large", 3)
 WORDS = {  # attribute value -> what a caption can say for it
@@ -195,6 +197,21 @@ def test_a_caption_of_an_extra_subject_names_it_without_a_colour() -> None:
         said = words(caption(striped, seed))
         assert {"striped", "balloon", "hills", "right"} <= set(said)
         assert "purple" not in said
+
+
+def test_a_caption_can_leave_out_the_colour_alone() -> None:
+    for seed in range(200):
+        scene = sample_scene(seed)
+        said = [word for word in words(caption(scene, seed)) if word != scene.colour]
+        assert words(caption(scene, seed, with_colour=False)) == said
+
+
+def test_a_share_of_drawn_pictures_is_captioned_without_colour() -> None:
+    data = DrawnScenes(SceneData(without_colour=0.5), ((16, 16),))
+    told = [sample_scene(n).colour in words(data.read(n, (16, 16), (n,)).caption) for n in range(200)]
+    assert 70 < sum(told) < 130
+    with pytest.raises(ValueError, match=r"'without_colour' is a share, 0 to 1, not 1\.5"):
+        SceneData(without_colour=1.5)
 
 
 # ---- pictures -----------------------------------------------------------------------------------------

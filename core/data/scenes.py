@@ -173,14 +173,15 @@ def labels(scene: Scene) -> tuple[int, ...]:
     return tuple(_values(name).index(getattr(scene, name)) for name in ATTRIBUTES)
 
 
-def caption(scene: Scene, seed: int) -> str:
+def caption(scene: Scene, seed: int, with_colour: bool = True) -> str:
     """A plain English sentence of at most 40 lower-case words that states all attributes.
 
-    seed: chooses the words and their order. The colour of an extra subject is not stated, as it has its own.
+    seed: chooses the words and their order. with_colour: False leaves out the subject's colour. That of an
+    extra subject is never stated, as it has its own.
     """
     draw = random.Random(f"caption/{seed}")
     named = scene.subject in EXTRA_SUBJECTS
-    adjectives = draw.choice(SIZES[scene.size]) + ("" if named else f" {scene.colour}")
+    adjectives = draw.choice(SIZES[scene.size]) + (f" {scene.colour}" if with_colour and not named else "")
     kind = "balloon" if named else scene.subject
     sea = scene.land == "sea"
     where = AFLOAT[kind] if kind in AFLOAT and (sea or kind == "balloon") else WHERE[scene.land]

@@ -49,12 +49,13 @@ class DrawnScenes:
         top, left = (int(rng.integers((scale - 1) * side + 1)) for side in bucket)
         drawn = render(scene, scale * height, scale * width, (top, left, height, width))
         pixels = np.ascontiguousarray(drawn.transpose(2, 0, 1))
-        words = caption(scene, int(rng.integers(2**31)))
+        words = caption(scene, int(rng.integers(2**31)), rng.random() >= self.settings.without_colour)
         return Picture(torch.from_numpy(pixels), words, f"{self.settings.split} scene {number}")
 
     def identity(self, number: int) -> str:
-        """The scene and how it is cut out."""
-        return f"{self.settings.split} {number} {self.settings.scales}"
+        """The scene, how it is cut out, and its captions."""
+        settings = self.settings
+        return f"{settings.split} {number} {settings.scales} {settings.without_colour}"
 
 
 def open_data(config: RunConfig) -> Data:
