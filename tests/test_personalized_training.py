@@ -386,7 +386,12 @@ def test_another_rank_does_not_continue_the_folder(
 
 
 @pytest.mark.parametrize(
-    "path", ["configs/training/lora_personalization.yaml", "configs/tiny/train_personalized.yaml"]
+    "path",
+    [
+        "configs/training/lora_personalization.yaml",
+        "configs/tiny/train_personalized.yaml",
+        "configs/tiny/train_personalized_finish.yaml",
+    ],
 )
 def test_shipped_configurations_load_for_training_and_for_inference(path: str) -> None:
     config = load(PersonalizedTrainConfig, ROOT / path)
