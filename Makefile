@@ -32,7 +32,6 @@ tiny: venv
 	$(BIN)/python train/train_stage_c.py configs/tiny/train_stage_c_finish.yaml
 	$(BIN)/python train/train_t2i.py configs/tiny/train_t2i.yaml
 	$(BIN)/python train/train_personalized.py configs/tiny/train_personalized.yaml
-	$(BIN)/python train/train_personalized.py configs/tiny/train_personalized_finish.yaml
 	$(BIN)/python train/train_ultrapixel_control.py configs/tiny/train_control.yaml
 
 test: venv

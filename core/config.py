@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from core.data.scenes import ATTRIBUTES
 from core.sizes import (
     CONTROLNETS,
     PUBLISHED,
@@ -37,6 +38,11 @@ def _require_positive(config: object, *names: str) -> None:
         value = getattr(config, name)
         if value == () or min(value if isinstance(value, tuple) else (value,)) <= 0:
             raise ValueError(f"'{name}' must be above 0, not {value}")
+
+
+def _require_share(config: object, name: str) -> None:
+    if not 0 <= (value := getattr(config, name)) <= 1:
+        raise ValueError(f"'{name}' is a share, 0 to 1, not {value}")
 
 
 @dataclass(frozen=True)
@@ -114,11 +120,14 @@ class SceneData:
     split: Literal["train", "held_out"] = "train"
     scales: tuple[int, ...] = (1,)  # drawn this many times as large, with equal chance, and cut out
     without_colour: float = 0.0  # share of the pictures whose caption leaves out the subject's colour
+    subjects: tuple[str, ...] = ATTRIBUTES["subject"]  # one that is listed twice comes twice as often
 
     def __post_init__(self) -> None:
         _require_positive(self, "count", "scales")
-        if not 0 <= self.without_colour <= 1:
-            raise ValueError(f"'without_colour' is a share, 0 to 1, not {self.without_colour}")
+        known = ATTRIBUTES["subject"]
+        if not self.subjects or not set(self.subjects) <= set(known):
+            raise ValueError(f"'subjects' of scenes are some of {', '.join(known)}, not {list(self.subjects)}")
+        _require_share(self, "without_colour")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +189,12 @@ class TrainConfig(RunConfig, StageCConfig):
 
     cache_path: str | None = None  # folder where latents and text embeddings are kept between epochs
     export_layout: Literal["own", "published"] = "own"  # tensor names of the exported guidance
+    text_dropout: float = 0.05  # share of captions left out; with more, guidance carries more
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         StageCConfig.__post_init__(self)
+        _require_share(self, "text_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)

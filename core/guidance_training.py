@@ -17,7 +17,7 @@ from gdf.targets import Target
 from modules.guidance import Guidance
 from modules.stage_c import StageC, StageCConditions
 
-TEXT_DROPOUT = 0.05  # share of captions that are replaced by the empty one, tokens and pooled text together
+TEXT_DROPOUT = 0.05  # share of samples whose text, tokens and pooled, is replaced by the empty one's
 IMAGE_SHARE = 0.1  # share of samples that see their image embedding
 
 
@@ -45,12 +45,16 @@ class NoisyLatents:
 
 
 def draw_noise(
-    keys: Sequence[Sequence[int]], size: Sequence[int], size_lr: Sequence[int] = (0, 0, 0)
+    keys: Sequence[Sequence[int]],
+    size: Sequence[int],
+    size_lr: Sequence[int] = (0, 0, 0),
+    text_dropout: float = TEXT_DROPOUT,
 ) -> SampleNoise:
     """Random numbers for samples with these keys, such as (seed, update, index in the update).
 
-    `size` and `size_lr`, where there is a low resolution, are (channels, height, width). However a batch is
-    split over processes and accumulation, a sample's numbers stay the same; they are drawn on the CPU.
+    `size` and `size_lr`, where there is a low resolution, are (channels, height, width); `text_dropout` is
+    the share of samples without their text. However a batch is split over processes and accumulation, a
+    sample's numbers stay the same; they are drawn on the CPU.
     """
     drawn = []
     for key in keys:
@@ -61,7 +65,7 @@ def draw_noise(
             torch.randn(*size_lr, generator=generator),
         )
         drop, image = torch.rand(2, generator=generator)
-        drawn.append((t, epsilon, epsilon_lr, drop < TEXT_DROPOUT, image < IMAGE_SHARE))
+        drawn.append((t, epsilon, epsilon_lr, drop < text_dropout, image < IMAGE_SHARE))
     return SampleNoise(*(torch.stack(column) for column in zip(*drawn, strict=True)))
 
 

@@ -287,6 +287,7 @@ def test_no_key_takes_a_date(tmp_path: Path, cls: type, values: dict) -> None:
         ("lr=.nan", "'lr' must be a number, not nan"),
         ("lr=inf", "'lr' must be a number, not 'inf'"),
         ("lr=true", "'lr' must be a number, not True"),
+        ("text_dropout=2.0", "'text_dropout' is a share, 0 to 1, not 2.0"),
         ("use_ddp=1", "'use_ddp' must be true or false, not 1"),
         ("experiment_id=7", "'experiment_id' must be text, not 7"),
         ("image_size=big", "'image_size' must be a whole number or a list whose entries are each a whole"),

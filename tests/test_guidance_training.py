@@ -224,6 +224,8 @@ def test_random_numbers_have_their_distributions() -> None:
     quartiles = noise.t.quantile(torch.tensor([0.25, 0.5, 0.75]))
     torch.testing.assert_close(quartiles, torch.tensor([0.25, 0.5, 0.75]), rtol=0, atol=0.03)
     assert noise.drop_text.float().mean() == pytest.approx(0.05, abs=0.012)
+    half = draw_noise([(0, 0, i) for i in range(1000)], (1, 1, 1), text_dropout=0.5)
+    assert half.drop_text.float().mean() == pytest.approx(0.5, abs=0.06)
     assert noise.use_image.float().mean() == pytest.approx(0.1, abs=0.016)
     numbers = torch.cat([noise.epsilon.flatten(1), noise.epsilon_lr.flatten(1)], dim=1)
     torch.testing.assert_close(torch.cov(numbers.T), torch.eye(6), rtol=0, atol=0.1)

@@ -390,7 +390,6 @@ def test_another_rank_does_not_continue_the_folder(
     [
         "configs/training/lora_personalization.yaml",
         "configs/tiny/train_personalized.yaml",
-        "configs/tiny/train_personalized_finish.yaml",
     ],
 )
 def test_shipped_configurations_load_for_training_and_for_inference(path: str) -> None:

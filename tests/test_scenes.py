@@ -109,6 +109,18 @@ def test_sampling_is_deterministic_and_the_splits_are_disjoint() -> None:
     assert not set(map(combination, train)) & set(map(combination, held_out))
 
 
+def test_subjects_come_as_often_as_they_are_listed() -> None:
+    often = Counter(
+        sample_scene(n, subjects=["tree", "balloon", "balloon", "balloon"]).subject for n in range(400)
+    )
+    assert set(often) == {"tree", "balloon"} and 260 < often["balloon"] < 340
+    data = DrawnScenes(SceneData(subjects=("boat",)), ((16, 16),))
+    assert all("boat" in data.read(n, (16, 16), (n,)).caption for n in range(20))
+    for wrong in (("castle",), ()):
+        with pytest.raises(ValueError, match="'subjects' of scenes are some of house, .*, balloon, not"):
+            SceneData(subjects=wrong)
+
+
 def test_about_a_tenth_is_held_out_and_training_shows_every_pair_of_values() -> None:
     every = possible_scenes()
     train = [scene for scene in every if not is_held_out(scene)]

@@ -54,7 +54,7 @@ def make_loss(run: Run, encoders: Encoders) -> Callable[..., StepLoss]:
     def loss(module: nn.Module, batch: Batch | Mapping[str, Tensor], keys: list[tuple[int, ...]]) -> StepLoss:
         cached = not isinstance(batch, Batch)
         encoded = EncodedBatch.of(batch, device) if cached else encoders.encode(batch, with_lr=False)
-        noise = draw_noise(keys, encoded.z.shape[1:])
+        noise = draw_noise(keys, encoded.z.shape[1:], text_dropout=config.text_dropout)
         latents = noised(encoded.z, noise.t, noise.epsilon, target)
         held = drop_conditions(encoded.conditions, empty, noise).to(device, DTYPES[config.dtype])
         prediction = module(latents.x, latents.r, held.clip_text, held.clip_text_pooled, held.clip_img)

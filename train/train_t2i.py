@@ -72,7 +72,7 @@ def make_loss(run: Run, networks: Networks) -> Callable[..., StepLoss]:
     def loss(module: nn.Module, batch: Batch | Mapping[str, Tensor], keys: list[tuple[int, ...]]) -> StepLoss:
         cached = not isinstance(batch, Batch)
         encoded = EncodedBatch.of(batch, device) if cached else encoders.encode(batch)
-        noise = draw_noise(keys, encoded.z.shape[1:], encoded.z_lr.shape[1:])
+        noise = draw_noise(keys, encoded.z.shape[1:], encoded.z_lr.shape[1:], config.text_dropout)
         latents = noise_latents(encoded.z, encoded.z_lr, noise, target)
         held = drop_conditions(encoded.conditions, empty, noise)
         prediction = module(latents, held.to(device, DTYPES[config.dtype]))

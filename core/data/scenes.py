@@ -134,16 +134,18 @@ class Scene:
             raise ValueError(f"seed {self.seed!r} is not a whole number of at least 0")
 
 
-def sample_scene(seed: int, split: str = "train") -> Scene:
+def sample_scene(
+    seed: int, split: str = "train", subjects: Sequence[str] = ATTRIBUTES["subject"]
+) -> Scene:
     """The scene of a seed: every attribute is drawn evenly from what the earlier ones leave possible.
 
     split: "train", or "held_out" for combinations of attributes that the other never shows (is_held_out).
-    ValueError for another split.
+    subjects: what to draw from; one that is given twice comes twice as often. ValueError for another split.
     """
     _check("split", split, SPLITS)
     draw = random.Random(f"{split}/{seed}")
     while True:
-        subject = draw.choice(ATTRIBUTES["subject"])
+        subject = draw.choice(subjects)
         sky = draw.choice(ATTRIBUTES["sky"])
         scene = Scene(
             sky=sky,

@@ -43,7 +43,7 @@ class DrawnScenes:
     def read(self, number: int, bucket: Size, key: Sequence[int]) -> Picture | Broken:
         """A scene, drawn at one of the scales and cut out, with one of its captions."""
         rng = np.random.default_rng(key)
-        scene = sample_scene(number, self.settings.split)
+        scene = sample_scene(number, self.settings.split, self.settings.subjects)
         scale = int(rng.choice(self.settings.scales))
         height, width = bucket
         top, left = (int(rng.integers((scale - 1) * side + 1)) for side in bucket)
@@ -55,7 +55,7 @@ class DrawnScenes:
     def identity(self, number: int) -> str:
         """The scene, how it is cut out, and its captions."""
         settings = self.settings
-        return f"{settings.split} {number} {settings.scales} {settings.without_colour}"
+        return f"{settings.split} {number} {settings.subjects} {settings.scales} {settings.without_colour}"
 
 
 def open_data(config: RunConfig) -> Data:
