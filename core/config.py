@@ -126,7 +126,9 @@ class SceneData:
         _require_positive(self, "count", "scales")
         known = ATTRIBUTES["subject"]
         if not self.subjects or not set(self.subjects) <= set(known):
-            raise ValueError(f"'subjects' of scenes are some of {', '.join(known)}, not {list(self.subjects)}")
+            raise ValueError(
+                f"'subjects' of scenes are some of {', '.join(known)}, not {list(self.subjects)}"
+            )
         _require_share(self, "without_colour")
 
 

@@ -134,9 +134,7 @@ class Scene:
             raise ValueError(f"seed {self.seed!r} is not a whole number of at least 0")
 
 
-def sample_scene(
-    seed: int, split: str = "train", subjects: Sequence[str] = ATTRIBUTES["subject"]
-) -> Scene:
+def sample_scene(seed: int, split: str = "train", subjects: Sequence[str] = ATTRIBUTES["subject"]) -> Scene:
     """The scene of a seed: every attribute is drawn evenly from what the earlier ones leave possible.
 
     split: "train", or "held_out" for combinations of attributes that the other never shows (is_held_out).
