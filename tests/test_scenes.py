@@ -117,7 +117,7 @@ def test_subjects_come_as_often_as_they_are_listed() -> None:
     data = DrawnScenes(SceneData(subjects=("boat",)), ((16, 16),))
     assert all("boat" in data.read(n, (16, 16), (n,)).caption for n in range(20))
     for wrong in (("castle",), ()):
-        with pytest.raises(ValueError, match="'subjects' are some of house, .*, balloon, not"):
+        with pytest.raises(ValueError, match="'subjects' of scenes are some of house, .*, balloon, not"):
             SceneData(subjects=wrong)
 
 
