@@ -191,7 +191,7 @@ class TrainConfig(RunConfig, StageCConfig):
 
     cache_path: str | None = None  # folder where latents and text embeddings are kept between epochs
     export_layout: Literal["own", "published"] = "own"  # tensor names of the exported guidance
-    text_dropout: float = 0.05  # share of captions left out; with more, guidance carries more
+    text_dropout: float = 0.05  # share of captions left out of training
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
