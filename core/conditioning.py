@@ -136,30 +136,37 @@ class TextEncoder:
 
         The model must be on `device`.
         """
-        ids, mask = (torch.cat(column) for column in zip(*map(self._tokenize, prompts), strict=True))
+        ids, mask = self.tokenize(prompts)
+        return self.embed_ids(ids.to(device), mask.to(device))
+
+    def embed_ids(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of token ids and their attention mask, both (B, L) on the model's device."""
         norm, captured = _final_layer_norm(self.model), []
         # What `hidden_states` holds depends on transformers' release; the input of the last norm does not.
         with norm.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0])):
-            self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
+            self.model(input_ids=ids, attention_mask=mask)
         (tokens,) = captured  # (B, L, D)
         # The first end of text: padding repeats it, and an added token may have a higher id.
-        ends = [row.index(self.tokenizer.eos_token_id) for row in ids.tolist()]
-        last = torch.stack([row[end] for row, end in zip(tokens, ends, strict=True)])[:, None]  # (B, 1, D)
+        ends = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)
+        last = tokens[torch.arange(len(ids), device=ids.device), ends][:, None]  # (B, 1, D)
         return tokens, self.model.text_projection(norm(last))
 
-    def _tokenize(self, prompt: str) -> tuple[Tensor, Tensor]:
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and their mask, both (B, L), of prompts; one that is too long is cut with a warning."""
         length = self.model.config.max_position_embeddings
-        whole = self.tokenizer(prompt, verbose=False)["input_ids"]
-        if len(whole) > length:
-            cut = whole[length - 1 : -1]  # the end-of-text token stays
-            start = self.tokenizer.decode(cut[:8])
-            warnings.warn(
-                f"the prompt is {len(cut)} tokens too long; what follows is cut: {start!r} …", stacklevel=2
-            )
+        for whole in self.tokenizer(list(prompts), verbose=False)["input_ids"]:
+            if len(whole) > length:
+                self._warn_of_cut(whole[length - 1 : -1])  # the end-of-text token stays
         tokens = self.tokenizer(
-            prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         return tokens["input_ids"], tokens["attention_mask"]
+
+    def _warn_of_cut(self, cut: Sequence[int]) -> None:
+        start = self.tokenizer.decode(cut[:8])
+        warnings.warn(
+            f"the prompt is {len(cut)} tokens too long; what follows is cut: {start!r} …", stacklevel=2
+        )
 
 
 @dataclass(frozen=True)

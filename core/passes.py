@@ -37,6 +37,7 @@ class NoiseSource:
 
     generator: torch.Generator
     device: torch.device
+    count = 1  # pictures
 
     @classmethod
     def of(cls, seed: int, pass_index: int, device: torch.device) -> NoiseSource:
@@ -49,6 +50,27 @@ class NoiseSource:
 
     def like(self, x: Tensor) -> Tensor:
         """Standard normal noise shaped like x."""
+        return self.draw(*x.shape).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class NoiseSources:
+    """Several pictures' noise for one pass, each its own, so that none depends on what is made beside it."""
+
+    sources: tuple[NoiseSource, ...]
+
+    @property
+    def count(self) -> int:
+        """How many pictures."""
+        return len(self.sources)
+
+    def draw(self, _count: int, *shape: int) -> Tensor:
+        """Standard normal noise (pictures, *shape), float32."""
+        device = self.sources[0].device
+        return torch.cat([torch.randn((1, *shape), generator=s.generator) for s in self.sources]).to(device)
+
+    def like(self, x: Tensor) -> Tensor:
+        """Standard normal noise shaped like x (pictures, ...)."""
         return self.draw(*x.shape).to(x.dtype)
 
 
@@ -82,7 +104,7 @@ def low_resolution_pass(
     target: Target,
     plan: Plan,
     settings: Settings,
-    noise: NoiseSource,
+    noise: NoiseSource | NoiseSources,
     control: Sequence[Tensor | None] | None = None,
     on_step: OnStep | None = None,
 ) -> tuple[Sampled, GuidanceFeatures]:
@@ -95,7 +117,7 @@ def low_resolution_pass(
     def predict(x: Tensor, r: Tensor, held: StageCConditions, step: Step) -> Tensor:
         if step.is_last and settings.extra_guidance_r is None:
             prediction, features = stage_c.predict_with_features(x, r, held, control=control)
-            taken.append(features.first(1))
+            taken.append(features.first(noise.count))
             return prediction
         return stage_c.predict(x, r, held, control=control)
 
@@ -106,14 +128,14 @@ def low_resolution_pass(
         if on_step is not None:
             on_step(step, estimate)
 
-    x = noise.draw(1, C_LATENT, *plan.lr_latent)
+    x = noise.draw(noise.count, C_LATENT, *plan.lr_latent)
     denoise = denoiser(in_halves(predict, conditions, stage_c), target, settings.cfg_stage_c)
     sampled = _sample_stage_c(denoise, x, settings, noise, after_step)
     if settings.extra_guidance_r is not None:
         logsnr = cosine(torch.tensor(settings.extra_guidance_r))
         a, b = variance_preserving(logsnr)
         noised = (a * last[0].x0 + b * last[0].epsilon).to(next(stage_c.parameters()).dtype)
-        held = conditions.first(1)
+        held = conditions.first(noise.count)
         taken.append(stage_c.predict_with_features(noised, _r(logsnr, noised), held, control=control)[1])
     return sampled, taken[0]
 
@@ -125,7 +147,7 @@ def high_resolution_pass(
     target: Target,
     plan: Plan,
     settings: Settings,
-    noise: NoiseSource,
+    noise: NoiseSource | NoiseSources,
     on_step: OnStep | None = None,
 ) -> Sampled:
     """Denoise a latent at the asked resolution, guided in both halves at every step (section 3.2)."""
@@ -134,11 +156,13 @@ def high_resolution_pass(
         return stage_c.predict(x, r, held, guidance=guidance)
 
     denoise = denoiser(in_halves(predict, conditions, stage_c), target, settings.cfg_stage_c)
-    return _sample_stage_c(denoise, noise.draw(1, C_LATENT, *plan.hr_latent), settings, noise, on_step)
+    return _sample_stage_c(
+        denoise, noise.draw(noise.count, C_LATENT, *plan.hr_latent), settings, noise, on_step
+    )
 
 
 def _sample_stage_c(
-    denoise: Denoise, x: Tensor, settings: Settings, noise: NoiseSource, on_step: OnStep | None
+    denoise: Denoise, x: Tensor, settings: Settings, noise: NoiseSource | NoiseSources, on_step: OnStep | None
 ) -> Sampled:
     times = steps(cosine, settings.steps, settings.shift)
     return sample(denoise, x, times, sampler_named(settings.sampler), noise.like, on_step)
@@ -154,7 +178,7 @@ def stage_b_pass(
     target: Target,
     plan: Plan,
     settings: Settings,
-    noise: NoiseSource,
+    noise: NoiseSource | NoiseSources,
     on_step: OnStep | None = None,
 ) -> Sampled:
     """Denoise Stage B's latent under Stage C's (1, 16, h, w) and the pooled texts [conditional, empty].
@@ -169,7 +193,7 @@ def stage_b_pass(
     def predict(x: Tensor, r: Tensor, held: StageBConditions, _: Step) -> Tensor:
         return stage_b.predict(x, r, held)
 
-    x = noise.draw(1, B_LATENT, *plan.stage_b_latent)
+    x = noise.draw(noise.count, B_LATENT, *plan.stage_b_latent)
     denoise = denoiser(in_halves(predict, conditions, stage_b), target, settings.cfg_stage_b)
     times = steps(cosine, settings.steps_b)
     return sample(denoise, x, times, sampler_named(settings.sampler_b), noise.like, on_step)

@@ -109,6 +109,7 @@ class RecogniserSizes:
     c_hidden: tuple[int, ...] = (24, 48, 64, 96)  # width after each halving
     blocks: tuple[int, ...] = (0, 1, 2, 2)
     c_features: int = 64
+    c_embedding: int | None = None  # width of an image encoder's embedding; None: a recogniser
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ def _logsnr_of_variance(variance: Tensor) -> Tensor:
 
 def cosine_constants(device: torch.device) -> tuple[Tensor, Tensor]:
     """The cosine schedule's s and its unscaled signal variance at t = 0, scalars."""
-    s = torch.tensor(COSINE_S, device=device)  # float32: the network sees 10000 r, where a last bit shows
+    # float32: the network sees 10000 r, where a last bit shows. Filled, as a GPU waits for what is copied.
+    s = torch.full((), COSINE_S, device=device)
     return s, torch.cos(s / (1 + s) * math.pi / 2) ** 2
 
 

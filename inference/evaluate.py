@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from core.evaluation import Case, Evaluation, Judge, Measured, RoundTrip, View, 
 from core.images import safe_stem, save_image, to_image
 from core.pipeline import Job, UltraPixelPipeline, load_encoder
 from core.presets import EMBEDDED
+from core.preview import contact_sheet
 from core.report import WeightHashes
 from core.resolution import Size, plan
 from modules.recogniser import Recogniser
@@ -40,9 +40,8 @@ from modules.recogniser import Recogniser
 TINY = Path("models/tiny")  # the recogniser, and the text encoder that knows the scenes' words
 SIZES = ((128, 128), (512, 512))  # at which the embedded family is measured
 SMALL = 128  # pixels of the shorter side of the pictures that --compare enlarges
-SHOWN, COLUMNS = 16, 4  # pictures on a sheet
-CELL, MARGIN = 384, 16  # pixels, of a picture on a sheet and around it
-FONT, LINE = 20, 40  # pixels of the letters beneath a picture, and letters of a line
+SHOWN = 16  # pictures on a sheet
+CELL = 384  # pixels, of a picture on a sheet
 NAME = 34  # letters of a table's first column
 FEW = "* few pictures: the distances are too large, and only comparable at the same number of pictures"
 FOREIGN = "the prompts are of the scenes' world, which this family's text encoder was not trained on"
@@ -143,21 +142,6 @@ class Sheets:
             if len(cells) == self._count:
                 path, prompts = self._folder / f"{safe_stem(view.name)}.png", [prompt for _, prompt in cells]
                 save_image(contact_sheet(cells), path, "png", {"prompts": prompts})
-
-
-def contact_sheet(cells: Sequence[tuple[Image.Image, str]]) -> Image.Image:
-    """Pictures in columns, each with its prompt beneath."""
-    texts = [textwrap.fill(prompt, LINE) for _, prompt in cells]
-    lines, height = max(text.count("\n") + 1 for text in texts), max(image.height for image, _ in cells)
-    columns, across = min(COLUMNS, len(cells)), CELL + MARGIN
-    down = height + round(1.3 * FONT * lines) + 2 * MARGIN
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (columns * across + MARGIN, rows * down + MARGIN), "white")
-    for number, ((image, _), text) in enumerate(zip(cells, texts, strict=True)):
-        x, y = MARGIN + number % columns * across, MARGIN + number // columns * down
-        sheet.paste(image, (x + (CELL - image.width) // 2, y))
-        ImageDraw.Draw(sheet).text((x, y + height + MARGIN // 2), text, "black", font_size=FONT)
-    return sheet
 
 
 def against_main(one: Measured, measured: Sequence[Measured]) -> float | None:

@@ -143,7 +143,7 @@ def coordinate_encoding(height: int, width: int, device: torch.device | str = "c
 def scale_embedding(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Embedding (1, 64) of the latent's size relative to the low-resolution one (eq. 4, under a root)."""
     scale = math.sqrt(math.log(height * width) / math.log(BASE_PIXELS))
-    return timestep_embedding(torch.tensor([scale], device=device), C_R)
+    return timestep_embedding(torch.full((1,), scale, device=device), C_R)
 
 
 class ScaleAwareNorm(nn.Module):

@@ -1,4 +1,8 @@
-"""A small convolutional network that tells the attributes of a scene from its picture, and its features."""
+"""A small convolutional network that tells the attributes of a scene from its picture, and its features.
+
+With a narrow embedding between features and attributes it is the tiny family's image encoder: what it keeps
+of a picture in a few numbers is what Stage C sees of an image prompt.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,10 @@ class Block(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """Attributes of pictures (B, 3, H, W) in [0, 1], which are resized to 128 x 128 where they are not."""
+    """Attributes of pictures (B, 3, H, W) in [0, 1], which are resized to 128 x 128 where they are not.
+
+    `c_embedding`: how many numbers the attributes are told from; None: from all features.
+    """
 
     def __init__(
         self,
@@ -49,6 +56,7 @@ class Recogniser(nn.Module):
         c_hidden: Sequence[int] = (24, 48, 64, 96),  # width after each halving
         blocks: Sequence[int] = (0, 1, 2, 2),
         c_features: int = 64,
+        c_embedding: int | None = None,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -58,7 +66,8 @@ class Recogniser(nn.Module):
         self.body = nn.Sequential(*layers, nn.BatchNorm2d(c_hidden[-1]), nn.AdaptiveAvgPool2d(GRID))
         self.project = nn.Linear(c_hidden[-1] * GRID**2, c_features)
         self.norm = nn.BatchNorm1d(c_features)
-        self.heads = AttributeHeads(c_features, classes)
+        self.embedding = None if c_embedding is None else nn.Linear(c_features, c_embedding)
+        self.heads = AttributeHeads(c_embedding or c_features, classes)
 
     def features(self, x: Tensor) -> Tensor:
         """What the heads look at, for distances between sets of pictures: (B, 3, H, W) -> (B, c_features)."""
@@ -66,9 +75,14 @@ class Recogniser(nn.Module):
         x = self.body(2 * x - 1)  # (B, C, 4, 4)
         return F.relu(self.norm(self.project(x.flatten(1))))
 
+    def embed(self, x: Tensor) -> Tensor:
+        """What is kept of pictures (B, 3, H, W): (B, c_embedding) of unit mean square."""
+        embedded = self.embedding(self.features(x))
+        return F.normalize(embedded, dim=1) * embedded.shape[1] ** 0.5
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """Logits (B, classes) of every attribute."""
-        return self.heads(self.features(x))
+        return self.heads(self.features(x) if self.embedding is None else self.embed(x))
 
 
 def resize(x: Tensor, side: int) -> Tensor:
