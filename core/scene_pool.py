@@ -205,7 +205,7 @@ def _draw_chunks(
 def kind_of(turn: int, kinds: Sequence[Kind]) -> int:
     """Which kind's turn it is: by share of the scenes, however many come in a chunk."""
     weights = [kind.share / kind.chunk for kind in kinds]
-    return random.Random(turn).choices(range(len(kinds)), weights)[0]
+    return random.Random(f"kind/{turn}").choices(range(len(kinds)), weights)[0]
 
 
 def _draw_chunk(first: int, kind: Kind, low_side: int, memory: mmap.mmap, start: int) -> list[str]:

@@ -116,8 +116,7 @@ class Weights:
 
     @torch.no_grad()
     def _show(self) -> None:
-        for parameter, master in zip(self._computing, self.master, strict=True):
-            parameter.copy_(master)
+        torch._foreach_copy_(self._computing, self.master)
 
 
 @dataclass
