@@ -22,6 +22,7 @@ demo: venv
 tiny: venv
 	$(BIN)/python train/train_text_encoder.py configs/tiny/train_text_encoder.yaml
 	$(BIN)/python train/train_recogniser.py configs/tiny/train_recogniser.yaml
+	$(BIN)/python train/train_recogniser.py configs/tiny/train_image_encoder.yaml
 	$(BIN)/python train/train_stage_a.py configs/tiny/train_stage_a.yaml
 	$(BIN)/python train/train_stage_a.py configs/tiny/train_stage_a_finish.yaml
 	$(BIN)/python train/train_previewer.py configs/tiny/train_encoder.yaml
