@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +17,7 @@ from core.config_files import FLOAT16_REFUSED
 from core.images import FORMATS, read_image_metadata
 from core.pipeline import Job, Progress, StageUse, UltraPixelPipeline
 from core.presets import DEFAULT, EMBEDDED, PRESETS
+from core.printable import say, unbroken
 from core.settings import Settings
 from gdf.samplers import SAMPLERS
 
@@ -31,6 +34,7 @@ FACTS = ("versions", "weights")  # in pictures, besides the values of flags
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main: a user's mistake is one sentence on standard error and exit code 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         sys.exit(main() or 0)
     except KeyboardInterrupt:
@@ -201,7 +205,7 @@ def read_prompts(path: str | Path) -> list[str]:
         text = Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: the prompt file is not UTF-8 text") from None
-    prompts = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    prompts = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise ValueError(f"{path}: the prompt file holds no prompt; write one a paragraph")
@@ -219,18 +223,28 @@ class ProgressBars:
         self._bars: dict[str, tqdm] = {}
 
     def __call__(self, progress: Progress) -> None:
+        with unbroken(sys.stderr):
+            self._advance(progress)
+
+    def _advance(self, progress: Progress) -> None:
         bar = self._bars.get(progress.stage)
         if bar is None:
             total = progress.steps * len(self._jobs)
             bar = self._bars[progress.stage] = tqdm(total=total, desc=progress.stage.ljust(24), unit="step")
         bar.update()
-        if bar.n == bar.total:
-            bar.close()
+
+    def say(self, text: str) -> None:
+        """Write a line to standard output, beside which the bars stay whole."""
+        with unbroken(sys.stderr):
+            for bar in self._bars.values():
+                bar.clear()
+        say(text, sys.stdout)
 
     def close(self) -> None:
-        """End the bars that are not full."""
-        for bar in self._bars.values():
-            bar.close()
+        """End all bars, from above: one that ended earlier would move those below it."""
+        with unbroken(sys.stderr):
+            for bar in self._bars.values():
+                bar.close()
 
 
 def usage_table(uses: Sequence[StageUse]) -> str:

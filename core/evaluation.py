@@ -235,8 +235,8 @@ class Evaluation:
                 ratios += [psnr(stage_a_round_trip(stage_a, x, sizes), x) for x in real]
             latents = [encode(encoder, x, sizes, pipeline.config_c.geometry.stride) for x in real]
             plans, texts = [sizes] * len(group), pipeline.encode_text(jobs)
-            sampled = pipeline.run_stage_b(jobs, plans, texts, latents, self.settings, observer)
-            decoded = pipeline.run_stage_a(jobs, plans, sampled, self.settings, observer)
+            sampled = list(pipeline.run_stage_b(jobs, plans, texts, latents, self.settings, observer))
+            decoded = list(pipeline.run_stage_a(jobs, plans, sampled, self.settings, observer))
             answers += [self.judge.look(picture.pixels, picture.job.seed).answers for picture in decoded]
             truth += [self.judge.real(case, size).answers for case in group]
         return RoundTrip(size, sum(ratios) / len(ratios), shares(torch.stack(answers), torch.stack(truth)))

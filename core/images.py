@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 import unicodedata
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
+from uuid import uuid4
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 import torch
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -24,9 +30,19 @@ SAVE_OPTIONS: dict[str, dict[str, int]] = {
     "jpg": {"quality": 95, "subsampling": 0},  # 0: 4:4:4
     "webp": {"quality": 95},
 }
-METADATA_KEY = "ultrapixel"
-EXIF_ASCII = b"ASCII\0\0\0"  # how the Exif standard begins a UserComment in ASCII
-EXIF_LIMIT = 65533  # bytes of a JPEG segment
+METADATA_KEY = "ultrapixel"  # of the settings: a PNG's text chunk
+TEXT_KEY = "parameters"  # of what other programs read: a PNG's text chunk
+EXIF_UNICODE, EXIF_ASCII = b"UNICODE\0", b"ASCII\0\0\0"  # how the Exif standard begins a UserComment
+JPEG_LIMITS = {"exif": 65533, "xmp": 65504}  # bytes of a JPEG's segment, that of XMP less its name
+XMP_SPACE = "urn:ultrapixel"  # of the settings in XMP
+XMP_KEY = f"{{{XMP_SPACE}}}settings"
+XMP_START = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    f'<rdf:Description rdf:about="" xmlns:ultrapixel="{XMP_SPACE}"><ultrapixel:settings>'
+).encode()
+XMP_END = b"</ultrapixel:settings></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end='w'?>"
+PROBE_BYTES = 4096  # that a folder must take
 RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
 
 # Pillow's own limit is smaller than this project's largest picture.
@@ -44,24 +60,27 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(eight_bit.permute(1, 2, 0).cpu().contiguous().numpy())
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Read a picture as RGB, upright, its transparent parts white.
+def load_image(path: str | Path, ground: str = "white") -> Image.Image:
+    """Read a picture as RGB, upright, the colour of `ground` where it is transparent.
 
     FileNotFoundError, or ValueError for what is not a picture, is damaged or has more than MAX_PIXELS.
     """
     with open_image(path) as image:
         try:
-            return as_rgb(ImageOps.exif_transpose(image))
+            return as_rgb(ImageOps.exif_transpose(image), ground)
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"{path}: the picture is damaged ({error})") from None
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture as RGB: transparent parts white, 16-bit grey scaled to 8."""
+def as_rgb(image: Image.Image, ground: str = "white") -> Image.Image:
+    """The picture as RGB: transparent parts of the colour `ground`, 16-bit grey scaled to 8."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion would clip all above 255 to white
+        transparent = image.info.get("transparency")
         image = image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        if transparent is not None:
+            image.info["transparency"] = int(transparent / 257 + 0.5)
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -95,14 +114,30 @@ def safe_stem(prompt: str, limit: int = 60) -> str:
     return f"image_{stem}".rstrip("_") if stem.lower() in RESERVED_NAMES | {""} else stem
 
 
-def output_path(folder: str | Path, prompt: str, height: int, width: int, seed: int, format: str) -> Path:
-    """The first free one of <prompt>_<height>x<width>_<seed>.<format>, the same with _2, with _3 …"""
-    name = f"{safe_stem(prompt)}_{height}x{width}_{seed}"
-    path, number = Path(folder, f"{name}.{format}"), 1
-    while path.exists():
-        number += 1
-        path = Path(folder, f"{name}_{number}.{format}")
-    return path
+def picture_stem(prompt: str, height: int, width: int, seed: int) -> str:
+    """The file name of a picture, without suffix: <prompt>_<height>x<width>_<seed>."""
+    return f"{safe_stem(prompt)}_{height}x{width}_{seed}"
+
+
+def take_path(folder: str | Path, stem: str, format: str) -> Path:
+    """The first free one of <stem>.<format>, <stem>_2.<format> …, which an empty file takes at once."""
+    for number in itertools.count(1):
+        path = Path(folder, f"{stem}.{format}" if number == 1 else f"{stem}_{number}.{format}")
+        with suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return path
+
+
+def prepare_folder(folder: str | Path) -> None:
+    """Make a folder if need be, and try to write in it; ValueError says what is in the way."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder) as probe:
+            probe.write(bytes(PROBE_BYTES))
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{folder} cannot be the output folder: a file is in its place") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no system takes
+        raise ValueError(f"{folder}: nothing can be written to this output folder ({error})") from None
 
 
 # ----------------------------------------------------------------------------------- files with metadata
@@ -121,31 +156,62 @@ def check_format(format: str, height: int, width: int) -> None:
         )
 
 
-def save_image(image: Image.Image, path: str | Path, format: str, metadata: Mapping[str, Any]) -> Path:
+def save_image(
+    image: Image.Image, path: str | Path, format: str, metadata: Mapping[str, Any], text: str = ""
+) -> Path:
     """Write a picture with its settings inside, whole or not at all, and return its path.
 
-    `metadata` must be JSON: a PNG carries it as text chunks ("ultrapixel" as JSON, "parameters" to read),
-    JPEG and WebP as the UserComment of their EXIF. An existing file is replaced (`output_path` gives a free
-    name). ValueError as in `check_format`.
+    `metadata` must be JSON: a PNG carries it as the text chunk "ultrapixel", JPEG and WebP in their XMP.
+    `text` is what other programs read: a PNG's text chunk "parameters", else the UserComment of the EXIF. An
+    existing file is replaced (`save_new_image` does not). ValueError as in `check_format`.
     """
-    check_format(format, image.height, image.width)
     path = Path(path)
-    options = {**SAVE_OPTIONS[format], **_metadata_options(format, metadata)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with _written(image, path.parent, format, metadata, text) as temporary:
+        os.replace(temporary, path)
+    return path
+
+
+def save_new_image(
+    image: Image.Image,
+    folder: str | Path,
+    stem: str,
+    format: str,
+    metadata: Mapping[str, Any],
+    text: str = "",
+) -> Path:
+    """As `save_image`, under the name of `take_path`: no file is replaced."""
+    with _written(image, Path(folder), format, metadata, text) as temporary:
+        path = take_path(folder, stem, format)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+    return path
+
+
+@contextmanager
+def _written(
+    image: Image.Image, folder: Path, format: str, metadata: Mapping[str, Any], text: str
+) -> Iterator[Path]:
+    """A file in a folder with the picture in it, which is gone afterwards unless it was given a name."""
+    check_format(format, image.height, image.width)
+    options = {**SAVE_OPTIONS[format], **_metadata_options(format, metadata, text)}
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{uuid4().hex}"
     try:
         image.save(temporary, PILLOW_NAMES[format], **options)
-        os.replace(temporary, path)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 def read_image_metadata(path: str | Path) -> dict[str, Any]:
     """The settings that `save_image` wrote into a picture; ValueError or FileNotFoundError if none."""
     with open_image(path) as image:
         try:
-            metadata = json.loads(image.info.get(METADATA_KEY) or _user_comment(image))
+            stored = image.info.get(METADATA_KEY) or _from_xmp(image) or _user_comment(image)
+            metadata = json.loads(stored)
         except (OSError, ValueError, SyntaxError):
             metadata = None
     if not isinstance(metadata, dict):
@@ -155,22 +221,43 @@ def read_image_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def _metadata_options(format: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    text = json.dumps(dict(metadata))  # ASCII: any prompt survives, even half a surrogate pair
+def _metadata_options(format: str, metadata: Mapping[str, Any], text: str) -> dict[str, Any]:
+    settings = json.dumps(dict(metadata))  # ASCII: any prompt survives, even half a surrogate pair
+    text = text.replace("\0", "").encode(errors="replace").decode()
     if format == "png":
         chunks = PngImagePlugin.PngInfo()
-        chunks.add_itxt(METADATA_KEY, text)
-        lines = "\n".join(f"{key}: {value}" for key, value in metadata.items())
-        chunks.add_itxt("parameters", lines.encode(errors="replace").decode())
+        chunks.add_itxt(METADATA_KEY, settings)
+        if text:
+            chunks.add_text(TEXT_KEY, text)
         return {"pnginfo": chunks}
-    exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = EXIF_ASCII + text.encode()
-    if format == "jpg" and len(exif.tobytes()) > EXIF_LIMIT:
-        warnings.warn("the settings are too long for a jpg picture and are left out; use png", stacklevel=3)
-        return {}
-    return {"exif": exif}
+    options = {"xmp": XMP_START + escape(settings).encode() + XMP_END}
+    if text:
+        exif = Image.Exif()
+        comment = EXIF_UNICODE + text.encode("utf-16-be")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+        options["exif"] = exif.tobytes()
+    return _fitting_jpeg(options) if format == "jpg" else options
+
+
+def _fitting_jpeg(options: dict[str, bytes]) -> dict[str, bytes]:
+    kept = {name: content for name, content in options.items() if len(content) <= JPEG_LIMITS[name]}
+    for name in sorted(options.keys() - kept):
+        lost = {"xmp": "settings of --from_image", "exif": "parameters that other programs read"}[name]
+        warnings.warn(f"the {lost} are too long for a jpg picture and are left out; use png", stacklevel=5)
+    return kept
+
+
+def _from_xmp(image: Image.Image) -> str | None:
+    """The settings in the XMP of a JPEG or WebP, also if another program wrote them as an attribute."""
+    packet = image.info.get("xmp")
+    if packet is None:
+        return None
+    elements = ElementTree.fromstring(packet).iter()  # its ParseError is a SyntaxError
+    found = (e.text if e.tag == XMP_KEY else e.get(XMP_KEY) for e in elements)
+    return next(filter(None, found), None)
 
 
 def _user_comment(image: Image.Image) -> str:
+    """The settings where the first pictures of JPEG and WebP had them."""
     comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
     return comment.removeprefix(EXIF_ASCII).decode(errors="replace") if isinstance(comment, bytes) else ""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -21,9 +25,10 @@ from core.cli import (
     usage_table,
 )
 from core.control import Control
-from core.images import check_format, output_path, save_image, to_image
-from core.pipeline import GROUP, Job, Picture, Progress, UltraPixelPipeline, load_previewer
-from core.report import WeightHashes, describe_plan, picture_metadata
+from core.images import check_format, picture_stem, prepare_folder, save_image, save_new_image, to_image
+from core.pipeline import Job, Observer, Picture, Progress, UltraPixelPipeline, harmless, load_previewer
+from core.printable import say
+from core.report import WeightHashes, describe_plan, infotext, picture_metadata
 from core.resolution import plan
 from core.settings import Settings
 
@@ -45,7 +50,10 @@ def picture_parser(description: str) -> argparse.ArgumentParser:
 
 
 def make_jobs(arguments: argparse.Namespace) -> list[Job]:
-    """The pictures to make: each prompt --num_image times, the i-th of all with seed + i."""
+    """The pictures to make: each prompt --num_image times, the i-th of all with seed + i.
+
+    Their folder is made, unless nothing is to be made (--dry_run). ValueError for what they cannot be.
+    """
     if arguments.prompt_file is not None:
         prompts = read_prompts(arguments.prompt_file)
     elif arguments.prompt is not None:
@@ -57,6 +65,8 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
     wanted = [prompt for prompt in prompts for _ in range(arguments.num_image)]
     size = (arguments.height, arguments.width)
     check_format(arguments.format, *size)
+    if not arguments.dry_run:
+        prepare_folder(arguments.output_dir)
     return [Job(p, *size, arguments.seed + i, arguments.negative_prompt) for i, p in enumerate(wanted)]
 
 
@@ -66,6 +76,7 @@ class Previews:
     def __init__(self, pipeline: UltraPixelPipeline, folder: str, format: str) -> None:
         self._previewer = load_previewer(pipeline.config_c, pipeline.device)
         self._folder, self._format = folder, format
+        self._paths: dict[str, Path] = {}
 
     def __call__(self, progress: Progress) -> None:
         low = "low" in progress.stage
@@ -74,18 +85,71 @@ class Previews:
             done or (not low and progress.step % PREVIEW_EVERY == 0)
         ):
             return
-        pixels = self._previewer(progress.latent.float())[0].clamp(0, 1)
-        job = progress.job
-        final = output_path(self._folder, job.prompt, job.height, job.width, job.seed, self._format)
-        path = final.with_stem(f"{final.stem}_preview_{'lr' if low else 'hr'}")
-        save_image(to_image(pixels), path, self._format, {"prompt": job.prompt, "step": progress.step})
+        image = to_image(self._previewer(progress.latent.float())[0].clamp(0, 1))
+        stem = f"{_stem(progress.job)}_preview_{'lr' if low else 'hr'}"
+        metadata = {"prompt": progress.job.prompt, "step": progress.step}
+        if stem in self._paths:
+            save_image(image, self._paths[stem], self._format, metadata)
+        else:
+            self._paths[stem] = save_new_image(image, self._folder, stem, self._format, metadata)
 
 
-def save(picture: Picture, arguments: argparse.Namespace, metadata: dict[str, Any]) -> Path:
-    """Write a picture under a free name made of its prompt, size and seed."""
-    job = picture.job
-    path = output_path(arguments.output_dir, job.prompt, job.height, job.width, job.seed, arguments.format)
-    return save_image(to_image(picture.pixels), path, arguments.format, metadata)
+def _stem(job: Job) -> str:
+    return picture_stem(job.prompt, job.height, job.width, job.seed)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Where a run's pictures go, with what is written into all of them."""
+
+    folder: str
+    format: str
+    settings: Settings
+    models: Mapping[str, Any]  # values of flags
+    model: str  # its name, for other programs
+    hashes: WeightHashes
+
+    def add(self, picture: Picture) -> Path:
+        """Save a picture and return its path, also if Ctrl-C comes meanwhile."""
+        try:
+            return self._save(picture, self.hashes.result())
+        except KeyboardInterrupt:
+            self._save(picture, self.hashes.result(wait=False))
+            raise
+
+    def _save(self, picture: Picture, hashes: Mapping[str, str]) -> Path:
+        """Save a picture under a name made of its prompt, size and seed; where that fails, elsewhere."""
+        job, image, failures = picture.job, to_image(picture.pixels), []
+        metadata = picture_metadata(job, self.settings, self.models, hashes)
+        text = infotext(job, self.settings, self.model)
+        for folder, stem, format in self._ways(job):
+            try:
+                path = save_new_image(image, folder, stem, format, metadata, text)
+            except Exception as error:  # whatever it is: the picture is computed
+                failures.append(error)
+                continue
+            if failures:
+                reason = f"it could not be saved as asked: {failures[0]}"
+                warnings.warn(f"{path}: the picture lies here ({reason})", stacklevel=3)
+            return path
+        raise OSError(f"the picture of seed {job.seed} cannot be saved anywhere ({failures[0]})")
+
+    def _ways(self, job: Job) -> Iterator[tuple[str, str, str]]:
+        """Folder, name and format: as asked, and what is left if that cannot be."""
+        plain = f"picture_{job.height}x{job.width}_{job.seed}"
+        for folder in (self.folder, gettempdir()):
+            yield folder, _stem(job), self.format
+            yield folder, plain, self.format
+            yield folder, plain, "png"  # which holds every picture
+
+
+def save_beside(path: Path, control: Control) -> None:
+    """Save what a ControlNet saw beside the picture that it steered."""
+    try:
+        shown = to_image(control.shown.expand(3, -1, -1))
+        save_new_image(shown, path.parent, f"{path.stem}_control", "png", {})
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path}: what the ControlNet saw is not saved beside it ({error})", stacklevel=2)
 
 
 def make_pictures(
@@ -103,32 +167,53 @@ def make_pictures(
     """
     plan(arguments.height, arguments.width, pipeline.config_c.geometry)  # raises what is wrong with the size
     if arguments.dry_run:
-        sys.stdout.write(describe_plan(pipeline, jobs, settings) + "\n")
+        say(describe_plan(pipeline, jobs, settings), sys.stdout)
         return 0
     check_weights(pipeline, arguments.preset)
     if pipeline.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # Stage A runs in float32
-    hashes = WeightHashes(pipeline.files())
-    bars = ProgressBars(jobs)
-    previews = Previews(pipeline, arguments.output_dir, arguments.format) if arguments.preview else None
-
-    def observe(progress: Progress) -> None:
-        bars(progress)
-        if previews is not None:
-            previews(progress)
-
+    files = pipeline.files()
+    model = Path(files.get("guidance", files["Stage C"])).stem
     models = {name: getattr(arguments, name) for name in model_flags}
-    for start in range(0, len(jobs), GROUP):
-        group = jobs[start : start + GROUP]
-        controls = () if control is None else [control] * len(group)
-        for picture in pipeline.run(group, settings, observe, controls):
-            metadata = picture_metadata(picture.job, settings, models, hashes.result())
-            path = save(picture, arguments, metadata)
-            if control is not None:
-                shown = to_image(control.shown.expand(3, -1, -1))
-                save_image(shown, path.with_name(f"{path.stem}_control.png"), "png", {})
-            sys.stdout.write(f"seed {picture.job.seed}: {path}\n")
-            sys.stdout.flush()
-    bars.close()
-    sys.stderr.write(usage_table(list(pipeline.uses.values())) + "\n")
+    folder, format = arguments.output_dir, arguments.format
+    gallery = Gallery(folder, format, settings, models, model, WeightHashes(files))
+    previews = [Previews(pipeline, folder, format)] if arguments.preview else []
+    with closing(ProgressBars(jobs)) as bars:
+        observe = _together([harmless(observer) for observer in (bars, *previews)])
+        for start in range(0, len(jobs), pipeline.group):
+            group = jobs[start : start + pipeline.group]
+            _make_group(pipeline, group, gallery, bars, observe, control)
+    say(usage_table(list(pipeline.uses.values())), sys.stderr)
     return 0
+
+
+def _together(observers: Sequence[Observer]) -> Observer:
+    def observe(progress: Progress) -> None:
+        for observer in observers:
+            observer(progress)
+
+    return observe
+
+
+def _make_group(
+    pipeline: UltraPixelPipeline,
+    jobs: Sequence[Job],
+    gallery: Gallery,
+    bars: ProgressBars,
+    observe: Observer,
+    control: Control | None,
+) -> None:
+    """Make and save the pictures of jobs that go through the stages together; one that fails, fails alone."""
+    controls = () if control is None else [control] * len(jobs)
+    failures = []
+    for picture in pipeline.pictures(jobs, gallery.settings, observe, controls):
+        try:
+            path = gallery.add(picture)
+        except (OSError, ValueError) as error:
+            failures.append(error)
+            continue
+        if control is not None:
+            save_beside(path, control)
+        bars.say(f"seed {picture.job.seed}: {path}")
+    if failures:
+        raise failures[0]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -53,7 +55,7 @@ from modules.stage_b import StageB
 from modules.stage_c import StageC
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-GROUP = 8  # pictures that scripts send through the stages together: each stage moves to the device once
+GROUP = 8  # pictures that go through stages that move together: each moves to the device once for them
 NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
 
 
@@ -100,6 +102,7 @@ class StageUse:
 
 
 Observer = Callable[[Progress], None]
+T = TypeVar("T")
 ControlEntries = list[Tensor | None] | None  # of one picture: as `modules.controlnet.ControlNet` returns them
 
 
@@ -195,17 +198,40 @@ class UltraPixelPipeline:
         observer: Observer | None = None,
         controls: Sequence[Control] = (),
     ) -> list[Picture]:
+        """The pictures of `pictures`, once all are made."""
+        return list(self.pictures(jobs, settings, observer, controls))
+
+    @torch.no_grad()
+    def pictures(
+        self,
+        jobs: Sequence[Job],
+        settings: Settings,
+        observer: Observer | None = None,
+        controls: Sequence[Control] = (),
+    ) -> Iterator[Picture]:
         """Pictures of the jobs, stage by stage, so that each stage visits the device once.
 
+        Each comes as soon as it is decoded. Where Stage B breaks off, those come that are through it, and
+        then the error. An observer that fails ends nothing: it costs a warning, and is not called again.
         `controls`, where there are any, are one for each job, for the ControlNet of `set_control`.
         """
+        observer = observer and harmless(observer)
         plans = [plan(job.height, job.width, self.config_c.geometry) for job in jobs]
         texts = self.encode_text(jobs)
         entries = self.run_controlnet(controls)
         latents = self.run_stage_c(jobs, plans, texts, settings, observer, entries)
-        latents = self.run_stage_b(jobs, plans, texts, latents, settings, observer)
-        pictures = self.run_stage_a(jobs, plans, latents, settings, observer)
-        return [_kept(*pair) for pair in zip(pictures, controls, strict=True)] if controls else pictures
+        latents, error = _until_error(self.run_stage_b(jobs, plans, texts, latents, settings, observer))
+        through = len(latents)
+        decoded = self.run_stage_a(jobs[:through], plans[:through], latents, settings, observer)
+        for number, picture in enumerate(decoded if through else ()):
+            yield _kept(picture, controls[number]) if controls else picture
+        if error is not None:
+            raise error
+
+    @property
+    def group(self) -> int:
+        """How many jobs to give at a time: one, where stages stay in place, so that it is done the sooner."""
+        return 1 if self._resident or self.device.type == "cpu" else GROUP
 
     def set_control(self, config: ControlConfig) -> ControlNetFile:
         """Use this ControlNet from now on, for jobs that come with a control; return what its file tells.
@@ -335,12 +361,11 @@ class UltraPixelPipeline:
         latents: Sequence[Tensor],
         settings: Settings,
         observer: Observer | None = None,
-    ) -> list[Tensor]:
-        """Stage B for every job: latents (1, 4, h, w) on the CPU."""
+    ) -> Iterator[Tensor]:
+        """Stage B for every job: latents (1, 4, h, w) on the CPU, one after the other."""
         target = target_named(self.config_b.target)
         both = needs_unconditional(settings)[1]
         with self._measured("stage B"), self.stage_b.on_device() as stage_b:
-            decoded = []
             for job, sizes, latent in zip(jobs, plans, latents, strict=True):
                 pooled = torch.cat([texts[p].pooled for p in (job.prompt, "")[: 1 + both]]).to(self.device)
                 sampled = stage_b_pass(
@@ -353,8 +378,7 @@ class UltraPixelPipeline:
                     self._noise(job, "stage_b"),
                     on_step=_report(observer, "stage B", job),
                 )
-                decoded.append(sampled.x0.cpu())
-        return decoded
+                yield sampled.x0.cpu()
 
     def run_stage_a(
         self,
@@ -363,16 +387,18 @@ class UltraPixelPipeline:
         latents: Sequence[Tensor],
         settings: Settings,
         observer: Observer | None = None,
-    ) -> list[Picture]:
-        """Stage A for every job: the pictures."""
-        pictures = []
-        with self._measured("stage A"), self.stage_a.on_device() as stage_a:
+    ) -> Iterator[Picture]:
+        """Stage A for every job: the pictures, one after the other."""
+        with self._measured("stage A"):
+            _ = self.stage_a.module  # loaded; what is done with the pictures in between is not measured
+        with self.stage_a.on_device() as stage_a:
             for job, sizes, latent in zip(jobs, plans, latents, strict=True):
-                pixels = decode_picture(stage_a, latent.to(self.device), sizes, settings.stage_a_tiled)
-                pictures.append(Picture(job, pixels.float().cpu()))
+                with self._measured("stage A"):
+                    pixels = decode_picture(stage_a, latent.to(self.device), sizes, settings.stage_a_tiled)
+                    pixels = pixels.float().cpu()
                 if observer is not None:
                     observer(Progress("stage A", job, 1, 1))
-        return pictures
+                yield Picture(job, pixels)
 
     # --- helpers ----------------------------------------------------------------------------------
 
@@ -404,6 +430,38 @@ class UltraPixelPipeline:
             torch.cuda.synchronize(self.device)
         use.peak_memory = max(use.peak_memory, peak_memory(self.device))
         use.seconds += time.perf_counter() - start
+
+
+def harmless(observer: Observer) -> Observer:
+    """The observer, but that its first error costs a warning, and its being called."""
+    failed = False
+
+    def called(progress: Progress) -> None:
+        nonlocal failed
+        if failed:
+            return
+        try:
+            observer(progress)
+        except Exception as error:  # whatever it is: the picture does not depend on it
+            failed = True
+            warnings.warn(f"{_name(observer)} failed ({error}); the run goes on without it", stacklevel=2)
+
+    return called
+
+
+def _name(observer: Observer) -> str:
+    return getattr(observer, "__name__", type(observer).__name__)
+
+
+def _until_error(made: Iterator[T]) -> tuple[list[T], Exception | KeyboardInterrupt | None]:
+    """All that is made, or what is until an error (out of memory, Ctrl-C) ends it, and that error."""
+    finished: list[T] = []
+    try:
+        for one in made:
+            finished.append(one)
+    except (Exception, KeyboardInterrupt) as error:
+        return finished, error
+    return finished, None
 
 
 def _kept(picture: Picture, control: Control) -> Picture:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +124,53 @@ class WeightHashes:
         }
         pool.shutdown(wait=False)
 
-    def result(self) -> dict[str, str]:
-        """File name to hash; waits for those still being read."""
-        return {path: future.result() for path, future in self._hashes.items()}
+    def result(self, wait: bool = True) -> dict[str, str]:
+        """File name to hash, of those that can be read; those still being read are waited for or left out."""
+        done = {path: future for path, future in self._hashes.items() if wait or future.done()}
+        return {path: future.result() for path, future in done.items() if _was_read(path, future)}
+
+
+def _was_read(path: str, future: Future[str]) -> bool:
+    error = future.exception()
+    if error is not None:
+        warnings.warn(f"the hash of {path} is left out of the pictures' settings: {error}", stacklevel=2)
+    return error is None
 
 
 def picture_metadata(
     job: Job, settings: Settings, models: Mapping[str, Any], hashes: Mapping[str, str]
 ) -> dict[str, Any]:
     """The settings that repeat a picture (--from_image), with versions and hashes to tell what made it."""
-    versions = {package: version(package) for package in PACKAGES}
+    found = {package: _version(package) for package in PACKAGES}
+    versions = {package: number for package, number in found.items() if number is not None}
     return {**asdict(job), **asdict(settings), **models, "versions": versions, "weights": dict(hashes)}
+
+
+def _version(package: str) -> str | None:
+    """The version of a package; None, and a warning, where it is not installed but lies on PYTHONPATH."""
+    with suppress(PackageNotFoundError, KeyError, ValueError):  # the others: of damaged metadata
+        if number := version(package):
+            return number
+    warnings.warn(
+        f"the version of {package} is not known and is left out of the pictures' settings", stacklevel=3
+    )
+    return None
+
+
+def infotext(job: Job, settings: Settings, model: str) -> str:
+    """A picture's settings in the form of A1111, which many programs read: prompts, then a line of values."""
+    values = {
+        "Steps": settings.steps,
+        "Sampler": settings.sampler,
+        "CFG scale": settings.cfg,
+        "Seed": job.seed,
+        "Size": f"{job.width}x{job.height}",
+        "Model": model,
+    }
+    negative = [f"Negative prompt: {job.negative_prompt}"] if job.negative_prompt else []
+    line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items())
+    return "\n".join([job.prompt, *negative, line])
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if set(value) & set(',:\n"') else value

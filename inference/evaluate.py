@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,10 +30,11 @@ from core.cli import (
 from core.data.labelled import CLASSES
 from core.data.scenes import ATTRIBUTES
 from core.evaluation import Case, Evaluation, Judge, Measured, RoundTrip, View, held_out_cases
-from core.images import safe_stem, save_image, to_image
+from core.images import prepare_folder, safe_stem, save_image, to_image
 from core.pipeline import Job, UltraPixelPipeline, load_encoder
 from core.presets import EMBEDDED
 from core.preview import contact_sheet
+from core.printable import say
 from core.report import WeightHashes
 from core.resolution import Size, plan
 from modules.recogniser import Recogniser
@@ -182,14 +184,14 @@ def main(given: Sequence[str] | None = None) -> int:
         raise ValueError(f"--num_image must be at least 1, not {count}")
     settings, pipeline = settings_of(arguments), make_pipeline(arguments)
     sizes, config, device = asked_sizes(arguments), pipeline.config_c, pipeline.device
+    folder = Path(arguments.output_dir)
     for size in sizes:
         plan(*size, config.geometry)  # raises what is wrong with the size
     made = make_series(sizes, arguments.compare, pipeline.guidance is not None)
+    prepare_folder(folder)
     judge = Judge(load_recogniser(arguments.recogniser, device), device)
     check_weights(pipeline, arguments.preset)
     encoder = load_encoder(config, "--round_trip").to(device) if arguments.round_trip else None
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # Stage A runs in float32
     unguided, sheets = prepare(pipeline), Sheets(folder, count)
@@ -221,8 +223,8 @@ def main(given: Sequence[str] | None = None) -> int:
             trips.append(guided.round_trip(encoder, size, lambda _, bar=bar: bar.update()))
         write()
     notes += [FEW] if measured[0].few_pictures else []
-    print(f"{count} held-out scenes from seed {arguments.seed}: {folder}\n")
-    print(report(measured, trips, notes))
+    say(f"{count} held-out scenes from seed {arguments.seed}: {folder}\n", sys.stdout)
+    say(report(measured, trips, notes), sys.stdout)
     return 0
 
 

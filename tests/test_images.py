@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,12 +17,17 @@ from core.images import (
     FORMATS,
     check_format,
     load_image,
-    output_path,
+    picture_stem,
+    prepare_folder,
     read_image_metadata,
     safe_stem,
     save_image,
+    save_new_image,
+    take_path,
     to_image,
 )
+
+BEFORE = ROOT / "tests" / "pictures"  # made by commit f1c274f
 
 RED = Image.new("RGB", (8, 5), (200, 30, 30))
 any_text = st.text(st.characters(), max_size=60)  # lone surrogates and NUL too
@@ -80,6 +86,17 @@ def test_load_image_scales_16_bits(tmp_path):
     for level in (0, 100 * 257, 65535):
         Image.new("I;16", (3, 3), level).save(tmp_path / "grey.png")
         assert load_image(tmp_path / "grey.png").getpixel((0, 0)) == (level // 257,) * 3
+
+
+def test_16_bit_masks_have_transparent_parts_too(tmp_path):
+    image = Image.new("I;16", (2, 1), 100 * 257)
+    for level in (0, 65535):
+        image.putpixel((1, 0), level)
+        image.save(tmp_path / "mask.png", transparency=level)
+        for ground in ("black", "white"):
+            read = load_image(tmp_path / "mask.png", ground)
+            assert read.getpixel((0, 0)) == (100,) * 3
+            assert read.getpixel((1, 0)) == ((0,) * 3 if ground == "black" else (255,) * 3)
 
 
 def test_load_image_names_what_is_wrong(tmp_path):
@@ -150,19 +167,67 @@ def test_safe_stem_examples(prompt, stem):
 
 @given(any_text)
 @one_folder
-def test_output_path_can_be_created_and_is_never_taken(tmp_path, prompt):
+def test_a_name_can_be_created_and_is_never_taken(tmp_path, prompt):
+    stem = picture_stem(prompt, 16384, 16384, 2**63 - 1)
     for format in FORMATS:
-        path = output_path(tmp_path, prompt, 16384, 16384, 2**63 - 1, format)
+        before = set(tmp_path.iterdir())
+        path = take_path(tmp_path, stem, format)
         assert path.parent == tmp_path and len(path.name.encode()) < 140
-        path.open("x").close()
+        assert set(tmp_path.iterdir()) - before == {path}
 
 
-def test_output_path_counts(tmp_path):
-    names = []
-    for _ in range(3):
-        path = output_path(tmp_path, "a cat", 1024, 2048, 7, "png")
-        names.append(save_image(RED, path, "png", {}).name)
-    assert names == ["a_cat_1024x2048_7.png", "a_cat_1024x2048_7_2.png", "a_cat_1024x2048_7_3.png"]
+def test_new_pictures_replace_nothing(tmp_path):
+    stem = picture_stem("a cat", 1024, 2048, 7)
+    (tmp_path / f"{stem}.png").write_text("mine")
+    (tmp_path / f"{stem}_2.png").symlink_to("nowhere")
+    (tmp_path / f"{stem}_3.png").mkdir()
+    names = [save_new_image(RED, tmp_path, stem, "png", {}).name for _ in range(2)]
+    assert names == ["a_cat_1024x2048_7_4.png", "a_cat_1024x2048_7_5.png"]
+    assert (tmp_path / f"{stem}.png").read_text() == "mine" and len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_name_that_is_taken_while_a_picture_is_written_is_left_alone(tmp_path, monkeypatch):
+    write = Image.Image.save
+
+    def slowly(image, name, *args, **kwargs):
+        (tmp_path / "a.png").write_text("of another run")
+        write(image, name, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", slowly)
+    assert save_new_image(RED, tmp_path, "a", "png", {}).name == "a_2.png"
+    assert (tmp_path / "a.png").read_text() == "of another run"
+
+
+def test_a_picture_that_cannot_be_placed_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(images.os, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_new_image(RED, tmp_path, "a", "png", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_made_and_tried(tmp_path):
+    prepare_folder(tmp_path / "deep" / "er")
+    prepare_folder(tmp_path / "deep" / "er")
+    assert not list((tmp_path / "deep" / "er").iterdir())
+    (tmp_path / "file").touch()
+    for name in ("file", "file/below"):
+        with pytest.raises(ValueError, match=f"{name} cannot be the output folder: a file is in its place"):
+            prepare_folder(tmp_path / name)
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(ValueError, match="nothing can be written to this output folder"):
+            prepare_folder(tmp_path / name)
+
+
+def test_a_folder_on_a_full_disk_is_refused(tmp_path, monkeypatch):
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images, "NamedTemporaryFile", full)
+    with pytest.raises(ValueError, match="nothing can be written .*No space left"):
+        prepare_folder(tmp_path)
 
 
 # ----------------------------------------------------------------------------------- files with metadata
@@ -181,11 +246,43 @@ def test_settings_survive_the_file(tmp_path, format, prompt, seed, cfg):
 
 def test_png_is_exact_and_readable_by_people(tmp_path):
     noise = Image.effect_noise((40, 30), 80).convert("RGB")
-    path = save_image(noise, tmp_path / "a.png", "png", {"prompt": "ein Fuchs 狐\ud800", "seed": 3})
+    text = "ein Fuchs 狐\ud800\0\nSteps: 3"
+    path = save_image(noise, tmp_path / "a.png", "png", {"seed": 3}, text)
     assert load_image(path).tobytes() == noise.tobytes()
     with Image.open(path) as image:
-        assert image.text["parameters"] == "prompt: ein Fuchs 狐?\nseed: 3"
+        assert image.text["parameters"] == "ein Fuchs 狐?\nSteps: 3"
         assert json.loads(image.text["ultrapixel"])["seed"] == 3
+
+
+@pytest.mark.parametrize("format", ["jpg", "webp"])
+def test_the_text_is_the_user_comment_as_others_write_it(tmp_path, format):
+    text = "a <fox> & 狐 🦊\nSteps: 3"
+    metadata = {"prompt": "]]> <!-- & \x00 🦊", "seed": 3}
+    path = save_image(RED, tmp_path / f"a.{format}", format, metadata, text)
+    with Image.open(path) as image:
+        comment = image.getexif().get_ifd(0x8769)[0x9286]
+    assert comment == b"UNICODE\0" + text.encode("utf-16-be")
+    assert read_image_metadata(path) == metadata
+
+
+@pytest.mark.parametrize("format", ["jpg", "webp"])
+def test_settings_are_found_in_xmp_that_another_program_rewrote(tmp_path, format):
+    packet = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<r:Description xmlns:u="urn:ultrapixel" u:settings="{&quot;seed&quot;: 3}"/></r:RDF></x:xmpmeta>'
+    )
+    RED.save(tmp_path / f"a.{format}", xmp=packet.encode())
+    assert read_image_metadata(tmp_path / f"a.{format}") == {"seed": 3}
+    RED.save(tmp_path / f"a.{format}", xmp=packet[:-5].encode())
+    with pytest.raises(ValueError, match="carries no settings"):
+        read_image_metadata(tmp_path / f"a.{format}")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_pictures_of_before_the_infotext_keep_their_settings(format):
+    stored = read_image_metadata(BEFORE / f"settings_before_infotext.{format}")
+    assert stored["prompt"] == 'a red house, "old" (left); 風車 🦁\nby the sea'
+    assert (stored["negative_prompt"], stored["seed"], stored["cfg"]) == ("night, fog", 7, 2.5)
 
 
 @pytest.mark.parametrize("format", ["jpg", "webp"])
@@ -209,13 +306,28 @@ def test_jpg_colours_are_not_subsampled(tmp_path):
 
 
 def test_settings_too_long_for_jpg_do_not_cost_the_picture(tmp_path):
-    for length, warned in ((65460, False), (65461, True)):  # the last that fits, the first that does not
+    room = images.JPEG_LIMITS["xmp"] - len(images.XMP_START + images.XMP_END + b'{"prompt": ""}')
+    for length, warned in ((room, False), (room + 1, True)):  # the last that fits, the first that does not
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            path = save_image(RED, tmp_path / "a.jpg", "jpg", {"prompt": "x" * length})
+            path = save_image(RED, tmp_path / "a.jpg", "jpg", {"prompt": "x" * length}, "text")
         assert bool(caught) == warned and load_image(path).size == RED.size
+        assert Image.open(path).getexif().get_ifd(0x8769)
     with pytest.raises(ValueError, match="carries no settings"):
         read_image_metadata(path)
+
+
+def test_a_text_too_long_for_jpg_costs_neither_picture_nor_settings(tmp_path):
+    room = (images.JPEG_LIMITS["exif"] - 58) // 2  # 58: of EXIF around the text
+    for length, warned in ((room, False), (room + 1, True)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            path = save_image(RED, tmp_path / "a.jpg", "jpg", {"seed": 3}, "x" * length)
+        assert bool(caught) == warned and load_image(path).size == RED.size
+        assert read_image_metadata(path) == {"seed": 3}
+    for format in ("png", "webp"):
+        path = save_image(RED, tmp_path / f"a.{format}", format, {"prompt": "x" * 200_000}, "x" * 200_000)
+        assert len(read_image_metadata(path)["prompt"]) == 200_000
 
 
 def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
