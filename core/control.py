@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from core.checkpoint import CheckpointError, iter_tensors, read_config
 from core.config import ControlConfig, ControlFilter, LatentGeometry, check_proj_blocks
 from core.data.folder import NamedBytes
-from core.images import load_image, open_image
+from core.images import as_rgb, load_image, open_image
 from core.layouts import describe_mismatch, identify
 from core.presets import DEFAULT
 from core.resolution import Size
@@ -31,7 +31,8 @@ CONTROL_SIZE = 224  # px, the side of the picture that the published ControlNet'
 METADATA_KEY = "control"
 CANNY_THRESHOLDS = (100, 200)
 HOLE_LEVEL = 0.5  # a mask's pixels from this on are the hole
-BLEND_SHARE = 1 / 64  # of the shorter side: how wide the blend inside a hole's edge is
+BLEND_WIDTH = 16  # px inside a hole's edge in which the made picture takes over from the colours around it,
+BLEND_SHARE = 0.75  # but in a small hole this share of the way to its middle
 SR_SCALE = 2  # how much smaller the picture is that a super resolution's latents are of
 FETCH_SECONDS, FETCH_BYTES = 30, 1 << 26
 FETCH_BLOCK = 1 << 16
@@ -93,18 +94,20 @@ class Source:
 
     picture: Image.Image
     hole: Image.Image | None = None
+    unmixed: Image.Image | None = None  # without the white that shows through half-transparent parts
 
 
 def read_source(place: str | Path, mask: str | Path | None = None) -> Source:
     """A picture from a file or a URL; its hole is what `mask` shows white, else what is transparent in it.
 
-    OSError or ValueError, of one sentence, for what cannot be read, and for a mask of another size.
+    A mask's own transparent parts are no hole, whatever their colour. OSError or ValueError, of one sentence,
+    for what cannot be read, and for a mask of another size.
     """
     content = fetch(str(place)) if "://" in str(place) else place
     picture = load_image(content)
     if mask is None:
-        return Source(picture, _transparent(content))
-    hole = load_image(mask).convert("L")
+        return _with_transparent_hole(content, picture)
+    hole = load_image(mask, ground="black").convert("L")
     if hole.size != picture.size:
         raise ValueError(
             f"{mask}: the mask has {hole.height} x {hole.width} pixels (height x width), but the picture has "
@@ -113,11 +116,14 @@ def read_source(place: str | Path, mask: str | Path | None = None) -> Source:
     return Source(picture, hole)
 
 
-def _transparent(content: str | Path | NamedBytes) -> Image.Image | None:
+def _with_transparent_hole(content: str | Path | NamedBytes, picture: Image.Image) -> Source:
     with open_image(content) as image:
         if not image.has_transparency_data:
-            return None
-        return ImageOps.invert(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
+            return Source(picture)
+        upright = ImageOps.exif_transpose(image).convert("RGBA")
+    hole = ImageOps.invert(upright.getchannel("A"))
+    upright.putalpha(255)
+    return Source(picture, hole, as_rgb(upright))
 
 
 def fetch(url: str) -> NamedBytes:
@@ -195,8 +201,8 @@ def half_size_latents(pictures: Tensor, encoder: Encoder) -> tuple[Tensor, Tenso
 class Kept:
     """What stays as it is around a hole."""
 
-    picture: Tensor  # (3, H, W) in [0, 1]
-    inside: Tensor  # (H, W): 0 outside the hole, rising to 1 within it over BLEND_SHARE of the shorter side
+    picture: Tensor  # (3, H, W) in [0, 1], carried on into the hole
+    inside: Tensor  # (H, W): 0 outside the hole, rising to 1 within it, as `blend` gives it
 
     def around(self, pixels: Tensor) -> Tensor:
         """The picture with pixels (3, H, W) in its hole."""
@@ -255,26 +261,57 @@ def ready_edge_control(drawing: Image.Image, shape: Size, geometry: LatentGeomet
 
 
 def hole_control(source: Source, shape: Size, geometry: LatentGeometry) -> Control:
-    """Control by what lies around a picture's hole, which stays; ValueError if there is no hole."""
+    """Control by what lies around a picture's hole, which stays; ValueError if there is no hole.
+
+    Of what lies in the hole nothing is seen or kept, not even in pixels of another size that touch its edge.
+    """
     if source.hole is None or max(source.hole.getextrema()) < HOLE_LEVEL * 255:
         raise ValueError(
             "inpainting needs a hole to fill: a mask with white in it, or a picture with transparent parts"
         )
-    size = control_size(*shape, geometry)
-    picture, hole = fitted(source.picture, size, shape), _binary(fitted(source.hole, size, shape))
-    seen = with_hole(picture[None], hole[None])
-    whole = fitted(source.picture, shape, shape)
-    return Control(seen, seen[0, :3], kept=Kept(whole, blend(_binary(fitted(source.hole, shape, shape)))))
+    around, size = carried_on(source), control_size(*shape, geometry)
+    hole, large = (_binary(fitted(source.hole, target, shape)) for target in (size, shape))
+    if not large.any():
+        raise ValueError(
+            f"no hole is left at {shape[0]} x {shape[1]} (height x width): ask for the picture's own size"
+        )
+    seen = with_hole(fitted(around, size, shape)[None], hole[None])
+    return Control(seen, seen[0, :3], kept=Kept(fitted(around, shape, shape), blend(large)))
 
 
 def _binary(hole: Tensor) -> Tensor:
     return (hole >= HOLE_LEVEL).float()
 
 
+def carried_on(source: Source) -> Image.Image:
+    """The picture, each pixel of its hole in the colour of the nearest one outside; if any is."""
+    picture = source.unmixed or source.picture
+    pixels, hole = np.array(picture), np.array(source.hole) >= HOLE_LEVEL * 255
+    if hole.all():
+        return picture
+    _, labels = cv2.distanceTransformWithLabels(
+        hole.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    nearest = np.empty((labels.max() + 1, 3), np.uint8)
+    nearest[labels[~hole]] = pixels[~hole]  # each pixel outside has a label, those inside its label
+    pixels[hole] = nearest[labels[hole]]
+    return Image.fromarray(pixels)
+
+
 def blend(hole: Tensor) -> Tensor:
-    """The generated picture's share (H, W) for a hole (1, H, W): 0 outside, inside rising from its edge."""
-    depth = cv2.distanceTransform(hole[0].byte().numpy(), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)  # px
-    return torch.from_numpy(depth / (BLEND_SHARE * min(depth.shape))).clamp(max=1)
+    """The made picture's share (H, W) for holes (1, H, W): 0 outside, inside rising smoothly from the edge.
+
+    It is 1 from BLEND_WIDTH on, in a small hole from BLEND_SHARE of its middle's depth. A hole's edge at the
+    picture's border is none: nothing is kept there.
+    """
+    inside = hole[0].byte().numpy()
+    to_outside = cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    depth = (to_outside - 0.5).clip(min=0)  # px from the edge, which lies between two pixels
+    count, labels = cv2.connectedComponents(inside, connectivity=8)
+    deepest = np.full(count, 0.5, np.float32)
+    np.maximum.at(deepest, labels, depth)
+    way = (depth / np.minimum(BLEND_WIDTH, BLEND_SHARE * deepest)[labels]).clip(max=1)
+    return torch.from_numpy((3 - 2 * way) * way**2)
 
 
 def half_size_control(source: Source, shape: Size, geometry: LatentGeometry, encoder: Encoder) -> Control:

@@ -131,11 +131,11 @@ def with_suffix(job: Job) -> Job:
 def main(given: list[str] | None = None) -> int:
     arguments = parse(given)
     check_flags(arguments)
+    source = control_source(arguments)
+    jobs, settings = [with_suffix(job) for job in make_jobs(arguments)], settings_of(arguments)
     pipeline = make_pipeline(arguments)
     file = pipeline.set_control(control_config(arguments))
     arguments.control_file, arguments.control_size = file.path, file.control_size
-    source = control_source(arguments)
-    jobs, settings = [with_suffix(job) for job in make_jobs(arguments)], settings_of(arguments)
     control = None if arguments.dry_run else make_control(arguments, pipeline, source, file.control_size)
     return make_pictures(arguments, pipeline, jobs, settings, (*MODEL_FLAGS, *CONTROL_FLAGS), control)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_pipeline
-from PIL import Image
+from PIL import Image, ImageFilter
 from random_family import Family, randomise
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,7 +24,7 @@ from core.checkpoint import CheckpointError, config_metadata, save_tensors
 from core.config import ControlConfig, ControlTrainConfig, LatentGeometry, controlnet_sizes
 from core.config_files import ConfigError, load, load_control, load_stage_c
 from core.control import (
-    BLEND_SHARE,
+    BLEND_WIDTH,
     Control,
     Kept,
     Source,
@@ -41,7 +41,7 @@ from core.control import (
     ready_edge_control,
     with_hole,
 )
-from core.images import to_image
+from core.images import load_image, to_image
 from core.pipeline import Job, UltraPixelPipeline
 from core.settings import Settings
 from core.sizes import CONTROLNETS, TINY, ControlNetSizes, StageCSizes
@@ -132,27 +132,103 @@ def round_hole(height: int, width: int) -> Image.Image:
     return Image.fromarray((255 * inside).astype(np.uint8))
 
 
-def test_the_blend_lies_inside_the_hole() -> None:
-    hole = torch.zeros(1, 256, 256)
-    hole[:, 64:192, 64:192] = 1
-    share = blend(hole)
-    width = round(BLEND_SHARE * 256)
+def rectangle(shape: tuple[int, int], *corners: int) -> Tensor:
+    top, left, bottom, right = corners
+    hole = torch.zeros(1, *shape)
+    hole[:, top:bottom, left:right] = 1
+    return hole
+
+
+def as_mask(hole: Tensor) -> Image.Image:
+    return to_image(hole.expand(3, -1, -1)).convert("L")
+
+
+def depth(hole: Tensor) -> Tensor:
+    """How far inside a hole (1, H, W) a pixel lies, outside how far from it, negative; px."""
+    inside, outside = (
+        cv2.distanceTransform(side[0].byte().numpy(), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        for side in (hole, 1 - hole)
+    )
+    return torch.from_numpy(inside - outside)
+
+
+@pytest.mark.parametrize("size", [256, 1024])
+def test_the_blend_lies_inside_the_hole(size: int) -> None:
+    hole = rectangle((size, size), size // 4, size // 4, 3 * size // 4, 3 * size // 4)
+    share, deep = blend(hole), depth(hole)
     assert torch.equal(share > 0, hole[0] > 0)
-    assert (share[64 + width : 192 - width, 64 + width : 192 - width] == 1).all()
-    row = share[128, 64 : 64 + width]
-    assert (row.diff() > 0).all() and 0 < row[0] < 1
+    assert (share[deep > BLEND_WIDTH] == 1).all()
+    row = share[size // 2, size // 4 : size // 4 + BLEND_WIDTH]
+    assert (row.diff() > 0).all() and row[0] < 0.01 and row[-1] > 0.99
+
+
+def test_small_holes_are_filled_too_and_each_for_itself() -> None:
+    hole = rectangle((200, 300), 10, 10, 11, 60) + rectangle((200, 300), 40, 40, 64, 64)
+    alone = blend(hole)
+    assert (alone[10, 10:60] == 1).all()  # a line of one pixel
+    assert (alone[51:53, 51:53] == 1).all() and alone[40, 40] < 0.05
+    both = blend(hole + rectangle((200, 300), 80, 100, 190, 280))
+    assert torch.equal(both[:70], alone[:70])
+
+
+def test_where_a_hole_ends_with_the_picture_there_is_no_edge() -> None:
+    assert (blend(torch.ones(1, 40, 60)) == 1).all()
+    share = blend(rectangle((100, 100), 0, 0, 60, 100))
+    assert (share[:40] == 1).all() and (share[60:] == 0).all()
+
+
+def sky(height: int, width: int) -> Image.Image:
+    y = np.linspace(0, 1, height)[:, None, None]
+    colours = (1 - y) * np.array([90, 140, 210]) + y * np.array([170, 200, 235])
+    return Image.fromarray(np.broadcast_to(colours, (height, width, 3)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("made", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(512, 512), (1024, 1400), (300, 300)])
+@pytest.mark.parametrize("under", ["black", "white", "red"])
+def test_no_frame_is_seen_on_a_plain_sky(made: float, shape: tuple[int, int], under: str) -> None:
+    height, width = 512, 700
+    hole = rectangle((height, width), 150, 200, 370, 460)
+    picture = sky(height, width)
+    picture.paste(under, mask=as_mask(hole))
+    control = hole_control(Source(picture, as_mask(hole)), shape, GEOMETRY)
+    around = control.kept.around(torch.full((3, *shape), made))
+    deep = depth((control.kept.inside > 0).float()[None])
+    inside, outside = (around[:, (near >= 1) & (near <= 3)].mean(1) for near in (deep, -deep))
+    assert (inside - outside).abs().max() <= 10 / 255
+    if shape != (512, 700):  # what lies in the hole does not reach pixels at its edge either
+        before = fitted(sky(height, width), shape, shape)
+        assert (around - before)[:, deep <= 0].abs().max() <= 6 / 255
+
+
+@pytest.mark.parametrize("soft", [0, 6])
+def test_a_transparent_picture_gets_no_frame(tmp_path: Path, soft: int) -> None:
+    hole = as_mask(rectangle((256, 256), 60, 80, 180, 200))
+    alpha = Image.eval(hole.filter(ImageFilter.GaussianBlur(soft)), lambda value: 255 - value)
+    picture = sky(256, 256)
+    picture.putalpha(alpha)
+    picture.save(tmp_path / "a.png")
+    source = read_source(tmp_path / "a.png")
+    control = hole_control(source, (256, 256), GEOMETRY)
+    around = control.kept.around(torch.zeros(3, 256, 256))
+    outside = np.array(alpha) >= 128
+    assert np.array_equal(np.array(to_image(around))[outside], np.array(sky(256, 256))[outside])
+    assert around.max() <= 235 / 255  # the sky's lightest colour
+    edge = edge_control(source, (256, 256), GEOMETRY, 96)  # sees what people see: white shows through
+    assert torch.equal(
+        edge.seen, edge_control(Source(load_image(tmp_path / "a.png")), (256, 256), GEOMETRY, 96).seen
+    )
 
 
 @pytest.mark.parametrize("shape", [(120, 160), (100, 100)])
 def test_what_is_around_a_hole_stays_pixel_for_pixel(shape: tuple[int, int]) -> None:
     picture, hole = noise_picture(120, 160), round_hole(120, 160)
     control = hole_control(Source(picture, hole), shape, GEOMETRY)
-    made = control.kept.around(torch.rand(3, *shape))
-    outside = fitted(hole, shape, shape)[0] < 0.5
-    before = np.array(to_image(fitted(picture, shape, shape)))
-    assert np.array_equal(np.array(to_image(made))[outside], before[outside])
+    made = np.array(to_image(control.kept.around(torch.rand(3, *shape))))
+    outside = fitted(hole, shape, shape)[0] == 0
+    assert np.array_equal(made[outside], np.array(to_image(fitted(picture, shape, shape)))[outside])
     if shape == (120, 160):
-        assert np.array_equal(np.array(to_image(made))[outside], np.array(picture)[outside])
+        assert np.array_equal(made[outside], np.array(picture)[outside])
     assert control.seen.shape == (1, 4, *control_size(*shape, GEOMETRY))
     assert (control.shown[:, control.seen[0, 3] == 1] == 1).all()
 
@@ -168,6 +244,43 @@ def test_transparent_parts_are_a_hole(tmp_path: Path) -> None:
     assert read_source(tmp_path / "b.png").hole is None
     masked = read_source(tmp_path / "b.png", tmp_path / "mask.png")
     assert np.array_equal(np.array(masked.hole), np.array(source.hole))
+
+
+MASKS = {
+    "1": lambda hole: (hole.convert("1"), {}),
+    "L": lambda hole: (hole, {}),
+    "LA": lambda hole: (Image.merge("LA", (Image.new("L", hole.size, 255), hole)), {}),
+    "RGBA": lambda hole: (Image.merge("RGBA", (*[Image.new("L", hole.size, 255)] * 3, hole)), {}),
+    "P": lambda hole: (hole.point(lambda v: v > 0).convert("P"), {"transparency": 0}),
+    "1 with transparency": lambda hole: (hole.convert("1"), {"transparency": 0}),
+    "L with white transparency": lambda hole: (
+        hole.point(lambda v: 200 if v else 255),
+        {"transparency": 255},
+    ),
+    "16 bits": lambda hole: (Image.fromarray(np.array(hole).astype(np.uint16) * 257), {}),
+    "16 bits with transparency": lambda hole: (
+        Image.fromarray(np.where(np.array(hole) > 0, 50000, 65535).astype(np.uint16)),
+        {"transparency": 65535},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_masks_transparent_parts_are_no_hole(tmp_path: Path, kind: str) -> None:
+    hole = round_hole(40, 60)
+    mask, options = MASKS[kind](hole)
+    if mask.mode == "P":
+        mask.putpalette([255, 255, 255] * 256)
+    mask.save(tmp_path / "mask.png", **options)
+    noise_picture(40, 60).save(tmp_path / "a.png")
+    found = read_source(tmp_path / "a.png", tmp_path / "mask.png").hole
+    assert np.array_equal(np.array(found) >= 128, np.array(hole) > 0)
+
+
+def test_a_hole_that_is_cut_off_or_too_small_is_told() -> None:
+    hole = as_mask(rectangle((100, 300), 20, 10, 60, 50))
+    with pytest.raises(ValueError, match="no hole is left at 100 x 100"):
+        hole_control(Source(noise_picture(100, 300), hole), (100, 100), GEOMETRY)
 
 
 def test_a_mask_of_another_size_and_no_hole_at_all_are_told(tmp_path: Path) -> None:
