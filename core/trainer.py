@@ -32,6 +32,7 @@ from core.distributed import (
     whole,
     wholes,
 )
+from core.learning_rate import Course, LearningRate
 from core.memory import peak_memory
 from core.random_keys import seed_of
 from gdf.loss_weights import AdaptiveLossWeight, LossWeight, constant
@@ -67,6 +68,11 @@ class TrainSettings:
     adaptive_loss_weight: bool = True
     loss_weight: LossWeight = constant  # where it is not adaptive
     seed: int = 0
+
+    @property
+    def course(self) -> Course:
+        """How the learning rate goes."""
+        return Course(self.lr, self.updates, self.warmup_updates, self.lr_end)
 
 
 @dataclass(frozen=True)
@@ -141,16 +147,6 @@ def compile_blocks(module: nn.Module) -> None:
             part.compile()
 
 
-def learning_rate(settings: TrainSettings, step: int) -> float:
-    """The rate of an update counted from 0: linear warm-up, then constant, or a cosine down to `lr_end`."""
-    warm = min(1.0, (step + 1) / max(1, settings.warmup_updates))
-    if settings.lr_end is None:
-        return settings.lr * warm
-    share = max(0, step - settings.warmup_updates) / max(1, settings.updates - settings.warmup_updates)
-    cosine = (1 + math.cos(math.pi * min(1.0, share))) / 2
-    return warm * (settings.lr_end + (settings.lr - settings.lr_end) * cosine)
-
-
 class Trainer:
     """Runs a recipe in a folder; running it again continues from the last checkpoint there."""
 
@@ -171,6 +167,7 @@ class Trainer:
         self._frozen = wholes({n: p for n, p in named.items() if not p.requires_grad})
         self._buffers = dict(recipe.module.named_buffers())
         self.optimizer = make_optimizer(settings.optimizer, list(self._parameters.values()), settings.lr)
+        self.rate = LearningRate(self.optimizer, settings.course)
         self.weight = AdaptiveLossWeight(accelerator.device)
         self.ema = {n: p.detach().clone() for n, p in self._parameters.items()} if settings.ema else {}
         self.seen = self._no_losses()
@@ -208,6 +205,7 @@ class Trainer:
         while self.step < self.settings.updates and not self._stop_everywhere():
             start = time.perf_counter()
             figures = self._update(batches)
+            self.rate.step()
             self.step += 1
             if figures and on_update is not None:
                 speed = self.settings.batch_size / (time.perf_counter() - start)
@@ -261,8 +259,6 @@ class Trainer:
         return loss if result.extra is None else loss + result.extra
 
     def _apply_gradients(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         decay = min(self.settings.ema, (1 + self.step) / (EMA_WARMUP + self.step))
@@ -330,7 +326,7 @@ class Trainer:
         state = {
             "step": self.step, "position": self.position, "skipped": self.skipped,
             "parameters": wholes(self._parameters), "ema": wholes(self.ema), "buffers": wholes(self._buffers),
-            "optimizer": optimizer_state(self.optimizer),
+            "optimizer": optimizer_state(self.optimizer), "rate": self.rate.state_dict(),
             "loss_weight": self.weight.state_dict(),
         }  # fmt: skip
         if self.accelerator.is_main_process:
@@ -369,6 +365,7 @@ class Trainer:
             for name, tensor in own.items():
                 fill(tensor, state[kept][name])
         load_optimizer_state(self.optimizer, state["optimizer"])
+        self.rate.resume(state.get("rate"), state["step"])  # those of earlier versions have none
         self.weight.load_state_dict(state["loss_weight"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
         log.info("resumed from %s", paths[-1])

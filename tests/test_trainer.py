@@ -9,7 +9,6 @@ import random
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from conftest import ROOT
 from toy_training import read_weights, train
 from training_lesson import torchrun
 
-from core.trainer import TrainSettings, check_batch_size, learning_rate
+from core.trainer import check_batch_size
 from gdf.loss_weights import constant
 
 UPDATES = 30
@@ -85,19 +84,6 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(tmp_path: P
     assert all(torch.isfinite(value).all() for value in read_weights(tmp_path).values())
     with pytest.raises(ValueError, match="not finite in 5 updates in a row"):
         train(tmp_path, updates=20, bad_gradients=tuple(range(8, 20)))
-
-
-def test_the_learning_rate_warms_up_and_follows_a_cosine_to_its_end() -> None:
-    steady = TrainSettings(lr=2.0, updates=110, batch_size=1, warmup_updates=10)
-    assert [learning_rate(steady, step) for step in (0, 4, 9, 10, 109)] == pytest.approx([0.2, 1, 2, 2, 2])
-    falling = replace(steady, lr_end=1.0)
-    rates = [learning_rate(falling, step) for step in range(120)]
-    assert [rates[step] for step in (0, 9, 10, 35, 60, 85)] == pytest.approx(
-        [0.2, 2, 2, 1.5 + 0.5**1.5, 1.5, 1.5 - 0.5**1.5]
-    )
-    assert rates[109] == pytest.approx(1, abs=1e-3) and rates[110:] == [1.0] * 10
-    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(replace(falling, warmup_updates=0), 0) == 2.0
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -33,18 +34,20 @@ def train(
     keep: int = 2,
     backup_every: int = 0,
     warmup_updates: int = 4,
+    lr_end: float | None = None,
+    stop: int | None = None,
     loss_weight: LossWeight | None = None,
 ) -> None:
     """Fit a linear map to twice its input; the samples follow from their keys, the data from the position.
 
-    The last process raises at update `dies_at`.
+    The last process raises at update `dies_at`; after `stop` updates the training is stopped as by Ctrl-C.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     settings = TrainSettings(
         lr=0.05, updates=updates, batch_size=BATCH, grad_accum_steps=grad_accum_steps,
-        warmup_updates=warmup_updates, save_every=save_every, keep=keep, backup_every=backup_every, ema=0.9,
+        warmup_updates=warmup_updates, lr_end=lr_end, save_every=save_every, keep=keep, backup_every=backup_every, ema=0.9,
         adaptive_loss_weight=loss_weight is None, loss_weight=loss_weight or constant,
     )  # fmt: skip
     per_process = BATCH // accelerator.num_processes // grad_accum_steps
@@ -66,6 +69,8 @@ def train(
         per_sample = (predicted - 2 * x).square().mean(1)
         if keys[0][1] == dies_at and accelerator.is_last_process:
             raise RuntimeError("this process cannot go on")
+        if keys[0][1] + 1 == stop:
+            signal.raise_signal(signal.SIGINT)
         if keys[0][1] in bad_updates:
             per_sample = per_sample * float("nan")
         if keys[0][1] in bad_gradients:
