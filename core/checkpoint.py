@@ -10,6 +10,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -35,6 +36,10 @@ MAPPED_BYTES = 1 << 25  # of a file that are read before its pages are let go,
 MAPPED_SHARE = 1 / 64  # or this share of a large file
 NAMED = 3  # tensors that an error names before it counts the rest
 COUNTER = "num_batches_tracked"
+UNREADABLE = (  # what zipfile and torch raise for files that are not whole
+    zipfile.BadZipFile, pickle.UnpicklingError, struct.error, zlib.error, AttributeError, EOFError,
+    LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -349,18 +354,42 @@ def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mappin
         storage = copy.untyped_storage().data_ptr()
         separate[name] = copy.clone() if storage in seen else copy  # the format has no shared tensors
         seen.add(storage)
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         save_file(separate, temporary, metadata=dict(metadata))
 
 
 def save_archive(path: PathLike, content: object) -> None:
     """Write anything torch.save takes, whole or not at all."""
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         torch.save(content, temporary)
 
 
+def save_text(path: PathLike, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def read_archive(path: PathLike) -> object:
+    """What `save_archive` wrote, on the CPU; CheckpointError, which says the cause alone, if it is damaged.
+
+    The whole file is held against its checksums, which torch does not do.
+    """
+    if not os.path.getsize(path):
+        raise CheckpointError("it is empty")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = archive.testzip() is None
+        if whole:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        if isinstance(error, PermissionError) or "memory" in str(error):  # which says nothing about the file
+            raise
+    raise CheckpointError("it is cut short, or not as it was written")
+
+
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write, which takes its place once it is safely on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from modules.blocks import AttnBlock, ResBlock
 from modules.unet import CascadeUNet
 
+USE_CPU = "ACCELERATE_USE_CPU"  # where a training runs, not how
 BESIDE_FORWARD = ("keys_values", "prepare", "predict", "predict_with_features")  # methods that use weights
+
+
+def ignore_accelerate_variables() -> None:
+    """Forget what the environment would set in accelerate, such as a number of micro-batches by which it
+    divides losses: how a training goes, its configuration says. Call it before an Accelerator is made.
+    """
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name != USE_CPU]:
+        del os.environ[name]
 
 
 def distribute(module: nn.Module, accelerator: Accelerator, shard: bool) -> nn.Module:

@@ -36,7 +36,7 @@ class LearningRate:
 
     def __init__(self, optimizer: Optimizer, course: Course) -> None:
         self._course = course
-        optimizer._opt_called = True  # else torch warns of the step below, and where the first update is skipped
+        optimizer._opt_called = True  # else torch warns of the step below, and of skipped updates
         end = course.lr if course.lr_end is None else course.lr_end
         self._cosine = _Cosine(optimizer, max(1, course.updates - course.warmup_updates), end)
         self._warmup = None

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from core.checkpoint import save_archive
+from core.checkpoint import CheckpointError, read_archive, save_archive
 from core.distributed import (
     accumulating,
     distribute,
@@ -44,6 +44,7 @@ CLIP_NORM = 1.0
 MAX_BAD_UPDATES = 5  # with a loss or gradient that is not finite, in a row
 EMA_WARMUP = 10  # updates: the running mean follows faster at first, so that it forgets the initial weights
 CHECKPOINT = "step_{:08d}.pt"
+STATE = {"step", "position", "skipped", "parameters", "ema", "buffers", "optimizer", "loss_weight"}
 
 Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit"]
 
@@ -351,16 +352,16 @@ class Trainer:
         if self.accelerator.is_main_process:
             for path in self.folder.glob(".*.part"):
                 path.unlink()
-        paths = checkpoints(self.folder)
-        if not paths:
+        path, state, damaged = newest_state(self.folder)
+        self.accelerator.wait_for_everyone()  # all have read them
+        if self.accelerator.is_main_process:
+            _set_aside(damaged)
+        if path is None:
             return
-        state = torch.load(paths[-1], map_location="cpu", weights_only=True)
         stored = {n: tuple(p.shape) for n, p in state["parameters"].items()}
         wanted = {n: tuple(p.shape) for n, p in self._parameters.items()}
         if stored != wanted or bool(state["ema"]) != bool(self.ema):
-            raise ValueError(
-                f"{paths[-1]} is of another training: name another folder, or remove the checkpoints"
-            )
+            raise ValueError(f"{path} is of another training: name another folder, or remove the checkpoints")
         for own, kept in ((self._parameters, "parameters"), (self.ema, "ema"), (self._buffers, "buffers")):
             for name, tensor in own.items():
                 fill(tensor, state[kept][name])
@@ -368,12 +369,46 @@ class Trainer:
         self.rate.resume(state.get("rate"), state["step"])  # those of earlier versions have none
         self.weight.load_state_dict(state["loss_weight"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
-        log.info("resumed from %s", paths[-1])
+        log.info("resumed from %s", path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in a run's folder, oldest first."""
-    return sorted(folder.glob("step_*.pt"))
+    return sorted(path for path in folder.glob("step_*.pt") if path.stem[5:].isdecimal())
+
+
+def newest_state(folder: Path) -> tuple[Path | None, dict[str, Any], dict[Path, CheckpointError]]:
+    """The newest checkpoint that is whole, if there are any, what it holds, and those that are damaged.
+
+    ValueError where all are damaged.
+    """
+    damaged: dict[Path, CheckpointError] = {}
+    for path in reversed(checkpoints(folder)):
+        try:
+            return path, _read_state(path), damaged
+        except CheckpointError as error:
+            damaged[path] = error
+    if damaged:
+        newest, cause = next(iter(damaged.items()))
+        raise ValueError(
+            f"{newest} is damaged ({cause}), and there is no earlier checkpoint that can be read: remove all "
+            "to begin anew, or choose another experiment_id"
+        )
+    return None, {}, damaged
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = read_archive(path)
+    if not isinstance(state, dict) or not STATE <= state.keys():
+        raise CheckpointError("it holds no state of a training")
+    return state
+
+
+def _set_aside(damaged: Mapping[Path, CheckpointError]) -> None:
+    """Rename checkpoints, which would count among those to keep, and warn of each with its cause."""
+    for path, cause in damaged.items():
+        aside = path.rename(path.with_name(f"{path.name}.damaged"))
+        log.warning("%s is damaged (%s) and is now %s: an earlier one is taken", path, cause, aside.name)
 
 
 def _copied(value: Any) -> Any:

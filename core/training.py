@@ -19,14 +19,17 @@ import yaml
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from core.checkpoint import Translate, check_file, config_metadata, load_module, save_tensors
+from core.checkpoint import Translate, check_file, config_metadata, load_module, save_tensors, save_text
 from core.config import RunConfig
 from core.config_files import as_yaml, load
 from core.data.loader import Batch, LoaderSettings, Position
 from core.data.sources import Data, open_data, stream
+from core.distributed import ignore_accelerate_variables
 from core.trainer import Recipe, Trainer, TrainSettings, check_batch_size, checkpoints
 from core.training_log import UpdateBar, save_losses, tracker_named
 from gdf.loss_weights import loss_weight_named
+
+log = logging.getLogger(__name__)
 
 Export = Callable[[Mapping[str, Tensor], int], None]  # of named tensors at an update
 Config = TypeVar("Config", bound=RunConfig)
@@ -83,17 +86,29 @@ def check_run(config: RunConfig, files: Iterable[str | None], processes: int) ->
 
 def _check_continues(config: RunConfig) -> None:
     """ValueError where the folder's checkpoints are of a run with other networks."""
-    folder = run_folder(config)
+    folder, now = run_folder(config), yaml.safe_load(as_yaml(config))
     path = folder / CONFIG_FILE
-    if not checkpoints(folder) or not path.exists():
+    then = _read_written(path, last=list(now)[-1]) if checkpoints(folder) and path.exists() else None
+    if then is None:
         return
-    then, now = (yaml.safe_load(text) for text in (path.read_text("utf-8"), as_yaml(config)))
     for key in (*FIXED, *(FIXED_OF_LORA if "lora_rank" in now else ())):
         if (then.get(key) or None) != (now.get(key) or None):  # left out or empty
             raise ValueError(
                 f"the checkpoints in {folder} are of a run with another '{key}' (see {path}): choose another "
                 "experiment_id, or remove them"
             )
+
+
+def _read_written(path: Path, last: str) -> dict[str, Any] | None:
+    """A configuration that a run wrote, which ends with the key `last`; None, and a warning, if damaged."""
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or last not in values:
+        log.warning("%s is damaged or not complete, and is not compared with the present one", path)
+        return None
+    return values
 
 
 def trained_module(
@@ -197,6 +212,7 @@ def train(
     folder = run_folder(config)
     tracker = tracker_named(config.tracker)
     mixed = "bf16" if mixed_precision else "no"
+    ignore_accelerate_variables()
     accelerator = Accelerator(mixed_precision=mixed, log_with=tracker, project_dir=folder)
     data = check_run(config, files, accelerator.num_processes)
     accelerator.init_trackers(config.experiment_id, init_kwargs={"wandb": {"dir": str(folder)}})
@@ -205,7 +221,7 @@ def train(
     trainer = Trainer(recipe, settings_of(config), folder, accelerator)
     trainer.resume()
     if accelerator.is_main_process:
-        (folder / CONFIG_FILE).write_text(as_yaml(config), "utf-8")
+        save_text(folder / CONFIG_FILE, as_yaml(config))
         with closing(UpdateBar(accelerator, folder / LOG_FILE, trainer.step, config.updates)) as bar:
             trainer.run(bar, lambda seen: save_losses(seen, folder, trainer.step))
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from core.checkpoint import save_text
 from core.trainer import LossesSeen
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,8 @@ class RunLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         if path.exists():  # a killed run may have logged updates that its last checkpoint does not hold
-            kept = [line for line in path.read_text("utf-8").splitlines() if _step(line) <= done]
-            temporary = path.with_name(f".{path.name}.part")
-            temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
-            os.replace(temporary, path)
+            lines = path.read_text("utf-8", errors="replace").splitlines()
+            save_text(path, "".join(line + "\n" for line in lines if _step(line) <= done))
 
     def __call__(self, figures: Mapping[str, float]) -> None:
         with self._path.open("a", encoding="utf-8") as stream:
@@ -41,9 +39,9 @@ class RunLog:
 
 
 def _step(line: str) -> float:
-    """The update of a line, infinity for one that was cut off."""
+    """The update of a line, infinity for one that was cut off or is damaged."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError):
         return float("inf")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_training import read_weights, train
 from torch import nn
+from toy_training import read_weights, train
 
 from core.learning_rate import Course, LearningRate
 from core.trainer import checkpoints

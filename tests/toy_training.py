@@ -47,7 +47,8 @@ def train(
     accelerator = Accelerator(cpu=True)
     settings = TrainSettings(
         lr=0.05, updates=updates, batch_size=BATCH, grad_accum_steps=grad_accum_steps,
-        warmup_updates=warmup_updates, lr_end=lr_end, save_every=save_every, keep=keep, backup_every=backup_every, ema=0.9,
+        warmup_updates=warmup_updates, lr_end=lr_end, save_every=save_every, keep=keep,
+        backup_every=backup_every, ema=0.9,
         adaptive_loss_weight=loss_weight is None, loss_weight=loss_weight or constant,
     )  # fmt: skip
     per_process = BATCH // accelerator.num_processes // grad_accum_steps
