@@ -30,6 +30,18 @@ from core.config import (
 
 T = TypeVar("T")
 
+# What other trainers call our keys.
+OTHER_NAMES = {
+    "learning_rate": "lr", "min_lr": "lr_end", "lr_warmup_steps": "warmup_updates",
+    "warmup_steps": "warmup_updates", "max_train_steps": "updates", "max_steps": "updates",
+    "num_train_steps": "updates", "steps": "updates", "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum_steps", "resolution": "image_size",
+    "checkpointing_steps": "save_every", "save_steps": "save_every", "checkpoints_total_limit": "keep",
+    "train_data_dir": "webdataset_path", "instance_data_dir": "webdataset_path",
+    "instance_prompt": "tmp_prompt", "rank": "lora_rank", "network_dim": "lora_rank",
+    "mixed_precision": "dtype", "ema_decay": "ema", "dataloader_num_workers": "num_workers",
+    "output_dir": "checkpoint_path",
+}  # fmt: skip
 FLOAT16_REFUSED = "float16 gives black pictures or NaN in Stage B and C"
 
 
@@ -156,10 +168,17 @@ def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], prefix: str
     known = sorted(known)
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key).lower(), known, n=1, cutoff=0.0)[0]
+            near = nearest_key(str(key), known)
             raise ConfigError(
                 f"{source}: '{prefix}{key}' is not a known key; the nearest known one is '{prefix}{near}'"
             )
+
+
+def nearest_key(name: str, known: Iterable[str]) -> str:
+    """The known key that an unknown one means: what other trainers call so, or spelt most alike."""
+    known, name = sorted(known), name.lower().replace("-", "_")
+    meant = OTHER_NAMES.get(name)
+    return meant if meant in known else difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 # --------------------------------------------------------------------------------------- value by value

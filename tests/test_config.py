@@ -298,6 +298,8 @@ def test_no_key_takes_a_date(tmp_path: Path, cls: type, values: dict) -> None:
         ("stage_c.blocks=[[1, 2], [2, x]]", "'stage_c.blocks[1][1]' must be a whole number, not 'x'"),
         ("stage_c.blocks=[[1, 2]]", "'stage_c.blocks' must be a list of 2 entries"),
         ("stage_c.n_head=[4]", "'stage_c.n_head' is not a known key; the nearest known one is 'stage_c.nh"),
+        ("learning_rate=1", "'learning_rate' is not a known key; the nearest known one is 'lr'"),
+        ("Max-Train-Steps=1", "the nearest known one is 'updates'"),
         ("stage_c=4", "'stage_c' must be a mapping with keys such as 'c_cond', not 4"),
         ("geometry.stride=0", "in 'geometry', 'stride' must be above 0, not 0"),
         ("guidance_strength=[[9216, 0.7]]", "'guidance_strength' must list"),
