@@ -141,7 +141,8 @@ class RunConfig:
     output_path: str  # folder for sample pictures
     webdataset_path: str | None = None  # folder (or shards) of training pictures
     scenes: SceneData | None = None  # instead of webdataset_path
-    tmp_prompt: str | None = None  # the caption of all pictures of the folder, instead of their own
+    tmp_prompt: str | None = None  # the caption of all pictures, instead of their own
+    empty_captions: bool = False  # pictures without a caption are trained on with none, else they are broken
     pretrained_path: str | None = None  # trained weights to start from
     export_path: str | None = None  # where the trained weights go; None: into the run's folder
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of their matrices in that file
@@ -234,6 +235,7 @@ class StageATrainConfig(RunConfig):
     """Training of Stage A from nothing."""
 
     model_version: str
+    empty_captions: bool = True  # none are read
     stage_a: StageASizes | None = None
     statistics_updates: int = 500  # in which the latents' statistics are found, and then stay
     quantised_share: float = 0.5  # of the pictures that are decoded from quantised latents
@@ -273,6 +275,7 @@ class PreviewerTrainConfig(RunConfig):
     """Training of the previewer from nothing, with the encoder along, if it has no file."""
 
     model_version: str
+    empty_captions: bool = True  # none are read
     previewer: PreviewerSizes | None = None
     effnet: EffnetSizes | None = None
     effnet_checkpoint_path: str | None = None  # a finished encoder; None: it is trained along

@@ -6,10 +6,14 @@ import difflib
 import itertools
 import json
 import os
+import struct
 import unicodedata
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
+from io import BytesIO
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -18,7 +22,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 import torch
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 16384 * 16384  # the largest picture that is read; the largest that is made
@@ -44,9 +48,27 @@ XMP_START = (
 XMP_END = b"</ultrapixel:settings></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end='w'?>"
 PROBE_BYTES = 4096  # that a folder must take
 RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
+NOT_DRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them, but needs other programs
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what makes a picture of an EXIF orientation upright
+# What Pillow raises for damaged files, beyond OSError and ValueError.
+DAMAGED = (
+    OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, AttributeError,
+    RuntimeError, SystemError, struct.error, zlib.error,
+)  # fmt: skip
 
-# Pillow's own limit is smaller than this project's largest picture.
+# Pillow's own limits are smaller than this project's largest picture, and than texts that tools write.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` refuses them itself
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_PIXELS  # bytes
 
 
 # --------------------------------------------------------------------------------------------- pictures
@@ -60,46 +82,113 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(eight_bit.permute(1, 2, 0).cpu().contiguous().numpy())
 
 
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """The suffixes, in lower case, of the picture formats that this installation's Pillow reads."""
+    suffixes = Image.registered_extensions()
+    known = {*Image.OPEN, "MPO"} - NOT_DRAWN  # MPO: opened as the JPEG that it begins with
+    return frozenset(suffix for suffix, format in suffixes.items() if format in known)
+
+
 def load_image(path: str | Path, ground: str = "white") -> Image.Image:
-    """Read a picture as RGB, upright, the colour of `ground` where it is transparent.
+    """Read a picture as RGB, upright, its colours sRGB, of the colour `ground` where it is transparent.
 
     FileNotFoundError, or ValueError for what is not a picture, is damaged or has more than MAX_PIXELS.
     """
     with open_image(path) as image:
-        try:
-            return as_rgb(ImageOps.exif_transpose(image), ground)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"{path}: the picture is damaged ({error})") from None
+        return upright_rgb(image, path, ground)
+
+
+def upright_rgb(image: Image.Image, name: object, ground: str = "white") -> Image.Image:
+    """The pixels of a picture that was just opened, as `load_image` gives them.
+
+    ValueError, which calls the picture by its name, if it is damaged.
+    """
+    try:
+        image.load()
+        turn = TURNS.get(orientation(image))
+        return as_rgb(image if turn is None else image.transpose(turn), ground)
+    except DAMAGED as error:
+        raise ValueError(f"{name}: the picture is damaged ({error})") from None
+
+
+def orientation(image: Image.Image) -> int:
+    """How the stored picture is turned, as in EXIF; 1, upright, where its metadata are damaged."""
+    try:
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # PNG's own would read the pixels
+    except DAMAGED:
+        return 1
 
 
 def as_rgb(image: Image.Image, ground: str = "white") -> Image.Image:
-    """The picture as RGB: transparent parts of the colour `ground`, 16-bit grey scaled to 8."""
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip all above 255 to white
-        transparent = image.info.get("transparency")
-        image = image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
-        if transparent is not None:
-            image.info["transparency"] = int(transparent / 257 + 0.5)
+    """The picture as 8-bit sRGB, its profile obeyed, transparent parts of a colour; without metadata."""
+    image = _in_eight_bits(image)
+    rgb = _in_srgb(image)
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
-    return image.convert("RGB")
+        alpha = image.convert("RGBA").getchannel("A")
+        rgb = Image.composite(rgb, Image.new("RGB", image.size, ground), alpha)
+    rgb.info = {}  # a profile left in it would be written into files and obeyed once more
+    return rgb
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey, and floats to 1, scaled to 8 bits: Pillow's own conversion would clip them."""
+    colour = image.info.get("transparency")  # one that is transparent
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        if isinstance(colour, int):
+            image.info["transparency"] = round(colour / 257)
+    elif image.mode == "F" and image.getextrema()[1] <= 1:
+        image = image.point(lambda value: value * 255 + 0.5).convert("L")
+    elif isinstance(colour, tuple) and max(colour) > 255:
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    elif image.mode == "P" and colour is not None:
+        image = image.convert("RGBA")
+    return image
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The colours alone, as RGB."""
+    grey, mode = Image.getmodebase(image.mode) == "L", image.mode
+    plain = image.convert("L" if grey else mode if mode == "CMYK" else "RGB")
+    profile = image.info.get("icc_profile")
+    transform = _to_srgb(profile, plain.mode) if profile else None
+    return ImageCms.applyTransform(plain, transform) if transform else plain.convert("RGB")
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The way from an ICC profile to sRGB; None for a profile that is damaged, of another mode, or sRGB."""
+    srgb = ImageCms.createProfile("sRGB")
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        transform = ImageCms.buildTransform(source, srgb, mode, "RGB")
+    except (ImageCms.PyCMSError, *DAMAGED):
+        return None
+    levels = bytes(itertools.chain.from_iterable(itertools.product(range(0, 256, 51), repeat=len(mode))))
+    colours = Image.frombytes(mode, (len(levels) // len(mode), 1), levels)
+    changed = ImageChops.difference(ImageCms.applyTransform(colours, transform), colours.convert("RGB"))
+    return transform if max(high for _, high in changed.getextrema()) > 1 else None
 
 
 def open_image(path: str | Path) -> Image.Image:
     """Open a picture without decoding it; errors as in `load_image`, and the caller closes it."""
     too_large = f"{path}: the picture has more than {MAX_PIXELS} pixels, the most that is read"
+    picture_suffixes()  # Pillow learns all its formats
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=[format for format in Image.OPEN if format not in NOT_DRAWN])
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: this picture does not exist") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: this file is not a picture in a known format") from None
     except Image.DecompressionBombError:
         raise ValueError(too_large) from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path}: the picture cannot be read ({error})") from None
-    if image.width * image.height > MAX_PIXELS:
+    if not 0 < image.width * image.height <= MAX_PIXELS:
         image.close()
-        raise ValueError(too_large)
+        raise ValueError(too_large if image.width * image.height else f"{path}: the picture has no pixels")
     return image
 
 

@@ -27,7 +27,7 @@ from core.config import (
 )
 from core.data.cache import Cache, cached_batches, fill
 from core.data.loader import Batch
-from core.data.shards import is_shards
+from core.data.sources import names_shards
 from core.images import to_image
 from core.pipeline import DTYPES
 from core.resolution import lr_training_size
@@ -133,7 +133,7 @@ def at_low_resolution(images: Tensor, geometry: LatentGeometry) -> Tensor:
 
 def check_cache(config: TrainConfig | StageBTrainConfig) -> None:
     """ValueError where a cache is asked for and the data are shards."""
-    if config.cache_path is not None and config.webdataset_path and is_shards(config.webdataset_path):
+    if config.cache_path is not None and names_shards(config):
         raise ValueError("'cache_path' cannot be used with shards: leave it out")
 
 

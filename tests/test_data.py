@@ -5,10 +5,12 @@ import io
 import json
 import logging
 import random
+import re
 import subprocess
 import sys
 import tarfile
 import zlib
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -109,41 +111,183 @@ def test_counts_are_drawn_a_row_per_bucket():
 # --- layouts, captions, broken files --------------------------------------------------------------
 
 
-def captions(folder: Path, **values: float) -> dict[str, str]:
+def captions(folder: Path, **values: object) -> dict[str, str]:
     return {sample.name: sample.caption for sample in index_folder(folder, **values).samples}
 
 
-def test_published_layout_is_searched_through_and_null_captions_are_a_blank(tmp_path):
+def reasons(folder: Path, **values: object) -> dict[str, str]:
+    return {entry.name: entry.reason for entry in index_folder(folder, max_broken=1, **values).broken}
+
+
+def put(folder: Path, pictures: Sequence[str], files: Mapping[str, str | bytes]) -> Path:
+    """A folder with these pictures and other files."""
+    for name in pictures:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(9, 9).save(folder / name)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def test_published_layout_is_searched_through(tmp_path):
     write(tmp_path, "one/a.jpg", 30, 40, "ä cat")
-    write(tmp_path, "one/two/B.PNG", 30, 40, None)
-    write(tmp_path, "c.webp", 30, 40)
-    (tmp_path / "c.json").write_text("{}")
+    write(tmp_path, "one/two/B.PNG", 30, 40)
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "x.jpg").write_bytes(b"")
     (tmp_path / "._a.jpg").write_bytes(b"")
-    assert captions(tmp_path) == {"one/a.jpg": "ä cat", "one/two/B.PNG": " ", "c.webp": " "}
+    assert captions(tmp_path) == {"one/a.jpg": "ä cat", "one/two/B.PNG": "a wave"}
 
 
-def test_text_files_beside_pictures(tmp_path):
-    picture(9, 9).save(tmp_path / "a.jpeg")
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa boat\r\n")
-    picture(9, 9).save(tmp_path / "b.jpg")
-    (tmp_path / "b.txt").write_text("\n")
-    assert captions(tmp_path) == {"a.jpeg": "a boat", "b.jpg": " "}
+BESIDE = {  # of 0.jpg, the files beside it; its caption is always "a boat"
+    "text": {"0.txt": b"\xef\xbb\xbfa boat\r\n"},
+    "caption": {"0.caption": "a boat"},
+    "letter case": {"0.TXT": "a boat"},
+    "json in capitals": {"0.Json": '{"text": "a boat"}'},
+    "whole name": {"0.jpg.json": '{"caption": "a boat"}'},
+    "UTF-16": {"0.txt": "a boat".encode("utf-16")},
+    "UTF-16 without a mark": {"0.txt": "a boat".encode("utf-16-le")},
+    "json in UTF-16": {"0.json": '{"caption": "a boat"}'.encode("utf-16")},
+    "json of other things": {"0.json": '{"url": "https://a.b/0.jpg", "tags": []}', "0.txt": "a boat"},
+    "null": {"0.json": '{"caption": null}', "0.txt": "a boat"},
+    "blank, then text": {"0.json": '{"caption": " ", "text": "a boat"}'},
+    "no JSON": {"0.json": "{", "0.txt": "a boat"},
+    "empty text": {"0.txt": "\r\n", "0.caption": "a boat"},
+    "metadata": {"0.txt": "", "metadata.jsonl": '{"file_name": "0.jpg", "text": "a boat"}'},
+}
+
+
+@pytest.mark.parametrize("files", BESIDE.values(), ids=BESIDE)
+def test_captions_are_found_beside_pictures(tmp_path, files):
+    assert captions(put(tmp_path, ["0.jpg"], files)) == {"0.jpg": "a boat"}
+
+
+UNUSABLE = {  # the files beside 0.jpg, and the reason
+    "none": ({}, "it has no caption: no .json, .txt or .caption beside it"),
+    "null": ({"0.json": '{"caption": null}'}, "it has no caption: its .json has no text under 'caption'"),
+    "other keys": ({"0.json": '{"prompt": "a", "n": 1}'}, "under 'caption' or 'text', but under 'prompt'$"),
+    "blank": ({"0.txt": " \r\n", "0.json": "{}"}, "it has no caption: .*'text'; its .txt is empty"),
+    "a number": ({"0.json": '{"caption": 3}'}, "the caption is not text but 3"),
+    "a list": ({"0.json": '{"caption": ["a", "b"]}'}, r"the caption is not text but \['a', 'b'\]"),
+    "a list of objects": ({"0.json": '[{"caption": "a"}]'}, "the caption's JSON is not an object"),
+    "Latin-1": ({"0.txt": b"caf\xe9"}, "the text is not UTF-8"),
+    "metadata": ({"metadata.csv": "file_name,prompt\n0.jpg,a\n"}, "its metadata.csv:2 has no .*'prompt'"),
+}
+
+
+@pytest.mark.parametrize("files, reason", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_picture_without_a_usable_caption_is_broken(tmp_path, files, reason):
+    assert re.search(reason, reasons(put(tmp_path, ["0.jpg"], files))["0.jpg"])
+    assert captions(tmp_path, caption="a boat") == {"0.jpg": "a boat"}
+    if "it has no caption" in reason:
+        assert captions(tmp_path, empty_captions=True) == {"0.jpg": " "}
+        with pytest.raises(ValueError, match="1 of 1 pictures .*tmp_prompt=.* empty_captions=true"):
+            index_folder(tmp_path)
+
+
+def test_each_picture_has_the_caption_that_is_named_most_like_it(tmp_path):
+    files = {"a.txt": "lower", "A.TXT": "upper", "B.txt": "b", "c.txt": "c", "é.txt": "composed"}
+    put(tmp_path, ["A.JPG", "a.jpg", "a.png", "b.jpg", "c.jpg", "C.jpg", "e\u0301.jpg"], files)
+    found = {"A.JPG": "upper", "a.jpg": "lower", "a.png": "lower", "b.jpg": "b", "c.jpg": "c"}
+    assert captions(tmp_path, max_broken=0.5) == {**found, "e\u0301.jpg": "composed"}
+    assert list(reasons(tmp_path)) == ["C.jpg"]  # c.txt is of c.jpg
+
+
+def test_half_a_surrogate_pair_cannot_stop_a_training(tmp_path):
+    put(tmp_path, ["0.jpg"], {"0.json": '{"caption": "a \\ud83d boat \\ud83d\\udea2"}'})
+    assert captions(tmp_path) == {"0.jpg": "a \ufffd boat \U0001f6a2"}
 
 
 def test_imagefolder_with_metadata(tmp_path):
-    for name in ("x/a.jpg", "x/y/b.jpg", "x/c.jpg", "x/d.jpg"):
-        write(tmp_path, name, 9, 9)
-        (tmp_path / name).with_suffix(".json").unlink()
     lines = ['{"file_name": "a.jpg", "text": "first"}', '{"file_name": "y/b.jpg", "caption": "second"}', ""]
     lines += ['{"file_name": "c.jpg", "text": null}', '{"file_name": "gone.jpg", "text": "-"}', "{", "[]"]
-    (tmp_path / "x" / "metadata.jsonl").write_text("\n".join(lines))
-    index = index_folder(tmp_path, max_broken=0.9)
-    assert [sample.caption for sample in index.samples] == ["first", " ", "second"]
-    broken = {entry.name: entry.reason for entry in index.broken}
-    assert sorted(broken) == ["x/d.jpg"] + [f"x/metadata.jsonl:{i}" for i in (5, 6, 7)]
+    lines += ['{"text": "-"}', '{"file_name": "a.jpg", "text": "other"}', lines[1]]
+    pictures = ("x/a.jpg", "x/y/b.jpg", "x/c.jpg", "x/d.jpg")
+    put(tmp_path, pictures, {"x/metadata.jsonl": "\n".join(lines)})
+    assert captions(tmp_path, max_broken=0.9) == {"x/a.jpg": "first", "x/y/b.jpg": "second"}
+    broken = reasons(tmp_path)
+    assert sorted(broken) == ["x/c.jpg", "x/d.jpg"] + [f"x/metadata.jsonl:{i}" for i in (5, 6, 7, 8, 9)]
     assert "no caption" in broken["x/d.jpg"] and "gone.jpg does not exist" in broken["x/metadata.jsonl:5"]
+    assert "a.jpg has another caption in x/metadata.jsonl:1" in broken["x/metadata.jsonl:9"]
+
+
+LISTED = {  # the picture on the disk, and its name in metadata.jsonl
+    "Windows": ("images/a.jpg", "images\\a.jpg"),
+    "a dot": ("images/a.jpg", ".\\images\\a.jpg"),
+    "absolute": ("images/a.jpg", "{folder}/images/a.jpg"),
+    "absolute of another machine": ("images/a.jpg", "C:\\Users\\me\\set\\images\\a.jpg"),
+    "composed": ("e\u0301.jpg", "é.jpg"),
+    "decomposed": ("é.jpg", "e\u0301.jpg"),
+    "letter case": ("images/a.jpg", "Images/A.JPG"),
+    "escaped": ("my house.jpg", "my%20house.jpg"),
+    "a backslash of its own": ("a\\b.jpg", "a\\b.jpg"),
+}
+
+
+@pytest.mark.parametrize("name, listed", LISTED.values(), ids=LISTED)
+def test_metadata_of_other_systems(tmp_path, name, listed):
+    line = json.dumps({"file_name": listed.format(folder=tmp_path), "text": "a boat"}, ensure_ascii=False)
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        put(tmp_path, [name], {"metadata.jsonl": (line + "\r\n").encode(encoding)})
+        assert captions(tmp_path) == {name: "a boat"}
+
+
+def test_a_name_in_metadata_that_may_be_two_pictures_is_not_guessed(tmp_path):
+    put(tmp_path, ["a.jpg", "A.jpg"], {"metadata.jsonl": '{"file_name": "a.JPG", "text": "a boat"}'})
+    assert reasons(tmp_path)["metadata.jsonl:1"] == "a.JPG may be A.jpg or a.jpg"
+
+
+TABLES = {
+    "plain": "file_name,text\na.jpg,a boat\n",
+    "mark": "\ufefffile_name,text\na.jpg,a boat\n",
+    "semicolons": "file_name;n;text\r\na.jpg;1;a boat\r\n",
+    "tabs": "file_name\ttext\na.jpg\ta boat\n",
+    "quoted": '"file_name";"caption"\r\n".\\a.jpg";"a boat"\r\n',
+    "spaces": "file_name , text\na.jpg , a boat\n",
+}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_metadata_as_a_table(tmp_path, table):
+    assert captions(put(tmp_path, ["a.jpg"], {"metadata.csv": table})) == {"a.jpg": "a boat"}
+
+
+def test_a_table_keeps_quotes_and_lines_and_names_what_is_wrong(tmp_path):
+    table = 'file_name,text\na.jpg,"a ""big"", red\nboat"\n'
+    assert captions(put(tmp_path, ["a.jpg"], {"metadata.csv": table})) == {"a.jpg": 'a "big", red\nboat'}
+    put(tmp_path, [], {"metadata.csv": "a.jpg,a boat\n"})
+    assert "no column file_name" in reasons(tmp_path)["metadata.csv:1"]
+    put(tmp_path, [], {"metadata.csv": "file_name,text\na.jpg,caf\xe9\n".encode("latin-1")})
+    assert "not UTF-8" in reasons(tmp_path)["metadata.csv"]
+
+
+def test_what_is_left_out_is_counted(tmp_path, caplog):
+    others = ("b.heic", "c.heic", "0.npz", "README.txt", "x.pdf", "0-masklabel.png", ".DS_Store", "Thumbs.db")
+    hidden = ("__MACOSX/0.jpg", "@eaDir/0.jpg/THUMB.jpg", ".cache/0.jpg")
+    put(tmp_path, ["0.jpg"], dict.fromkeys((*others, *hidden), b"-") | {"0.txt": "a boat", "0.json": "{}"})
+    index = index_folder(tmp_path)
+    assert [sample.name for sample in index.samples] == ["0.jpg"] and not index.broken
+    assert "left out: 2 .heic, 1 .db, 1 .npz, 1 .pdf, 1 .png, 1 .txt, 1 hidden" in caplog.text
+    (tmp_path / "0.jpg").unlink()
+    with pytest.raises(ValueError, match="holds no picture in a format that is read; it holds 2 .heic, "):
+        index_folder(tmp_path)
+
+
+SUFFIXES = {".jpg": "JPEG", ".jfif": "JPEG", ".jpe": "JPEG", ".bmp": "BMP", ".tif": "TIFF", ".gif": "GIF"}
+
+
+def test_every_format_is_read(tmp_path):
+    for suffix, format in SUFFIXES.items():
+        picture(9, 9).save(tmp_path / f"a{suffix}", format)
+    assert sorted(captions(tmp_path, caption="a boat")) == sorted(f"a{suffix}" for suffix in SUFFIXES)
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path):
+    try:
+        put(tmp_path, ["\udcff.jpg"], {"\udcff.txt": "a boat"})
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    assert captions(tmp_path) == {"\udcff.jpg": "a boat"}
 
 
 def test_what_is_broken_is_skipped_and_named_with_its_reason(tmp_path, caplog):
@@ -413,6 +557,35 @@ def test_check_data_reads_shards(folder, tmp_path, script, monkeypatch, capsys):
     output = ("--output", tmp_path / "out")
     assert run_here(script, monkeypatch, tmp_path / "it.tar", "image_size=128", *output) == 0
     assert "11 pictures, 0 broken" in capsys.readouterr().out
+
+
+def test_check_data_prints_any_name_on_any_output(tmp_path, script, monkeypatch, capfd):
+    put(tmp_path / "in", ["家.jpg", "a.jpg"], {"a.txt": "a boat", "b.heic": b"-"})
+    with tarfile.open(tmp_path / "it.tar", "w") as archive:
+        archive.add(tmp_path / "in" / "a.jpg", "\udcff.jpg")
+        archive.add(tmp_path / "in" / "a.txt", "b.txt")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.FileIO(1, closefd=False), "ascii"))
+    for name in ("in", "it.tar"):
+        output = tmp_path / name.replace(".", "_")
+        assert run_here(script, monkeypatch, tmp_path / name, "image_size=128", "--output", output) == 2
+    sys.stdout.flush()
+    printed = capfd.readouterr().out
+    assert "broken: \\u5bb6.jpg: it has no caption" in printed and "1 .heic" in printed
+    assert "broken: it.tar/\\udcff.jpg: it has no caption" in printed and "1 .txt" in printed
+    assert (tmp_path / "it_tar" / "broken.txt").read_text().startswith("it.tar/\\udcff.jpg: ")
+
+
+def test_check_data_obeys_the_configuration(tmp_path, script, monkeypatch, capsys):
+    folder = put(tmp_path / "in", ["a.jpg", "b.jpg"], {"a.txt": "a boat"})
+    for values, code in (
+        ([], 2),
+        (["max_broken=0.5"], 0),
+        (["empty_captions=true"], 0),
+        (["tmp_prompt=x"], 0),
+    ):
+        assert run_here(script, monkeypatch, folder, *values, "--output", tmp_path / "out") == code
+    printed = capsys.readouterr().out
+    assert "captions that are empty: 1" in printed and "formats: 2 .jpg" in printed
 
 
 @pytest.mark.parametrize("path, said", [("none", "does not exist"), (".", "holds no picture")])

@@ -3,14 +3,16 @@
 import json
 import os
 import string
+import struct
 import warnings
+import zlib
 
 import pytest
 import torch
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from core import images
 from core.images import (
@@ -97,6 +99,97 @@ def test_16_bit_masks_have_transparent_parts_too(tmp_path):
             read = load_image(tmp_path / "mask.png", ground)
             assert read.getpixel((0, 0)) == (100,) * 3
             assert read.getpixel((1, 0)) == ((0,) * 3 if ground == "black" else (255,) * 3)
+
+
+def icc(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """An ICC profile with these tags."""
+    table, data, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += name + struct.pack(">II", start + len(data), len(content))
+        data += content
+    size = struct.pack(">I", start + len(data))
+    white = struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)
+    head = size + bytes(4) + b"\2\x40\0\0mntr" + space + b"XYZ " + bytes(12) + b"acsp" + bytes(28) + white
+    return head.ljust(128, b"\0") + table + data
+
+
+def exchanged() -> bytes:
+    """sRGB's profile with red and green exchanged."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(profile[128:132], "big")
+    entries = {bytes(profile[i : i + 4]): i for i in range(132, 132 + 12 * count, 12)}
+    red, green = entries[b"rXYZ"], entries[b"gXYZ"]
+    profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
+    return bytes(profile)
+
+
+def near(image: Image.Image, colour: tuple[int, int, int]) -> bool:
+    return max(abs(a - b) for a, b in zip(image.getpixel((2, 2)), colour, strict=True)) < 4
+
+
+@pytest.mark.parametrize("suffix, mode", [("png", "RGB"), ("jpg", "RGB"), ("webp", "RGB"), ("tif", "RGBA")])
+def test_colours_follow_the_profile(tmp_path, suffix, mode):
+    path = tmp_path / f"a.{suffix}"
+    RED.convert(mode).save(path, icc_profile=exchanged(), quality=95)
+    image = load_image(path)
+    assert near(image, (30, 200, 30))
+    image.save(tmp_path / "again.png")
+    assert near(load_image(tmp_path / "again.png"), (30, 200, 30))  # not exchanged once more
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_grey_profiles(tmp_path, mode):
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)  # gamma 1
+    profile = icc(b"GRAY", {b"wtpt": b"XYZ " + bytes(16), b"kTRC": curve})
+    level = {"L": 55, "LA": (55, 255), "I;16": 55 * 257}[mode]
+    Image.new(mode, (5, 5), level).save(tmp_path / "a.png", icc_profile=profile)
+    assert near(load_image(tmp_path / "a.png"), (128,) * 3)
+
+
+def test_profiles_that_are_damaged_or_of_another_mode_are_ignored(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (b"no profile", srgb[:200], icc(b"CMYK", {}), b"", srgb):
+        RED.save(tmp_path / "a.png", icc_profile=profile)
+        assert load_image(tmp_path / "a.png").tobytes() == RED.tobytes()
+    Image.new("L", (5, 5), 55).save(tmp_path / "a.png", icc_profile=exchanged())
+    assert load_image(tmp_path / "a.png").getpixel((2, 2)) == (55,) * 3
+
+
+def test_long_texts_and_damaged_exif_are_no_reason_to_refuse(tmp_path):
+    for compressed in (True, False):
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text("workflow", "x" * (70 << 20), zip=compressed)
+        RED.save(tmp_path / "a.png", pnginfo=chunks)
+        assert load_image(tmp_path / "a.png").tobytes() == RED.tobytes()
+    for suffix in ("png", "webp", "jpg"):
+        RED.save(tmp_path / f"a.{suffix}", exif=b"Exif\0\0damaged", quality=95)
+        assert near(load_image(tmp_path / f"a.{suffix}"), RED.getpixel((0, 0)))
+
+
+@pytest.mark.parametrize("depth, kind", [(1, 0), (16, 0), (16, 2)])  # bits; grey or RGB
+def test_one_transparent_colour_of_any_depth_is_white(tmp_path, depth, kind):
+    def chunk(name: bytes, content: bytes) -> bytes:
+        rest = name + content
+        return struct.pack(">I", len(content)) + rest + struct.pack(">I", zlib.crc32(rest))
+
+    colour = struct.pack(">H", 0 if depth == 1 else 0x1234) * (kind + 1)
+    row = b"\0" + (b"\x00" if depth == 1 else colour)
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", 1, 1, depth, kind, 0, 0, 0), b"tRNS": colour}
+    chunks |= {b"IDAT": zlib.compress(row), b"IEND": b""}
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, chunks, chunks.values()))
+    (tmp_path / "a.png").write_bytes(content)
+    assert load_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_grey_of_more_than_8_bits_is_scaled(tmp_path):
+    for number, content in enumerate((b"P5 1 1 65535\n" + struct.pack(">H", 88 * 257), None)):
+        path = tmp_path / f"{number}.pgm"
+        if content is None:
+            Image.new("F", (1, 1), 88 / 255).save(path, "TIFF")
+        else:
+            path.write_bytes(content)
+        assert load_image(path).getpixel((0, 0)) == (88,) * 3
 
 
 def test_load_image_names_what_is_wrong(tmp_path):

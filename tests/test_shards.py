@@ -1,9 +1,14 @@
 """Training data from tar shards: splitting, buckets, captions, broken members, resuming."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -77,8 +82,25 @@ def test_paths_are_told_from_folders(tmp_path, shards):
         open_shards(str(tmp_path / "part-{0..6}.tar"), BUCKETS)
     with pytest.raises(FileNotFoundError, match="none"):
         open_shards(str(tmp_path / "none*.tar"), BUCKETS)
-    (tmp_path / "pictures").mkdir()
-    assert not is_shards(str(tmp_path))  # a folder of folders, in which an archive was left
+
+
+def test_folders_of_shards_are_told_from_folders_of_pictures(tmp_path):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    write_shard(folder / "0.tar", members(range(3)))
+    for name in (".cache/x.jpg", "preview.jpg", "a/README.md", "a/b/._0.tar", "00000.parquet"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(jpeg(0))
+    assert is_shards(str(tmp_path))
+    data = open_shards(str(tmp_path), BUCKETS)
+    assert data.urls == (str(folder / "0.tar"),) == open_shards(f"{tmp_path}/**/*.tar", BUCKETS).urls
+    assert data.left_out == {".jpg": 1, ".md": 1, ".parquet": 1, "hidden": 1}
+    (tmp_path / "other.jpg").write_bytes(jpeg(1))
+    assert is_shards(str(tmp_path)) and not is_shards(str(tmp_path), captions=False)
+    for name in ("other.txt", "preview.txt"):  # now there are more pictures than archives
+        (tmp_path / name).write_text("a boat")
+    assert not is_shards(str(tmp_path))
 
 
 @pytest.mark.parametrize("count", [6, 1])
@@ -137,7 +159,7 @@ def test_broken_members_are_skipped_by_name(tmp_path, caplog):
     write_shard(tmp_path / "a.tar", content)
     data = open_shards(str(tmp_path), BUCKETS)
     settings = LoaderSettings(1, num_workers=0, max_broken=0.5)
-    seen = {c for batch, _ in islice(shard_batches(data, settings), 32) for c in batch.captions}
+    seen = {c for batch, _ in islice(shard_batches(data, settings), 33) for c in batch.captions}
     assert seen == {f"number {i}" for i in range(20) if i not in (3, 4, 6, 8)}
     for name in (
         "0003.v1.jpg: this file is not",
@@ -145,9 +167,102 @@ def test_broken_members_are_skipped_by_name(tmp_path, caplog):
         "0006.v1.jpg: it has no",
     ):
         assert caplog.text.count(f"skipped a.tar/{name}") == 1
-    assert caplog.text.count("skipped a.tar/0008.v1: it has no picture") == 1
-    with pytest.raises(ValueError, match="4 of 20 pictures cannot be used"):
+    assert caplog.text.count(f"{tmp_path}: left out: 1 .v1.json") == 1  # of 0008
+    with pytest.raises(ValueError, match="3 of 19 pictures cannot be used"):
         take(data, 40)
+
+
+def found_in(path: Path, content: Mapping[str, bytes], **values: object) -> tuple[set[str], str, dict]:
+    """Captions, reasons and what is left out of a shard."""
+    path.parent.mkdir(exist_ok=True)
+    write_shard(path, content)
+    entries = list(samples(replace(open_shards(str(path), BUCKETS), **values), 0, 0, 0, 1))
+    left_out = next((entry.counts for entry in entries if hasattr(entry, "counts")), {})
+    broken = [f"{entry.name}: {entry.reason}" for entry in entries if isinstance(entry, Broken)]
+    return {entry.caption for entry in entries if hasattr(entry, "caption")}, "; ".join(broken), left_out
+
+
+PICTURE, FORK = jpeg(1), b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(144)
+OTHERS = {  # the files of a sample whose caption is "a boat", and what is left out
+    "AppleDouble": ({"._0.jpg": FORK, "0.jpg": PICTURE, "._0.txt": FORK, "0.txt": b"a boat"}, {"hidden": 2}),
+    "other modalities": (
+        {"0.jpg": PICTURE, "0.depth.png": b"-", "0.txt": b"a boat", "0.clip.npy": b"1"},
+        {".depth.png": 1, ".clip.npy": 1},
+    ),
+    "double suffixes": ({"0.input.jpg": PICTURE, "0.caption.txt": b"a boat"}, {}),
+    "any one text": ({"0.image.jpg": PICTURE, "0.prompt.txt": b"a boat"}, {}),
+    "other texts": ({"0.jpg": PICTURE, "0.tags.txt": b"tags", "0.text.txt": b"a boat"}, {}),
+    "json of other things": ({"0.jpg": PICTURE, "0.json": b'{"url": "-"}', "0.txt": b"a boat"}, {}),
+    "other files": (
+        {"README.md": b"-", ".DS_Store": b"-", "info.json": b"{}", "0.jpg": PICTURE, "0.txt": b"a boat"},
+        {".md": 1, "hidden": 1, ".json": 1},
+    ),
+    "folders": ({"./v1.0/0.jpg": PICTURE, "v1.0/0.txt": b"a boat", "__MACOSX/1.jpg": FORK}, {"hidden": 1}),
+    "Windows": ({"x\\0.JPG": PICTURE, "x\\0.TXT": b"a boat"}, {}),
+    "two formats": ({"0.png": b"-", "0.jpg": PICTURE, "0.caption": b"a boat"}, {".png": 1}),
+    "a format that is not read": (
+        {"0.jpg": PICTURE, "0.txt": b"a boat", "1.heic": b"-", "1.txt": b"-"},
+        {".heic": 1, ".txt": 1},
+    ),
+    "not UTF-8": ({"\udcff.jpg": PICTURE, "\udcff.txt": b"a boat"}, {}),
+}
+
+
+@pytest.mark.parametrize("content, left_out", OTHERS.values(), ids=OTHERS)
+def test_samples_are_found_among_other_members(tmp_path, content, left_out):
+    assert found_in(tmp_path / "in" / "0.tar", content) == ({"a boat"}, "", left_out)
+    data = open_shards(str(tmp_path / "in"), BUCKETS)
+    assert captions(take(data, 2, batch_size=1)) == [["a boat"]] * 2
+
+
+def test_captions_of_shards_can_be_given_or_missing(tmp_path):
+    content = {"0.jpg": PICTURE, "0.ocr.txt": b"-", "0.tags.txt": b"-"}
+    found, broken, _ = found_in(tmp_path / "0.tar", content)
+    assert not found and "0.tar/0.jpg: it has no caption" in broken and ".ocr.txt, .tags.txt" in broken
+    assert found_in(tmp_path / "0.tar", content, empty_captions=True) == ({" "}, "", {})
+    assert found_in(tmp_path / "0.tar", content, caption="a boat") == ({"a boat"}, "", {})
+
+
+def test_a_sample_of_several_pictures_is_not_guessed(tmp_path):
+    content = {"0.input.jpg": PICTURE, "0.target.jpg": PICTURE, "0.txt": b"a boat"}
+    assert "several pictures, and none is the plain one" in found_in(tmp_path / "0.tar", content)[1]
+
+
+def test_an_unsorted_shard_says_how_to_sort_it(tmp_path, caplog):
+    pictures = {f"{i}.jpg": PICTURE for i in range(8)}
+    texts = {f"{i}.txt": b"a boat" for i in range(8)}
+    for content in ({**pictures, **texts}, {**texts, **pictures}):
+        found, broken, _ = found_in(tmp_path / "0.tar", content)
+        assert not found and broken.count("the shard is not sorted") == 1 and "sort | tar -cf" in broken
+        with pytest.raises(ValueError, match="cannot be used.*the shard is not sorted .*sort [|] tar -cf"):
+            take(open_shards(str(tmp_path / "0.tar"), BUCKETS), 1)
+    found, broken, _ = found_in(tmp_path / "0.tar", dict(sorted({**pictures, **texts}.items())))
+    assert found == {"a boat"} and not broken
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "tar.bz2", "tar.xz", "TAR"])
+def test_compressed_shards(tmp_path, suffix):
+    write_shard(tmp_path / "0.tar", members(range(3)))
+    content = (tmp_path / "0.tar").read_bytes()
+    pack = {"z": gzip.compress, "2": bz2.compress, "R": bytes}.get(suffix[-1], gzip.compress)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / f"0.{suffix}").write_bytes((lzma.compress if suffix[-2:] == "xz" else pack)(content))
+    assert is_shards(str(tmp_path / "in"))
+    assert len(list(samples(open_shards(str(tmp_path / "in"), BUCKETS), 0, 0, 0, 1))) == 3
+
+
+def test_empty_shards_are_counted_and_damaged_ones_named(tmp_path):
+    assert found_in(tmp_path / "0.tar", {}) == (set(), "", {"shard without pictures": 1})
+    write_shard(tmp_path / "0.tar", members(range(4)))
+    content = bytearray((tmp_path / "0.tar").read_bytes())
+    with tarfile.open(tmp_path / "0.tar") as archive:
+        offset = archive.getmembers()[4].offset
+    content[offset : offset + 512] = b"w" * 512  # which tarfile itself takes for the end
+    for damaged in (b"", b"<html>" * 200, bytes(content), bytes(content[: offset + 600])):
+        (tmp_path / "0.tar").write_bytes(damaged)
+        entries = list(samples(open_shards(str(tmp_path / "0.tar"), BUCKETS), 0, 0, 0, 1))
+        assert [entry.name for entry in entries if isinstance(entry, Broken)] == ["0.tar"]
+        assert len(entries) == (3 if len(damaged) > 2000 else 1)
 
 
 def test_a_truncated_picture_leaves_its_batch_full(tmp_path, caplog):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ from core.cli import run
 from core.config import TrainConfig
 from core.config_files import load
 from core.data.buckets import Buckets, cover_size, draw_counts, make_buckets
-from core.data.folder import Broken, NamedBytes, check_broken, decode, index_folder
-from core.data.loader import LoaderSettings
-from core.data.shards import is_shards, open_shards, samples
+from core.data.files import Broken, counted, tally
+from core.data.folder import NamedBytes, check_broken, decode
+from core.data.loader import FolderData
+from core.data.shards import Encoded, LeftOut, ShardData, samples
+from core.data.sources import Data, open_data
+from core.printable import say
 from core.resolution import Size
 
 
@@ -49,9 +53,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 # --- looking --------------------------------------------------------------------------------------
 
 
-def look(path: str, buckets: Buckets, decoding: bool) -> Iterator[Found | Broken]:
-    """Every picture of a folder or of shards, and whatever is broken in it."""
-    for source, entry in _in_shards(path, buckets) if is_shards(path) else _in_folder(path, buckets):
+def look(data: Data, buckets: Buckets, decoding: bool) -> Iterator[Found | Broken | LeftOut]:
+    """Every picture of a folder or of shards, and whatever is broken or left out in it."""
+    yield LeftOut(data.left_out)
+    for source, entry in (_in_shards if isinstance(data, ShardData) else _in_folder)(data, buckets):
         try:
             if decoding and isinstance(entry, Found):
                 decode(source, entry.bucket, np.random.default_rng())
@@ -60,8 +65,8 @@ def look(path: str, buckets: Buckets, decoding: bool) -> Iterator[Found | Broken
             yield Broken(entry.name, str(error).removeprefix(f"{source}: "))
 
 
-def _in_folder(path: str, buckets: Buckets) -> Iterator[tuple[Path, Found | Broken]]:
-    index = index_folder(path, max_broken=1)
+def _in_folder(data: FolderData, buckets: Buckets) -> Iterator[tuple[Path, Found | Broken]]:
+    index = data.index
     for broken in index.broken:
         yield index.folder / broken.name, broken
     for sample in index.samples:
@@ -69,13 +74,13 @@ def _in_folder(path: str, buckets: Buckets) -> Iterator[tuple[Path, Found | Brok
         yield index.folder / sample.name, Found(sample.name, sample.caption, size, buckets.nearest(*size))
 
 
-def _in_shards(path: str, buckets: Buckets) -> Iterator[tuple[NamedBytes, Found | Broken]]:
-    for entry in samples(open_shards(path, buckets), epoch=0, seed=0, part=0, parts=1):
-        if isinstance(entry, Broken):
-            yield NamedBytes(b"", entry.name), entry
-        else:
+def _in_shards(data: ShardData, _: Buckets) -> Iterator[tuple[NamedBytes | None, Found | Broken | LeftOut]]:
+    for entry in samples(data, epoch=0, seed=0, part=0, parts=1):
+        if isinstance(entry, Encoded):
             found = Found(entry.name, entry.caption, entry.size, entry.bucket)
             yield NamedBytes(entry.content, entry.name), found
+        else:
+            yield None, entry
 
 
 # --- telling --------------------------------------------------------------------------------------
@@ -87,6 +92,7 @@ def describe(found: Sequence[Found], counts: Counter[Size], batch: int) -> str:
     sizes = {"smallest": by_area[0], "median": by_area[len(by_area) // 2], "largest": by_area[-1]}
     enlarged = sum(cover_size(*entry.size, entry.bucket)[0] > entry.size[0] for entry in found)
     lines = [
+        f"formats: {counted(tally(entry.name for entry in found))}",
         "height x width: " + ", ".join(f"{name} {h} x {w}" for name, (h, w) in sizes.items()),
         f"enlarged to fill their bucket: {enlarged}",
         f"captions that are empty: {sum(not entry.caption.strip() for entry in found)}",
@@ -101,7 +107,8 @@ def write(output: Path, counts: Counter[Size], broken: Sequence[str]) -> None:
     """buckets.png, and broken.txt with a line for each."""
     output.mkdir(parents=True, exist_ok=True)
     draw_counts(counts).save(output / "buckets.png")
-    (output / "broken.txt").write_text("".join(line + "\n" for line in broken), "utf-8")
+    text = "".join(line + "\n" for line in broken)
+    (output / "broken.txt").write_text(text, "utf-8", "backslashreplace")  # names may be in any encoding
 
 
 def main() -> int:
@@ -109,17 +116,26 @@ def main() -> int:
     config = load(TrainConfig, arguments.config, arguments.overrides)
     logging.getLogger("core.data").setLevel(logging.ERROR)  # the report names what is broken
     buckets = make_buckets(config.image_size, config.multi_aspect_ratio)
-    entries = list(look(arguments.folder, buckets, arguments.decode))
+    data = open_data(replace(config, webdataset_path=arguments.folder, scenes=None, max_broken=1))
+    entries = list(look(data, buckets, arguments.decode))
     found = [entry for entry in entries if isinstance(entry, Found)]
-    broken = [f"{entry.name}: {entry.reason}" for entry in entries if isinstance(entry, Broken)]
+    broken = sorted((entry for entry in entries if isinstance(entry, Broken)), key=lambda entry: entry.name)
+    left_out = sum((Counter(entry.counts) for entry in entries if isinstance(entry, LeftOut)), Counter())
+    lines = [f"{entry.name}: {entry.reason}" for entry in broken]
     counts = Counter(entry.bucket for entry in found)
-    print(f"{arguments.folder}: {len(found)} pictures, {len(broken)} broken")
+    say(f"{arguments.folder}: {len(found)} pictures, {len(broken)} broken", sys.stdout)
+    if left_out:
+        say(f"left out, neither pictures nor captions of pictures: {counted(left_out)}", sys.stdout)
     if found:
-        print(describe(found, counts, max(1, config.batch_size // config.grad_accum_steps)))
-    print("".join(f"broken: {line}\n" for line in broken), end="")
-    write(Path(arguments.output), counts, broken)
-    print(f"written: {Path(arguments.output, 'buckets.png')} and broken.txt")
-    check_broken(arguments.folder, len(broken), len(entries), LoaderSettings.max_broken)
+        say(describe(found, counts, max(1, config.batch_size // config.grad_accum_steps)), sys.stdout)
+    for line in lines:
+        say(f"broken: {line}", sys.stdout)
+    write(Path(arguments.output), counts, lines)
+    say(f"written: {Path(arguments.output, 'buckets.png')} and broken.txt", sys.stdout)
+    reasons = [entry.reason for entry in broken]
+    check_broken(arguments.folder, len(broken), len(found) + len(broken), config.max_broken, reasons)
+    if not found:
+        raise ValueError(f"{arguments.folder}: it holds no picture, but {counted(left_out)}")
     return 0
 
 

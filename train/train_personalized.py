@@ -18,7 +18,7 @@ from core.cli import run
 from core.conditioning import find_text_encoder, stack
 from core.config import PersonalizedTrainConfig, guidance_sizes, phases, stage_c_sizes
 from core.data.loader import Batch
-from core.data.shards import is_shards
+from core.data.sources import names_shards
 from core.guidance_training import draw_noise, noise_latents
 from core.images import save_image
 from core.layouts import guidance_names
@@ -169,7 +169,7 @@ def check(config: PersonalizedTrainConfig) -> None:
     """Raise what is wrong with a configuration for this training, before anything is read."""
     if config.effnet_checkpoint_path is None:
         raise ValueError("training needs 'effnet_checkpoint_path' in the configuration")
-    if config.webdataset_path is None or is_shards(config.webdataset_path):
+    if config.webdataset_path is None or names_shards(config):
         raise ValueError("the subject's pictures lie in a folder: name it as 'webdataset_path'")
     for name in ("use_fsdp", "compile"):
         if getattr(config, name):

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from core.data.folder import Broken, check_broken
+from core.data.files import Broken
+from core.data.folder import check_broken
 from core.data.loader import (
     Batch,
     IndexedData,

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from core.data.buckets import Buckets
-from core.data.folder import Broken, FolderIndex, NamedBytes, check_broken, decode
+from core.data.files import Broken
+from core.data.folder import FolderIndex, NamedBytes, check_broken, decode, warn_of_left_out
 from core.resolution import Size
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Loaded:
     broken: tuple[Broken, ...] = ()
     seen: int = 0  # pictures that a stream met for the first time since the last batch
     thin: Mapping[Size, int] = field(default_factory=dict)  # what a stream learns at its first end
+    left_out: Mapping[str, int] = field(default_factory=dict)  # and this
 
 
 # --- buckets and their order ----------------------------------------------------------------------
@@ -118,6 +120,11 @@ class FolderData:
     def broken(self) -> int:
         """Pictures that the index left out."""
         return len(self.index.broken)
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Its files that are neither pictures nor captions of pictures, by suffix."""
+        return self.index.left_out
 
     def read(self, number: int, bucket: Size, key: Sequence[int]) -> Picture | Broken:
         """A picture, decoded and cropped, or why it cannot be."""
@@ -280,16 +287,17 @@ def finish(
 
     `broken` of `total` pictures are known from an index (0 of 0 for a stream, which counts as it goes).
     """
-    indexed, empty, named = total > 0, 0, set()
+    indexed, empty, named = total > 0, 0, {}
     for part in loaded:
         total += part.seen
         for entry in part.broken:
             if entry.name not in named:
                 log.warning("skipped %s: %s", entry.name, entry.reason)
-                named.add(entry.name)
+                named[entry.name] = entry.reason
         if indexed or total >= ENOUGH_SEEN or not part.seen:
-            check_broken(source, broken + len(named), total, max_broken)
+            check_broken(source, broken + len(named), total, max_broken, named.values())
         warn_of_thin(part.thin)
+        warn_of_left_out(source, part.left_out)
         empty = empty + 1 if part.images is None else 0
         if empty == MAX_EMPTY:
             raise ValueError(f"{source}: no picture in it can be used")

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import os
+import lzma
+import posixpath
+import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from glob import glob
-from itertools import chain, count, cycle, islice
+from itertools import chain, count, cycle, groupby, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import detshuffle
+from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 
 from core.data.buckets import Buckets
-from core.data.folder import (
-    IMAGE_SUFFIXES,
+from core.data.captions import CAPTION_KEYS, first_caption
+from core.data.files import (
+    CAPTION_SUFFIXES,
+    HIDDEN,
+    UNSORTED,
     Broken,
-    NamedBytes,
-    caption_of_json,
-    caption_of_text,
-    header_size,
+    is_hidden,
+    is_picture,
+    is_shard,
+    sort_out,
+    tally,
+    walk,
 )
+from core.data.folder import NamedBytes, header_size, warn_of_left_out
 from core.data.loader import (
     Batch,
     Loaded,
@@ -39,8 +48,16 @@ from core.data.loader import (
 )
 from core.resolution import Size
 
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SHUFFLED = 100  # encoded pictures that a stream holds to draw from
+PREFERRED = (".jpg", ".jpeg", ".png", ".webp")  # where a sample has pictures of several formats
+NOWHERE = "no .json, .txt or .caption next to it has its name up to the first dot"
+EMPTY_SHARD = "shard without pictures"
+SORT = (
+    "the files of a sample must follow each other; extract it into a new folder, and pack it anew in there: "
+    "find . -type f | LC_ALL=C sort | tar -cf ../sorted.tar -T -"
+)
+# What reading a shard raises: tarfile, its decompressors, and what opens URLs.
+DAMAGED_SHARD = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,9 @@ class ShardData:
     source: str
     urls: tuple[str, ...]
     buckets: Buckets
+    caption: str | None = None  # of all pictures, instead of their own
+    empty_captions: bool = False  # pictures without a caption are used
+    left_out: Mapping[str, int] = field(default_factory=dict)  # other files of the folder, by suffix
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,13 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Files of a shard that are neither pictures nor captions of pictures, by suffix."""
+
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class _Pack:
     """What becomes a batch; without samples where a pass over the shards ends."""
 
@@ -73,50 +100,67 @@ class _Pack:
     seen: int = 0
     broken: tuple[Broken, ...] = ()
     thin: dict[Size, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 # --- which shards ---------------------------------------------------------------------------------
 
 
-def is_shards(path: str) -> bool:
-    """Whether a data path names tar shards (by URL, pattern, file, or a folder of them), not pictures."""
-    if _is_url(path) or path.endswith(SHARD_SUFFIXES):
-        return True
-    entries = list(Path(path).glob("*"))
-    return any(map(_is_shard, entries)) and not any(map(_may_hold_pictures, entries))
+def is_shards(path: str, captions: bool = True) -> bool:
+    """Whether a data path names tar shards (by URL, pattern, file, or a folder of them), not pictures.
+
+    A folder that holds both is one of shards unless it has more pictures than shards; where pictures need
+    `captions`, only those that have one count.
+    """
+    if not Path(path).is_dir():
+        return _is_url(path) or is_shard(path)
+    shards = pictures = listings = 0
+    for _, files in walk(Path(path)):
+        beside = sort_out(files)
+        shards += sum(_is_visible_shard(name) for name in files)
+        listings += len(beside.listings)
+        pictures += sum(1 for own in beside.captions.values() if own or listings or not captions)
+    return shards > 0 and pictures <= shards
 
 
-def open_shards(path: str, buckets: Buckets) -> ShardData:
-    """The shards that a folder, a URL or a pattern with braces or * names.
+def open_shards(
+    path: str, buckets: Buckets, caption: str | None = None, empty_captions: bool = False
+) -> ShardData:
+    """The shards that a folder, a URL or a pattern with braces or * names; what else a folder has is logged.
 
     FileNotFoundError where a local one does not exist.
     """
+    urls, left_out = [], Counter()
     if Path(path).is_dir():
-        urls = sorted(str(entry) for entry in Path(path).iterdir() if _is_shard(entry))
+        for prefix, files in walk(Path(path)):
+            urls += [str(Path(path, prefix + name)) for name in files if _is_visible_shard(name)]
+            left_out += tally(name for name in files if not _is_visible_shard(name))
     else:
-        urls = [url for part in expand_urls(path) for url in (sorted(glob(part)) if "*" in part else [part])]
+        urls = [
+            url for part in expand_urls(path)
+            for url in (sorted(glob(part, recursive=True)) if "*" in part else [part])
+        ]  # fmt: skip
     missing = [url for url in urls if not _is_url(url) and not Path(url).is_file()]
     if missing or not urls:
         raise FileNotFoundError(f"{missing[0] if missing else path}: this shard does not exist")
-    return ShardData(path, tuple(urls), buckets)
+    warn_of_left_out(path, left_out)
+    return ShardData(path, tuple(urls), buckets, caption, empty_captions, left_out)
 
 
 def _is_url(path: str) -> bool:
     return "://" in path or path.startswith("pipe:")
 
 
-def _is_shard(path: Path) -> bool:
-    return path.name.endswith(SHARD_SUFFIXES) and not path.name.startswith(".")
-
-
-def _may_hold_pictures(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES or path.is_dir()
+def _is_visible_shard(name: str) -> bool:
+    return is_shard(name) and not is_hidden(name)
 
 
 # --- one stream -----------------------------------------------------------------------------------
 
 
-def samples(data: ShardData, epoch: int, seed: int, part: int, parts: int) -> Iterator[Encoded | Broken]:
+def samples(
+    data: ShardData, epoch: int, seed: int, part: int, parts: int
+) -> Iterator[Encoded | Broken | LeftOut]:
     """One of `parts` disjoint parts of an epoch, in a shuffled order that follows from the arguments.
 
     Whole shards where there are at least as many as parts, else every parts-th sample of all shards. Only
@@ -125,44 +169,126 @@ def samples(data: ShardData, epoch: int, seed: int, part: int, parts: int) -> It
     order = np.random.default_rng([seed, epoch]).permutation(len(data.urls))
     urls = [data.urls[i] for i in order]
     whole = len(urls) >= parts
-    entries = chain.from_iterable(
-        _read_shard(url, data.buckets) for url in (urls[part::parts] if whole else urls)
-    )
+    entries = chain.from_iterable(_read_shard(url, data) for url in (urls[part::parts] if whole else urls))
     own = entries if whole else islice(entries, part, None, parts)
     order_seed = int(np.random.SeedSequence([seed, epoch, part]).generate_state(1)[0])
     return iter(detshuffle(SHUFFLED, SHUFFLED, order_seed).run(own))
 
 
-def _read_shard(url: str, buckets: Buckets) -> Iterator[Encoded | Broken]:
-    shard, failures = url.rsplit("/", 1)[-1], []
-
-    def note(error: Exception) -> bool:
-        cause = str(error.args[0]) if error.args else type(error).__name__  # webdataset appends to args
-        failures.append(Broken(shard, f"the shard is damaged ({cause})"))
-        return True
-
-    files = tar_file_expander(url_opener([{"url": url}], note), note)
-    for group in group_by_keys(files, keys=os.path.splitext, handler=note):
-        yield _encoded(group, f"{shard}/{group['__key__']}", buckets)
-    yield from failures
-
-
-def _encoded(group: Mapping[str, Any], key: str, buckets: Buckets) -> Encoded | Broken:
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in group), None)
-    if suffix is None:
-        return Broken(key, f"it has no picture ({', '.join(IMAGE_SUFFIXES)})")
-    name = key + suffix
-    try:
-        if ".json" in group:
-            caption = caption_of_json(group[".json"])
-        elif ".txt" in group:
-            caption = caption_of_text(group[".txt"])
+def _read_shard(url: str, data: ShardData) -> Iterator[Encoded | Broken | LeftOut]:
+    """A shard's samples; a sample is what shares the name up to its first dot, which is WebDataset's rule."""
+    shard, left_out, failures, keys = url.rsplit("/", 1)[-1], Counter(), [], set()
+    ordered, pictures = True, 0
+    for key, members in groupby(_members(url, left_out, failures), key=lambda member: member[0]):
+        files = {suffix: content for _, suffix, content in members}
+        if key in keys:
+            if ordered:
+                yield Broken(shard, f"{UNSORTED} ({key} comes twice): {SORT}")
+            ordered = False
+        elif all(suffix.endswith(CAPTION_SUFFIXES) for suffix in files):
+            left_out.update(files.keys())
         else:
-            raise ValueError("it has no caption: no .json or .txt of the same name")
-        size = header_size(NamedBytes(group[suffix], name))
-        return Encoded(name, caption, group[suffix], size, buckets.nearest(*size))
+            pictures += 1
+            yield _encoded(files, f"{shard}/{key}", data, left_out)
+        keys.add(key)
+    yield from (Broken(shard, f"the shard is damaged ({failure})") for failure in failures)
+    if not pictures and ordered and not failures:
+        left_out[EMPTY_SHARD] += 1
+    if left_out:
+        yield LeftOut(left_out)
+
+
+def _members(url: str, left_out: Counter[str], failures: list[str]) -> Iterator[tuple[str, str, bytes]]:
+    """Key, suffix and content of a shard's pictures and captions, in order.
+
+    What else it has is counted in `left_out`; what ends the reading too early goes into `failures`.
+    """
+    try:
+        for member, read in _files(url):
+            name = posixpath.normpath(member.name.replace("\\", "/")).lstrip("/")
+            key, suffix = _key_and_suffix(name)
+            if is_hidden(name):
+                left_out[HIDDEN] += 1
+            elif member.isreg() and (is_picture(name) or suffix.endswith(CAPTION_SUFFIXES)):
+                yield key, suffix, read()
+            else:
+                left_out[suffix] += 1
+    except DAMAGED_SHARD as error:
+        failures.append(str(error))
+
+
+def _files(url: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+    """All that is no folder in a shard, and what reads its content."""
+    with nullcontext(gopen(url)) if _is_url(url) else open(url, "rb") as stream:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
+            for member in archive:
+                archive.members = []  # which would keep every member
+                if not member.isdir():
+                    yield member, lambda member=member: archive.extractfile(member).read()
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; tarfile would take a damaged one for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        """The next one; ReadError where it is damaged."""
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return folder + slash + stem, (dot + suffix).lower()
+
+
+# --- one sample -----------------------------------------------------------------------------------
+
+
+def _encoded(
+    files: Mapping[str, bytes], key: str, data: ShardData, left_out: Counter[str]
+) -> Encoded | Broken:
+    pictures = [suffix for suffix in files if not suffix.endswith(CAPTION_SUFFIXES)]
+    name = key
+    try:
+        picture = _picture_among(pictures)
+        left_out.update(suffix for suffix in pictures if suffix != picture)
+        name = key + picture
+        caption = _own_caption(files, picture, data.empty_captions) if data.caption is None else data.caption
+        size = header_size(NamedBytes(files[picture], name))
+        return Encoded(name, caption, files[picture], size, data.buckets.nearest(*size))
     except (OSError, ValueError) as error:
         return Broken(name, str(error).removeprefix(f"{name}: "))
+
+
+def _picture_among(suffixes: Sequence[str]) -> str:
+    """The suffix of a sample's picture: .jpg, not .seg.png beside it; ValueError where it is not clear."""
+    fewest = min(suffix.count(".") for suffix in suffixes)
+    plainest = [suffix for suffix in suffixes if suffix.count(".") == fewest]
+    if len({_parts(suffix)[0] for suffix in plainest}) > 1:
+        raise ValueError(f"it has several pictures, and none is the plain one: {', '.join(plainest)}")
+    formats = (*PREFERRED, *sorted(_parts(suffix)[1] for suffix in plainest))
+    return min(plainest, key=lambda suffix: formats.index(_parts(suffix)[1]))
+
+
+def _own_caption(files: Mapping[str, bytes], picture: str, empty_captions: bool) -> str:
+    """The caption of a sample: .txt, .v1.txt beside .v1.jpg, .caption.txt, or its only one (.prompt.txt)."""
+    middles = ["", _parts(picture)[0], *(f".{key}" for key in CAPTION_KEYS)]
+    texts = [suffix for suffix in files if suffix.endswith(CAPTION_SUFFIXES)]
+    known = [suffix for suffix in texts if _parts(suffix)[0] in middles or len(texts) == 1]
+    others = [suffix for suffix in texts if suffix not in known]
+    known.sort(key=lambda suffix: CAPTION_SUFFIXES.index(_parts(suffix)[1]))
+    known.sort(key=lambda suffix: len(texts) > 1 and middles.index(_parts(suffix)[0]))
+    nowhere = f"{NOWHERE}, but {', '.join(others)}" if others else NOWHERE
+    return first_caption(((suffix, files[suffix]) for suffix in known), empty_captions, nowhere)
+
+
+def _parts(suffix: str) -> tuple[str, str]:
+    middle, dot, last = suffix.rpartition(".")
+    return middle, dot + last
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -196,14 +322,14 @@ class _ShardDataset(IterableDataset):
             if turn >= skipped:
                 loaded = self._load(pack, Position(0, turn * workers + worker + 1))
                 broken = pack.broken + loaded.broken
-                yield replace(loaded, broken=broken, seen=pack.seen, thin=pack.thin)
+                yield replace(loaded, broken=broken, seen=pack.seen, thin=pack.thin, left_out=pack.left_out)
 
     def _load(self, pack: _Pack, after: Position) -> Loaded:
         candidates = pack.samples + pack.spare
 
         def read(place: int) -> Picture | Broken:
             sample = candidates[place]
-            key = (self._settings.seed, pack.epoch, zlib.crc32(sample.name.encode()))
+            key = (self._settings.seed, pack.epoch, zlib.crc32(sample.name.encode(errors="backslashreplace")))
             source = NamedBytes(sample.content, sample.name)
             return read_picture(source, sample.name, sample.caption, sample.bucket, key)
 
@@ -217,11 +343,14 @@ def _packs(data: ShardData, settings: LoaderSettings, worker: int, workers: int)
         yield from _pass(samples(data, epoch, settings.seed, part, parts), epoch, settings.batch_size)
 
 
-def _pass(entries: Iterable[Encoded | Broken], epoch: int, batch_size: int) -> Iterator[_Pack]:
+def _pass(entries: Iterable[Encoded | Broken | LeftOut], epoch: int, batch_size: int) -> Iterator[_Pack]:
     buffers: dict[Size, list[Encoded]] = {}
     last: dict[Size, tuple[Encoded, ...]] = {}  # of every bucket that filled a batch
-    seen, broken = 0, []
+    seen, broken, left_out = 0, [], Counter()
     for entry in entries:
+        if isinstance(entry, LeftOut):
+            left_out.update(entry.counts if epoch == 0 else {})
+            continue
         seen += epoch == 0  # later passes meet the same ones
         if isinstance(entry, Broken):
             broken.append(entry)
@@ -238,7 +367,7 @@ def _pass(entries: Iterable[Encoded | Broken], epoch: int, batch_size: int) -> I
     for size, buffer in rest.items():
         yield _Pack(epoch, tuple(islice(cycle(buffer), batch_size)), last.get(size, ()))
     thin = {size: len(buffer) for size, buffer in rest.items() if size not in last and epoch == 0}
-    yield _Pack(epoch, seen=seen, broken=tuple(broken), thin=thin)
+    yield _Pack(epoch, seen=seen, broken=tuple(broken), thin=thin, left_out=left_out)
 
 
 def _merged(packs: Iterable[_Pack], skipped: int) -> Iterator[_Pack]:
@@ -246,14 +375,15 @@ def _merged(packs: Iterable[_Pack], skipped: int) -> Iterator[_Pack]:
 
     The end of a pass is a turn of its own only where the whole pass gave no sample.
     """
-    seen, broken, thin, turn, given = 0, (), {}, 0, False
+    seen, broken, thin, left_out, turn, given = 0, (), {}, {}, 0, False
     for pack in packs:
         seen, broken, thin = seen + pack.seen, broken + pack.broken, {**thin, **pack.thin}
+        left_out = {**left_out, **pack.left_out}  # one pack alone has some
         ends_a_pass = given and not pack.samples
         given = bool(pack.samples)
         if ends_a_pass:
             continue
-        yield replace(pack, seen=seen, broken=broken, thin=thin)
+        yield replace(pack, seen=seen, broken=broken, thin=thin, left_out=left_out)
         turn += 1
         if turn > skipped:
-            seen, broken, thin = 0, (), {}
+            seen, broken, thin, left_out = 0, (), {}, {}

@@ -11,7 +11,8 @@ import torch
 
 from core.config import RunConfig, SceneData
 from core.data.buckets import make_buckets
-from core.data.folder import Broken, index_folder
+from core.data.files import Broken
+from core.data.folder import index_folder
 from core.data.loader import Batch, IndexedData, LoaderSettings, Picture, Position, batches, into_buckets
 from core.data.scenes import caption, render, sample_scene
 from core.data.shards import ShardData, is_shards, open_shards, shard_batches
@@ -58,17 +59,22 @@ class DrawnScenes:
         return f"{settings.split} {number} {settings.subjects} {settings.scales} {settings.without_colour}"
 
 
+def names_shards(config: RunConfig) -> bool:
+    """Whether a configuration's data are tar shards."""
+    captions = config.tmp_prompt is None and not config.empty_captions
+    return config.webdataset_path is not None and is_shards(config.webdataset_path, captions)
+
+
 def open_data(config: RunConfig) -> Data:
     """The data that a configuration names, indexed; raises what is wrong with it."""
     if config.scenes is not None:
         sides = (config.image_size,) if isinstance(config.image_size, int) else config.image_size
         return DrawnScenes(config.scenes, tuple((side, side) for side in sides))
+    path, caption, empty = config.webdataset_path, config.tmp_prompt, config.empty_captions
     buckets = make_buckets(config.image_size, config.multi_aspect_ratio)
-    if is_shards(config.webdataset_path):
-        if config.tmp_prompt is not None:
-            raise ValueError("'tmp_prompt' is for a folder of pictures: shards have captions of their own")
-        return open_shards(config.webdataset_path, buckets)
-    return into_buckets(index_folder(config.webdataset_path, config.max_broken, config.tmp_prompt), buckets)
+    if names_shards(config):
+        return open_shards(path, buckets, caption, empty)
+    return into_buckets(index_folder(path, config.max_broken, caption, empty), buckets)
 
 
 def stream(
