@@ -377,6 +377,16 @@ def test_orientation_is_applied_to_size_and_pixels(orientation):
     assert (pixels_of(content, bucket).int() - expected.permute(2, 0, 1).int()).abs().max() < 12
 
 
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+def test_other_formats_are_turned_upright(format):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(picture(32, 64), format, exif=exif)
+    assert header_size(NamedBytes(content, "it")) == (64, 32)
+    expected = np.array(picture(32, 64).transpose(Image.Transpose.ROTATE_270)).transpose(2, 0, 1)
+    assert (pixels_of(content, (64, 32)).int() - torch.from_numpy(expected).int()).abs().float().mean() < 3
+
+
 def test_large_jpegs_are_read_at_reduced_scale(monkeypatch):
     content, sizes = encoded(picture(1600, 1200), "JPEG"), []
     plain = Image.Image.resize
@@ -401,7 +411,7 @@ def test_a_sliver_is_cropped_without_being_blown_up_whole():
     assert pixels_of(encoded(picture(2, 9000), "PNG"), (64, 64)).shape == (3, 64, 64)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "QOI"])
 def test_damaged_files_raise_one_sentence_of_a_known_kind(format):
     content, rng = encoded(picture(50, 60), format), random.Random(format)
     with pytest.raises(ValueError, match="it: "):
@@ -564,7 +574,7 @@ def test_check_data_prints_any_name_on_any_output(tmp_path, script, monkeypatch,
     with tarfile.open(tmp_path / "it.tar", "w") as archive:
         archive.add(tmp_path / "in" / "a.jpg", "\udcff.jpg")
         archive.add(tmp_path / "in" / "a.txt", "b.txt")
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.FileIO(1, closefd=False), "ascii"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "ascii"))
     for name in ("in", "it.tar"):
         output = tmp_path / name.replace(".", "_")
         assert run_here(script, monkeypatch, tmp_path / name, "image_size=128", "--output", output) == 2
