@@ -96,10 +96,11 @@ def test_folders_of_shards_are_told_from_folders_of_pictures(tmp_path):
     data = open_shards(str(tmp_path), BUCKETS)
     assert data.urls == (str(folder / "0.tar"),) == open_shards(f"{tmp_path}/**/*.tar", BUCKETS).urls
     assert data.left_out == {".jpg": 1, ".md": 1, ".parquet": 1, "hidden": 1}
-    (tmp_path / "other.jpg").write_bytes(jpeg(1))
+    for i in range(20):  # the archive is no longer twice as large
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(i))
     assert is_shards(str(tmp_path)) and not is_shards(str(tmp_path), captions=False)
-    for name in ("other.txt", "preview.txt"):  # now there are more pictures than archives
-        (tmp_path / name).write_text("a boat")
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text("a boat")
     assert not is_shards(str(tmp_path))
 
 
@@ -216,11 +217,19 @@ def test_samples_are_found_among_other_members(tmp_path, content, left_out):
 
 
 def test_captions_of_shards_can_be_given_or_missing(tmp_path):
-    content = {"0.jpg": PICTURE, "0.ocr.txt": b"-", "0.tags.txt": b"-"}
+    content = {"0.jpg": PICTURE, "0.json": b"{}", "0.ocr.txt": b"-", "0.tags.txt": b"-"}
     found, broken, _ = found_in(tmp_path / "0.tar", content)
     assert not found and "0.tar/0.jpg: it has no caption" in broken and ".ocr.txt, .tags.txt" in broken
     assert found_in(tmp_path / "0.tar", content, empty_captions=True) == ({" "}, "", {})
     assert found_in(tmp_path / "0.tar", content, caption="a boat") == ({"a boat"}, "", {})
+
+
+def test_shards_of_one_name_in_several_folders_are_told_apart(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "0.tar", members(range(2)))
+    found = [entry.name for entry in samples(open_shards(str(tmp_path), BUCKETS), 0, 0, 0, 1)]
+    assert sorted(found) == [f"{name}/0.tar/000{i}.v1.jpg" for name in "ab" for i in (0, 1)]
 
 
 def test_a_sample_of_several_pictures_is_not_guessed(tmp_path):

@@ -17,12 +17,15 @@ class NoCaption(ValueError):
 
 
 def first_caption(
-    sources: Iterable[tuple[str, bytes | Mapping[str, Any]]], empty_captions: bool, nowhere: str
+    sources: Iterable[tuple[str, bytes | Mapping[str, Any]]],
+    empty_captions: bool,
+    nowhere: str,
+    others: str = "",
 ) -> str:
     """The first usable caption of sources, each with what messages call it: files' contents, or entries.
 
     Where there is none, it is EMPTY if that is allowed, else a ValueError says why; `nowhere` says what was
-    looked for, for the case that there is no source. Damaged captions are always errors.
+    looked for, where there is no source, `others` what there is besides. Damaged captions are always errors.
     """
     reasons = []
     damage: ValueError | None = None
@@ -37,7 +40,7 @@ def first_caption(
         raise damage
     if empty_captions:
         return EMPTY
-    raise NoCaption(WITHOUT + ("; ".join(reasons) or nowhere))
+    raise NoCaption(WITHOUT + ("; ".join(reasons) or nowhere) + others)
 
 
 def text_of(content: bytes) -> str:

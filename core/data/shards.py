@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 import posixpath
 import tarfile
 import zlib
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from glob import glob
 from itertools import chain, count, cycle, groupby, islice
 from pathlib import Path
@@ -71,6 +73,11 @@ class ShardData:
     empty_captions: bool = False  # pictures without a caption are used
     left_out: Mapping[str, int] = field(default_factory=dict)  # other files of the folder, by suffix
 
+    @cached_property
+    def root(self) -> str:
+        """The folder that all shards lie in."""
+        return os.path.commonprefix(self.urls).rpartition("/")[0]
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -109,18 +116,36 @@ class _Pack:
 def is_shards(path: str, captions: bool = True) -> bool:
     """Whether a data path names tar shards (by URL, pattern, file, or a folder of them), not pictures.
 
-    A folder that holds both is one of shards unless it has more pictures than shards; where pictures need
-    `captions`, only those that have one count.
+    A folder that holds both is one of shards where these are at least twice as large as its pictures: smaller
+    ones may be an archive of them. Where pictures need `captions`, those without one do not count.
     """
     if not Path(path).is_dir():
         return _is_url(path) or is_shard(path)
-    shards = pictures = listings = 0
-    for _, files in walk(Path(path)):
+    shards = _shards_below(path)
+    return bool(shards) and _bytes(shards) >= 2 * _bytes(_usable_pictures(path, captions))
+
+
+def _shards_below(folder: str) -> list[str]:
+    return [
+        str(Path(folder, prefix + name))
+        for prefix, files in walk(Path(folder))
+        for name in files
+        if _is_visible_shard(name)
+    ]
+
+
+def _usable_pictures(folder: str, captions: bool) -> Iterator[str]:
+    listed = False
+    for prefix, files in walk(Path(folder)):
         beside = sort_out(files)
-        shards += sum(_is_visible_shard(name) for name in files)
-        listings += len(beside.listings)
-        pictures += sum(1 for own in beside.captions.values() if own or listings or not captions)
-    return shards > 0 and pictures <= shards
+        listed = listed or bool(beside.listings)
+        for name, own in beside.captions.items():
+            if own or listed or not captions:
+                yield str(Path(folder, prefix + name))
+
+
+def _bytes(files: Iterable[str]) -> int:
+    return sum(os.path.getsize(file) for file in files if os.path.exists(file))
 
 
 def open_shards(
@@ -130,10 +155,10 @@ def open_shards(
 
     FileNotFoundError where a local one does not exist.
     """
-    urls, left_out = [], Counter()
+    left_out = Counter()
     if Path(path).is_dir():
-        for prefix, files in walk(Path(path)):
-            urls += [str(Path(path, prefix + name)) for name in files if _is_visible_shard(name)]
+        urls = _shards_below(path)
+        for _, files in walk(Path(path)):
             left_out += tally(name for name in files if not _is_visible_shard(name))
     else:
         urls = [
@@ -177,12 +202,12 @@ def samples(
 
 def _read_shard(url: str, data: ShardData) -> Iterator[Encoded | Broken | LeftOut]:
     """A shard's samples; a sample is what shares the name up to its first dot, which is WebDataset's rule."""
-    shard, left_out, failures, keys = url.rsplit("/", 1)[-1], Counter(), [], set()
-    ordered, pictures = True, 0
+    shard = url.removeprefix(data.root).lstrip("/")
+    left_out, failures, keys, ordered, pictures = Counter(), [], set(), True, 0
     for key, members in groupby(_members(url, left_out, failures), key=lambda member: member[0]):
         files = {suffix: content for _, suffix, content in members}
         if key in keys:
-            if ordered:
+            if ordered and data.caption is None:
                 yield Broken(shard, f"{UNSORTED} ({key} comes twice): {SORT}")
             ordered = False
         elif all(suffix.endswith(CAPTION_SUFFIXES) for suffix in files):
@@ -278,12 +303,15 @@ def _own_caption(files: Mapping[str, bytes], picture: str, empty_captions: bool)
     """The caption of a sample: .txt, .v1.txt beside .v1.jpg, .caption.txt, or its only one (.prompt.txt)."""
     middles = ["", _parts(picture)[0], *(f".{key}" for key in CAPTION_KEYS)]
     texts = [suffix for suffix in files if suffix.endswith(CAPTION_SUFFIXES)]
-    known = [suffix for suffix in texts if _parts(suffix)[0] in middles or len(texts) == 1]
-    others = [suffix for suffix in texts if suffix not in known]
-    known.sort(key=lambda suffix: CAPTION_SUFFIXES.index(_parts(suffix)[1]))
-    known.sort(key=lambda suffix: len(texts) > 1 and middles.index(_parts(suffix)[0]))
-    nowhere = f"{NOWHERE}, but {', '.join(others)}" if others else NOWHERE
-    return first_caption(((suffix, files[suffix]) for suffix in known), empty_captions, nowhere)
+    known = [suffix for suffix in texts if _parts(suffix)[0] in middles] or (texts if len(texts) == 1 else [])
+    others = ", ".join(suffix for suffix in texts if suffix not in known)
+
+    def rank(suffix: str) -> tuple[int, int]:
+        middle, last = _parts(suffix)
+        return [*middles, middle].index(middle), CAPTION_SUFFIXES.index(last)
+
+    sources = ((suffix, files[suffix]) for suffix in sorted(known, key=rank))
+    return first_caption(sources, empty_captions, NOWHERE, others and f", but there is {others}")
 
 
 def _parts(suffix: str) -> tuple[str, str]:
