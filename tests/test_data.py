@@ -166,11 +166,12 @@ UNUSABLE = {  # the files beside 0.jpg, and the reason
     "none": ({}, "it has no caption: no .json, .txt or .caption beside it"),
     "null": ({"0.json": '{"caption": null}'}, "it has no caption: its .json has no text under 'caption'"),
     "other keys": ({"0.json": '{"prompt": "a", "n": 1}'}, "under 'caption' or 'text', but under 'prompt'$"),
+    "unseen": ({"0.txt": "\u200b \ufeff"}, "it has no caption: its .txt is empty"),
     "blank": ({"0.txt": " \r\n", "0.json": "{}"}, "it has no caption: .*'text'; its .txt is empty"),
     "a number": ({"0.json": '{"caption": 3}'}, "the caption is not text but 3"),
     "a list": ({"0.json": '{"caption": ["a", "b"]}'}, r"the caption is not text but \['a', 'b'\]"),
     "a list of objects": ({"0.json": '[{"caption": "a"}]'}, "the caption's JSON is not an object"),
-    "Latin-1": ({"0.txt": b"caf\xe9"}, "the text is not UTF-8"),
+    "Latin-1": ({"0.txt": b"\xe9t\xe9"}, "the text is not UTF-8"),
     "metadata": ({"metadata.csv": "file_name,prompt\n0.jpg,a\n"}, "its metadata.csv:2 has no .*'prompt'"),
 }
 
@@ -257,7 +258,7 @@ def test_a_table_keeps_quotes_and_lines_and_names_what_is_wrong(tmp_path):
     assert captions(put(tmp_path, ["a.jpg"], {"metadata.csv": table})) == {"a.jpg": 'a "big", red\nboat'}
     put(tmp_path, [], {"metadata.csv": "a.jpg,a boat\n"})
     assert "no column file_name" in reasons(tmp_path)["metadata.csv:1"]
-    put(tmp_path, [], {"metadata.csv": "file_name,text\na.jpg,caf\xe9\n".encode("latin-1")})
+    put(tmp_path, [], {"metadata.csv": "file_name,text\na.jpg,\xe9t\xe9\n".encode("latin-1")})
     assert "not UTF-8" in reasons(tmp_path)["metadata.csv"]
 
 

@@ -86,8 +86,9 @@ def _in_shards(data: ShardData, _: Buckets) -> Iterator[tuple[NamedBytes | None,
 # --- telling --------------------------------------------------------------------------------------
 
 
-def describe(found: Sequence[Found], counts: Counter[Size], batch: int) -> str:
+def describe(found: Sequence[Found], batch: int) -> str:
     """Sizes, captions and buckets as text; `batch` is what a bucket must fill, over all processes."""
+    counts = Counter(entry.bucket for entry in found)
     by_area = sorted((entry.size for entry in found), key=lambda size: size[0] * size[1])
     sizes = {"smallest": by_area[0], "median": by_area[len(by_area) // 2], "largest": by_area[-1]}
     enlarged = sum(cover_size(*entry.size, entry.bucket)[0] > entry.size[0] for entry in found)
@@ -111,6 +112,19 @@ def write(output: Path, counts: Counter[Size], broken: Sequence[str]) -> None:
     (output / "broken.txt").write_text(text, "utf-8", "backslashreplace")  # names may be in any encoding
 
 
+def tell(
+    folder: str, found: Sequence[Found], broken: Sequence[str], left_out: Counter[str], batch: int
+) -> None:
+    """The report on standard output, whatever letters that takes."""
+    say(f"{folder}: {len(found)} pictures, {len(broken)} broken", sys.stdout)
+    if left_out:
+        say(f"left out, neither pictures nor captions of pictures: {counted(left_out)}", sys.stdout)
+    if found:
+        say(describe(found, batch), sys.stdout)
+    for line in broken:
+        say(f"broken: {line}", sys.stdout)
+
+
 def main() -> int:
     arguments = parse()
     config = load(TrainConfig, arguments.config, arguments.overrides)
@@ -119,20 +133,13 @@ def main() -> int:
     data = open_data(replace(config, webdataset_path=arguments.folder, scenes=None, max_broken=1))
     entries = list(look(data, buckets, arguments.decode))
     found = [entry for entry in entries if isinstance(entry, Found)]
-    broken = sorted((entry for entry in entries if isinstance(entry, Broken)), key=lambda entry: entry.name)
+    broken = sorted((entry.name, entry.reason) for entry in entries if isinstance(entry, Broken))
+    lines = [f"{name}: {reason}" for name, reason in broken]
     left_out = sum((Counter(entry.counts) for entry in entries if isinstance(entry, LeftOut)), Counter())
-    lines = [f"{entry.name}: {entry.reason}" for entry in broken]
-    counts = Counter(entry.bucket for entry in found)
-    say(f"{arguments.folder}: {len(found)} pictures, {len(broken)} broken", sys.stdout)
-    if left_out:
-        say(f"left out, neither pictures nor captions of pictures: {counted(left_out)}", sys.stdout)
-    if found:
-        say(describe(found, counts, max(1, config.batch_size // config.grad_accum_steps)), sys.stdout)
-    for line in lines:
-        say(f"broken: {line}", sys.stdout)
-    write(Path(arguments.output), counts, lines)
+    tell(arguments.folder, found, lines, left_out, max(1, config.batch_size // config.grad_accum_steps))
+    write(Path(arguments.output), Counter(entry.bucket for entry in found), lines)
     say(f"written: {Path(arguments.output, 'buckets.png')} and broken.txt", sys.stdout)
-    reasons = [entry.reason for entry in broken]
+    reasons = [reason for _, reason in broken]
     check_broken(arguments.folder, len(broken), len(found) + len(broken), config.max_broken, reasons)
     if not found:
         raise ValueError(f"{arguments.folder}: it holds no picture, but {counted(left_out)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -90,5 +91,6 @@ def _of_entry(name: str, entry: Mapping[str, Any]) -> str:
 
 
 def _whole(text: str) -> str:
-    """Text that can be encoded: halves of surrogate pairs, which JSON allows, are joined or replaced."""
-    return text.strip().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    """Text that can be encoded, as halves of surrogate pairs cannot; empty if nothing in it is seen."""
+    text = text.strip().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text if any(unicodedata.category(letter)[0] not in "CZ" for letter in text) else ""

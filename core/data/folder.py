@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -79,21 +79,19 @@ def index_folder(
         contents = ((suffix_of(file), (folder / file).read_bytes()) for file in captions[name])
         return first_caption(chain(contents, listed.get(name, ())), empty_captions, NOWHERE)
 
-    def read(names: Sequence[str]) -> list[Sample | Broken]:
-        return [_read_sample(folder, name, caption_of) for name in names]
-
-    pictures = sorted(captions)
-    chunks = [pictures[start : start + INDEX_CHUNK] for start in range(0, len(pictures), INDEX_CHUNK)]
-    with ThreadPoolExecutor(INDEX_THREADS) as pool:
-        entries = list(chain.from_iterable(pool.map(read, chunks)))
+    entries = _read_samples(folder, sorted(captions), caption_of)
     samples = tuple(entry for entry in entries if isinstance(entry, Sample))
     broken += [entry for entry in entries if isinstance(entry, Broken)]
-    for entry in broken:
-        log.warning("skipped %s: %s", entry.name, entry.reason)
-    warn_of_left_out(str(folder), left_out)
+    _tell(str(folder), broken, left_out)
     reasons = [entry.reason for entry in broken]
     check_broken(str(folder), len(broken), len(samples) + len(broken), max_broken, reasons)
     return FolderIndex(folder, samples, tuple(broken), left_out)
+
+
+def _tell(source: str, broken: Iterable[Broken], left_out: Mapping[str, int]) -> None:
+    for entry in broken:
+        log.warning("skipped %s: %s", entry.name, entry.reason)
+    warn_of_left_out(source, left_out)
 
 
 def _survey(folder: Path) -> tuple[dict[str, list[str]], list[str], Counter[str]]:
@@ -128,12 +126,21 @@ def warn_of_left_out(source: str, left_out: Mapping[str, int]) -> None:
         log.warning("%s: left out: %s", source, counted(left_out))
 
 
-def _read_sample(folder: Path, name: str, caption_of: Callable[[str], str]) -> Sample | Broken:
-    path = folder / name
-    try:
-        return Sample(name, caption_of(name), *header_size(path))
-    except (OSError, ValueError) as error:
-        return Broken(name, str(error).removeprefix(f"{path}: "))
+def _read_samples(
+    folder: Path, names: Sequence[str], caption_of: Callable[[str], str]
+) -> list[Sample | Broken]:
+    """These pictures' samples, or why there are none, read by several threads."""
+
+    def read(name: str) -> Sample | Broken:
+        path = folder / name
+        try:
+            return Sample(name, caption_of(name), *header_size(path))
+        except (OSError, ValueError) as error:
+            return Broken(name, str(error).removeprefix(f"{path}: "))
+
+    chunks = [names[start : start + INDEX_CHUNK] for start in range(0, len(names), INDEX_CHUNK)]
+    with ThreadPoolExecutor(INDEX_THREADS) as pool:
+        return list(chain.from_iterable(pool.map(lambda chunk: list(map(read, chunk)), chunks)))
 
 
 # --- pictures -------------------------------------------------------------------------------------
