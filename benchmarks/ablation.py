@@ -23,11 +23,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "inference"), str(ROOT / "train")]
-from evaluate import FEW, TINY, Sheets, load_recogniser
-from train_t2i import check, load_networks
-
 from core.checkpoint import check_file
 from core.cli import device_named, run
 from core.conditioning import TextCondition
@@ -35,7 +30,15 @@ from core.config import TrainConfig, guidance_sizes
 from core.config_files import as_yaml, load
 from core.data.loader import Batch
 from core.evaluation import Evaluation, Judge, Measured, View, held_out_cases
-from core.guidance_training import GuidedStageC, draw_noise, drop_conditions, noise_latents
+from core.evaluation_run import FEW, TINY, Sheets, load_recogniser
+from core.guidance_training import (
+    GuidedStageC,
+    check,
+    draw_noise,
+    drop_conditions,
+    load_networks,
+    noise_latents,
+)
 from core.offload import Offloaded
 from core.passes import C_LATENT, in_halves, prepare_stage_c
 from core.pipeline import DTYPES, ControlEntries, Job, Observer, UltraPixelPipeline

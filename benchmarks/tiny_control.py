@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from core.cli import (
+    Help,
     add_model_flags,
     add_settings_flags,
     check_weights,
@@ -173,12 +174,10 @@ def report(rows: Sequence[Row]) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; the defaults are those of inference/test_controlnet.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     for side in ("height", "width"):
         parser.add_argument(f"--{side}", dest=f"asked_{side}", type=int, metavar="PX", help="the only one")
-    parser.add_argument("--num_image", type=int, default=16, help="held-out scenes, 2 or more (default 16)")
+    parser.add_argument("--num_image", type=int, default=16, help="held-out scenes, 2 or more (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the first scene")
     parser.add_argument("--prompts", choices=tuple(PROMPTS), default="none", help="what they say")
     parser.add_argument("--control_file", help="weights of the ControlNet")

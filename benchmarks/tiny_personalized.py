@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "inference")]
-from evaluate import CELL, TINY, by, contact_sheet, load_recogniser, table
-
 from core.cli import (
+    Help,
     add_model_flags,
     add_settings_flags,
     check_weights,
@@ -33,9 +29,11 @@ from core.cli import (
 )
 from core.data.scenes import EXTRA_SUBJECTS, caption
 from core.evaluation import Case, Evaluation, Judge, Measured, View, held_out_cases
+from core.evaluation_run import CELL, TINY, by, load_recogniser, table
 from core.images import save_image, to_image
 from core.loras import load_loras
 from core.presets import EMBEDDED
+from core.preview import contact_sheet
 from core.resolution import plan
 
 SUBJECT = re.compile(r"striped (hot air )?balloon")  # as captions say it
@@ -46,8 +44,7 @@ LOSS = 0.05  # at most, of the attributes that ordinary pictures get right
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     group = parser.add_argument_group("measurement")
     group.add_argument("--lora", nargs="+", metavar="FILE[:WEIGHT]", help="one of them with a token")
     group.add_argument("--num_image", type=int, default=50, help="held-out scenes")

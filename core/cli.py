@@ -1,25 +1,38 @@
-"""What the scripts' command lines share: flags, one-sentence errors, progress bars, the closing table."""
+"""What the scripts' command lines share: flags, one-sentence errors, progress bars, the closing table.
+
+It loads no torch, so that --help and a wrong flag are answered at once: what computes is imported by the
+scripts once their flags are read.
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
+import secrets
 import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
-import torch
 from tqdm import tqdm
 
-from core.config_files import FLOAT16_REFUSED
-from core.images import FORMATS, read_image_metadata
-from core.pipeline import Job, Progress, StageUse, UltraPixelPipeline
+from core.config import RunConfig
+from core.config_files import FLOAT16_REFUSED, as_yaml, load, nearest_key
+from core.images import FORMATS, check_format, prepare_folder, read_image_metadata
+from core.paths import at_home, located
 from core.presets import DEFAULT, EMBEDDED, PRESETS
 from core.printable import say, unbroken
-from core.settings import Settings
-from gdf.samplers import SAMPLERS
+from core.settings import Job, Settings
+from gdf.names import SAMPLER_NAMES
+
+if TYPE_CHECKING:
+    import torch
+
+    from core.pipeline import Progress, StageUse, UltraPixelPipeline
+
+Config = TypeVar("Config", bound=RunConfig)
 
 DTYPE_NAMES = {
     "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32",
@@ -27,6 +40,8 @@ DTYPE_NAMES = {
 FLOAT16_NAMES = ("fp16", "float16", "half")
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype")  # what tells which models made a picture
 FACTS = ("versions", "weights")  # in pictures, besides the values of flags
+DRY_RUN = "dry_run"
+DRAW_SEED, SEEDS = -1, 2**31  # --seed -1 draws one below SEEDS
 
 
 # --- running a script -----------------------------------------------------------------------------
@@ -39,14 +54,16 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(main() or 0)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except torch.OutOfMemoryError as error:
+    except (ValueError, OSError) as error:
+        _fail(f"error: {error}", 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
         cause = str(error).splitlines()[0]
         _fail(
             f"error: the device's memory is full ({cause}): ask for a smaller picture, without --resident",
             2,
         )
-    except (ValueError, OSError) as error:
-        _fail(f"error: {error}", 2)
 
 
 def _fail(message: str, code: int) -> None:
@@ -55,6 +72,25 @@ def _fail(message: str, code: int) -> None:
 
 
 # --- flags ----------------------------------------------------------------------------------------
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every flag's default, unless its text tells it, and the description as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if "(default" in (action.help or "") or not action.option_strings:
+            return action.help
+        if action.const is True or action.default is None:
+            return f"{action.help} (default: {'off' if action.const else 'none'})"
+        return super()._get_help_string(action)
+
+
+def home_path(text: str) -> str:
+    """A path of the command line, in which no shell may have replaced the ~."""
+    try:
+        return at_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def dtype_name(text: str) -> str:
@@ -76,6 +112,8 @@ def guidance_r(text: str) -> float | str:
 
 def device_named(text: str | None) -> torch.device:
     """The asked device, or the GPU where there is one; ValueError for one that is not there."""
+    import torch
+
     if text is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -94,15 +132,23 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which files, and how they run."""
     group = parser.add_argument_group("models")
     group.add_argument(
-        "--preset", choices=tuple(PRESETS), help="sets the three flags below, the picture's size and --cfg"
-    )
-    group.add_argument("--config_c", default=DEFAULT.config_c, help="configuration of Stage C")
-    group.add_argument("--config_b", default=DEFAULT.config_b, help="configuration of Stages B and A")
+        "--preset", choices=tuple(PRESETS),
+        help="sets the three flags below, the picture's size and --cfg",
+    )  # fmt: skip
     group.add_argument(
-        "--pretrained_path", default=DEFAULT.pretrained_path, help="guidance weights ('none': unguided)"
-    )
-    group.add_argument("--dtype", type=dtype_name, help="bf16 or float32; left out, the configuration's")
-    group.add_argument("--device", help="cpu, cuda or cuda:N; left out, the GPU where there is one")
+        "--config_c", type=home_path, default=DEFAULT.config_c,
+        help="configuration of Stage C (default: the preset's, else %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--config_b", type=home_path, default=DEFAULT.config_b,
+        help="configuration of Stages B and A (default: the preset's, else %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--pretrained_path", type=home_path, default=DEFAULT.pretrained_path,
+        help="guidance weights, or 'none': without guidance (default: the preset's, else %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--dtype", type=dtype_name, help="bf16 or float32 (default: the configuration's)")
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU where there is one, else cpu)")
     group.add_argument(
         "--resident", action="store_true", help="keep all stages on the device (faster, more memory)"
     )
@@ -114,39 +160,69 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     """What pictures to make, and where they go."""
     group = parser.add_argument_group("pictures")
-    group.add_argument("--height", type=int, default=DEFAULT.height, help="pixels")
-    group.add_argument("--width", type=int, default=DEFAULT.width, help="pixels")
-    group.add_argument("--prompt", help="what the picture shows")
-    group.add_argument("--prompt_file", help="a text file with one prompt a paragraph, instead of --prompt")
-    group.add_argument("--negative_prompt", default="", help="what it should not show")
+    for side in ("height", "width"):
+        group.add_argument(
+            f"--{side}", type=int, default=getattr(DEFAULT, side),
+            help="pixels (default: the preset's, else %(default)s)",
+        )  # fmt: skip
+    prompts = group.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", help="what the picture shows; it or --prompt_file")
+    prompts.add_argument("--prompt_file", type=home_path, help="a text file with one prompt a paragraph")
+    group.add_argument("--negative_prompt", default="", help="what it should not show (default: nothing)")
     group.add_argument("--num_image", type=int, default=1, help="pictures per prompt")
-    group.add_argument("--seed", type=int, default=123, help="of the first picture; the i-th has seed + i")
-    group.add_argument("--output_dir", default="outputs", help="folder for the pictures")
-    group.add_argument("--format", choices=FORMATS, default="png")
+    group.add_argument(
+        "--seed", type=int, default=123, help="of the first picture, the i-th has seed + i; -1 draws one"
+    )
+    group.add_argument("--output_dir", type=home_path, default="outputs", help="folder for the pictures")
+    group.add_argument("--format", choices=FORMATS, default="png", help="of the files")
 
 
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     """How the passes sample; the names are those of `Settings`."""
     d = Settings()
     group = parser.add_argument_group("sampling")
-    samplers = tuple(SAMPLERS)
     group.add_argument("--steps", type=int, default=d.steps, help="of each pass of Stage C")
-    group.add_argument("--cfg", type=float, default=d.cfg, help="guidance weight of Stage C; 1 for none")
-    group.add_argument("--cfg_end", type=float, help="guidance weight at the last step, linear in between")
+    group.add_argument(
+        "--cfg", type=float, default=d.cfg,
+        help="guidance weight of Stage C; 1 for none (default: the preset's, else %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cfg_end", type=float, help="guidance weight at the last step, linear in between (default: --cfg)"
+    )
     group.add_argument(
         "--cfg_interval", type=float, nargs=2, default=d.cfg_interval, metavar=("LOW", "HIGH"),
         help="times in [0, 1] between which the unconditional half is computed",
     )  # fmt: skip
-    group.add_argument("--cfg_rescale", type=float, default=d.cfg_rescale)
-    group.add_argument("--shift", type=float, default=d.shift, help="of the noise schedule of Stage C")
-    group.add_argument("--sampler", choices=samplers, default=d.sampler, help="of Stage C")
     group.add_argument(
-        "--guidance_r", type=guidance_r, help="noise condition of the guiding features, or last_step"
-    )
-    group.add_argument("--steps_b", type=int, default=d.steps_b)
-    group.add_argument("--cfg_b", type=float, default=d.cfg_b)
-    group.add_argument("--sampler_b", choices=samplers, default=d.sampler_b)
+        "--cfg_rescale", type=float, default=d.cfg_rescale,
+        help="how far, 0 to 1, the guided prediction is drawn back to its contrast without guidance",
+    )  # fmt: skip
+    group.add_argument("--shift", type=float, default=d.shift, help="of the noise schedule of Stage C")
+    group.add_argument("--sampler", choices=SAMPLER_NAMES, default=d.sampler, help="of Stage C")
+    group.add_argument(
+        "--guidance_r", type=guidance_r,
+        help="noise condition of the guiding features (default: last_step at 20 steps, else 0.05)",
+    )  # fmt: skip
+    group.add_argument("--steps_b", type=int, default=d.steps_b, help="of Stage B")
+    group.add_argument("--cfg_b", type=float, default=d.cfg_b, help="guidance weight of Stage B; 1 for none")
+    group.add_argument("--sampler_b", choices=SAMPLER_NAMES, default=d.sampler_b, help="of Stage B")
     group.add_argument("--stage_a_tiled", action="store_true", help="decode in tiles also where it would fit")
+
+
+def picture_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags of all scripts that make pictures; use it with `parse_with_preset`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+    add_picture_flags(parser)
+    add_settings_flags(parser)
+    add_model_flags(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--from_image", type=home_path, metavar="FILE",
+        help="make this picture again, or with what other flags change; it gives their defaults",
+    )  # fmt: skip
+    group.add_argument("--preview", action="store_true", help="save small previews while Stage C runs")
+    group.add_argument("--dry_run", action="store_true", help="print configuration and plan, and stop")
+    return parser
 
 
 def parse_with_preset(
@@ -154,7 +230,8 @@ def parse_with_preset(
 ) -> argparse.Namespace:
     """The parsed flags, with --preset and then --from_image, if there is such a flag, giving the defaults.
 
-    `own` names flags whose defaults a preset leaves as the script has them.
+    `own` names flags whose defaults a preset leaves as the script has them. --seed -1 draws a seed and says
+    which.
     """
     known = parser.parse_args(arguments)
     if known.preset is not None:
@@ -169,11 +246,47 @@ def parse_with_preset(
                 "one that made it"
             )
         parser.set_defaults(**{name: value for name, value in stored.items() if hasattr(known, name)})
-    return parser.parse_args(arguments)
+    found = parser.parse_args(arguments)
+    if getattr(found, "seed", None) == DRAW_SEED:
+        found.seed = secrets.randbelow(SEEDS)
+        sys.stderr.write(f"seed {found.seed} was drawn\n")
+    return found
+
+
+def read_command(cls: type[Config], description: str) -> Config:
+    """The configuration of a training script's command line; --dry_run prints it and ends the script."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+    group = parser.add_argument_group("configuration")
+    group.add_argument("config", type=home_path, help="a YAML file such as configs/training/t2i.yaml")
+    group.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
+    group.add_argument(f"--{DRY_RUN}", action="store_true", help="print the resolved configuration and stop")
+    words = sys.argv[1:]
+    arguments, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        parser.error(_explain_flag(words, unknown[0], [*get_type_hints(cls)]))
+    config = load(cls, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        sys.stdout.write(as_yaml(config))
+        parser.exit()
+    return config
+
+
+def _explain_flag(words: Sequence[str], flag: str, keys: Sequence[str]) -> str:
+    """What to write instead of a flag that there is not; `words` are the whole command line."""
+    name, equals, value = flag.lstrip("-").partition("=")
+    near = name if name in keys else nearest_key(name, [*keys, DRY_RUN])
+    if near == DRY_RUN:
+        return f"there is no flag {flag}: it is called --{DRY_RUN}"
+    if not equals:
+        after = words[words.index(flag) + 1 :]
+        value = after[0] if after and "=" not in after[0] and not after[0].startswith("--") else "VALUE"
+    return f"there is no flag {flag}: the keys of the configuration come without dashes, as in {near}={value}"
 
 
 def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
-    """The pipeline that the flags name; nothing is loaded yet."""
+    """The pipeline that the flags name; no weights are loaded yet."""
+    from core.pipeline import UltraPixelPipeline
+
     guidance = None if arguments.pretrained_path == "none" else arguments.pretrained_path
     device = device_named(arguments.device)
     return UltraPixelPipeline.from_config(
@@ -188,7 +301,7 @@ def check_weights(pipeline: UltraPixelPipeline, preset: str | None) -> None:
         pipeline.check_files()
     except (ValueError, FileNotFoundError) as error:
         missing = any(not Path(path).exists() for path in pipeline.files().values())
-        if preset is None and missing and Path(PRESETS[EMBEDDED].pretrained_path).exists():
+        if preset is None and missing and Path(located(PRESETS[EMBEDDED].pretrained_path)).exists():
             raise ValueError(f"{error}; --preset {EMBEDDED} runs now, its weights are here") from None
         raise
 
@@ -197,6 +310,30 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     """The settings that the flags describe."""
     values = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__}
     return Settings(**{**values, "cfg_interval": tuple(values["cfg_interval"])})
+
+
+def make_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """The pictures to make: each prompt --num_image times, the i-th of all with seed + i.
+
+    Their folder is made, unless nothing is to be made (--dry_run). ValueError for what they cannot be.
+    """
+    wanted = [prompt for prompt in prompts_of(arguments) for _ in range(arguments.num_image)]
+    size = (arguments.height, arguments.width)
+    check_format(arguments.format, *size)
+    if not arguments.dry_run:
+        prepare_folder(arguments.output_dir)
+    return [Job(p, *size, arguments.seed + i, arguments.negative_prompt) for i, p in enumerate(wanted)]
+
+
+def prompts_of(arguments: argparse.Namespace) -> list[str]:
+    """The prompts that the flags name; ValueError if they name none, or no picture of them."""
+    if arguments.num_image < 1:
+        raise ValueError(f"--num_image must be at least 1, not {arguments.num_image}")
+    if arguments.prompt_file is not None:
+        return read_prompts(arguments.prompt_file)
+    if arguments.prompt is None:
+        raise ValueError('no prompt was given: add --prompt "what the picture shows", or --prompt_file FILE')
+    return [arguments.prompt]
 
 
 def read_prompts(path: str | Path) -> list[str]:

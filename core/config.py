@@ -23,7 +23,7 @@ from core.sizes import (
     StageCSizes,
     TextSizes,
 )
-from gdf.loss_weights import loss_weight_named
+from gdf.names import LOSS_WEIGHT_NAMES, check_name
 
 MIN_CONTROL_SIZE = 16  # px
 
@@ -176,7 +176,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "lr", "batch_size", "image_size", "grad_accum_steps", "updates")
         _require_positive(self, "backup_every", "save_every", "loss_weight_shift")
-        loss_weight_named(self.loss_weight)
+        check_name("loss weight", self.loss_weight, LOSS_WEIGHT_NAMES)
         if self.adaptive_loss_weight and self.loss_weight != "constant":
             raise ValueError("'loss_weight' is used without 'adaptive_loss_weight': set that to false")
         if (self.webdataset_path is None) == (self.scenes is None):

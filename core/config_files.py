@@ -27,6 +27,7 @@ from core.config import (
     stage_b_sizes,
     stage_c_sizes,
 )
+from core.paths import located, repository_of
 
 T = TypeVar("T")
 
@@ -43,6 +44,8 @@ OTHER_NAMES = {
     "output_dir": "checkpoint_path",
 }  # fmt: skip
 FLOAT16_REFUSED = "float16 gives black pictures or NaN in Stage B and C"
+# Written, so always from the working directory; other keys that end in _path are read.
+OUTPUT_PATHS = ("checkpoint_path", "output_path", "cache_path", "export_path", "export_effnet_path")
 
 
 class ConfigError(ValueError):
@@ -55,7 +58,8 @@ class ConfigError(ValueError):
 def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file into the frozen dataclass `cls`.
 
-    `overrides` are `key=value` with YAML values, dotted for nested keys (`geometry.stride=8`).
+    `overrides` are `key=value` with YAML values, dotted for nested keys (`geometry.stride=8`). A path is from
+    the working directory or, of what is read and is not there, from the repository that the file lies in.
     A ConfigError of one sentence names the file and the key of whatever is unknown, missing or mistyped.
     """
     return _load(cls, path, overrides, {})
@@ -102,12 +106,26 @@ def _training_keys() -> dict[str, Any]:
 
 def _load(cls: type[T], path: str | Path, overrides: Sequence[str], dropped: Mapping[str, Any]) -> T:
     """Build `cls` from a file that may also hold the keys of `dropped` (name: type), only checked."""
+    path = located(str(path))
     values, own = _read(path, overrides), get_type_hints(cls)
     source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
     _refuse_unknown(values, [*own, *dropped], "", source)
     for key in [key for key in values if key not in own]:
         _convert(values.pop(key), dropped[key], key, source)
-    return _build(cls, values, source)
+    return _with_paths(_build(cls, values, source), repository_of(path), source)
+
+
+def _with_paths(config: T, root: Path | None, source: str) -> T:
+    """The configuration with its paths as they are used; `root` as in `core.paths.located`."""
+    paths = {}
+    for key, value in vars(config).items():
+        if key.endswith("_path") and isinstance(value, str):
+            base = None if key in OUTPUT_PATHS else root
+            try:
+                paths[key] = "::".join(located(part, base) for part in value.split("::"))
+            except ValueError as error:
+                raise ConfigError(f"{source}: in '{key}', {error}") from None
+    return replace(config, **paths)
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from core.config import ControlConfig, ControlFilter, LatentGeometry, check_proj
 from core.data.folder import NamedBytes
 from core.images import as_rgb, load_image, open_image
 from core.layouts import describe_mismatch, identify
+from core.paths import located
 from core.presets import DEFAULT
 from core.resolution import Size
 from core.sizes import CONTROLNETS, ControlNetSizes, StageCSizes
@@ -64,7 +65,8 @@ def open_controlnet(config: ControlConfig, stage_c: StageCSizes) -> ControlNetFi
     CheckpointError, or ValueError, if the file is of another network, of another ControlNet or of one for
     another Stage C. A file that is not there yet is taken for a fitting one: it is missed at loading.
     """
-    path = config.controlnet_checkpoint_path or DEFAULT.control_file.format(control=config.controlnet_filter)
+    default = DEFAULT.control_file.format(control=config.controlnet_filter)
+    path = located(config.controlnet_checkpoint_path or default)
     published = replace(CONTROLNETS[config.controlnet_filter], c_proj=stage_c.c_hidden[0])
     size = config.control_size or CONTROL_SIZE
     file = ControlNetFile(path, config.controlnet_filter, size, config.controlnet or published)

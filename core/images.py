@@ -16,14 +16,15 @@ from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-import torch
 from PIL import ExifTags, Image, ImageChops, ImageCms, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_PIXELS = 16384 * 16384  # the largest picture that is read; the largest that is made
 FORMATS = ("png", "jpg", "webp")
@@ -78,7 +79,7 @@ def to_image(pixels: Tensor) -> Image.Image:
     """A picture from pixels (3, H, W), clamped to [0, 1] and rounded to 8 bits; ValueError if any is NaN."""
     if pixels.isnan().any():
         raise ValueError("the decoded picture holds NaN; check the weight files and use bfloat16 or float32")
-    eight_bit = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    eight_bit = (pixels.float().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(eight_bit.permute(1, 2, 0).cpu().contiguous().numpy())
 
 

@@ -15,6 +15,7 @@ from core.config import StageCConfig, stage_c_sizes
 from core.lora_files import LoraFile, LoraTokens, name_tokens
 from core.lora_reading import find_lora_file, find_version, read_lora
 from core.new_tokens import WORD_END, MergedTokens, mentions
+from core.paths import located
 from modules.lora import MergedLora
 from modules.stage_c import StageC
 
@@ -60,7 +61,8 @@ def load_loras(texts: Sequence[str], config: StageCConfig) -> list[WeightedLora]
     ValueError or OSError names the file that cannot be used, and why.
     """
     loras = []
-    for path, weight in map(split_weight, texts):
+    for given, weight in map(split_weight, texts):
+        path = located(given)
         lora = _name_from(read_lora(path, stage_c_sizes(config)), config, path)
         loras.append(WeightedLora(lora, weight, path))
     return loras

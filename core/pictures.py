@@ -1,4 +1,4 @@
-"""What the scripts that make pictures share: their common flags, jobs, previews, and the run itself."""
+"""What the scripts that make pictures share once their flags are read: previews, and the run itself."""
 
 from __future__ import annotations
 
@@ -17,57 +17,18 @@ import torch
 from core.cli import (
     MODEL_FLAGS,
     ProgressBars,
-    add_model_flags,
-    add_picture_flags,
-    add_settings_flags,
     check_weights,
-    read_prompts,
     usage_table,
 )
 from core.control import Control
-from core.images import check_format, picture_stem, prepare_folder, save_image, save_new_image, to_image
-from core.pipeline import Job, Observer, Picture, Progress, UltraPixelPipeline, harmless, load_previewer
+from core.images import picture_stem, save_image, save_new_image, to_image
+from core.pipeline import Observer, Picture, Progress, UltraPixelPipeline, harmless, load_previewer
 from core.printable import say
 from core.report import WeightHashes, describe_plan, infotext, picture_metadata
 from core.resolution import plan
-from core.settings import Settings
+from core.settings import Job, Settings
 
 PREVIEW_EVERY = 4  # steps of the high-resolution pass
-
-
-def picture_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all of them have; use it with `core.cli.parse_with_preset`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add_picture_flags(parser)
-    add_settings_flags(parser)
-    add_model_flags(parser)
-    parser.add_argument("--from_image", help="repeat this picture from the settings inside it")
-    parser.add_argument("--preview", action="store_true", help="save small previews while Stage C runs")
-    parser.add_argument("--dry_run", action="store_true", help="print configuration and plan, and stop")
-    return parser
-
-
-def make_jobs(arguments: argparse.Namespace) -> list[Job]:
-    """The pictures to make: each prompt --num_image times, the i-th of all with seed + i.
-
-    Their folder is made, unless nothing is to be made (--dry_run). ValueError for what they cannot be.
-    """
-    if arguments.prompt_file is not None:
-        prompts = read_prompts(arguments.prompt_file)
-    elif arguments.prompt is not None:
-        prompts = [arguments.prompt]
-    else:
-        raise ValueError('no prompt was given: add --prompt "what the picture shows", or --prompt_file FILE')
-    if arguments.num_image < 1:
-        raise ValueError(f"--num_image must be at least 1, not {arguments.num_image}")
-    wanted = [prompt for prompt in prompts for _ in range(arguments.num_image)]
-    size = (arguments.height, arguments.width)
-    check_format(arguments.format, *size)
-    if not arguments.dry_run:
-        prepare_folder(arguments.output_dir)
-    return [Job(p, *size, arguments.seed + i, arguments.negative_prompt) for i, p in enumerate(wanted)]
 
 
 class Previews:

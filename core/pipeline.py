@@ -42,8 +42,9 @@ from core.passes import (
     prepare_stage_c,
     stage_b_pass,
 )
+from core.paths import located
 from core.resolution import Plan, guidance_strength, plan
-from core.settings import Settings
+from core.settings import Job, Settings
 from gdf.samplers import Estimate, Step
 from gdf.targets import target_named
 from modules.controlnet import ControlNet
@@ -57,17 +58,6 @@ from modules.stage_c import StageC
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 GROUP = 8  # pictures that go through stages that move together: each moves to the device once for them
 NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture to make."""
-
-    prompt: str
-    height: int
-    width: int
-    seed: int
-    negative_prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,9 +157,10 @@ class UltraPixelPipeline:
         allow_download: bool = False,
     ) -> UltraPixelPipeline:
         """The pipeline of two configuration files and a file of guidance weights (None: without guidance)."""
+        guidance_path = None if pretrained_path is None else located(str(pretrained_path))
         overrides = [] if dtype is None else [f"dtype={dtype}"]
         loaded = load_stage_c(config_c, overrides), load_stage_b(config_b, overrides)
-        return cls(*loaded, pretrained_path, device, resident, allow_download)
+        return cls(*loaded, guidance_path, device, resident, allow_download)
 
     def __call__(
         self,

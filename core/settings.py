@@ -1,14 +1,26 @@
-"""The settings of a generation: everything beside prompt, size and seed that determines a picture."""
+"""What determines a picture, beside the models: the job with prompt, size and seed, and the settings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from gdf.samplers import CfgSettings, sampler_named
+from gdf.cfg import CfgSettings
+from gdf.names import SAMPLER_NAMES, check_name
 
 PUBLISHED_STEPS = 20  # at this many steps the last step's r is the one that training uses
 TRAINING_R = 0.05  # noise condition of the low-resolution pass in training (paper section 4.1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make."""
+
+    prompt: str
+    height: int
+    width: int
+    seed: int
+    negative_prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,8 @@ class Settings:
             raise ValueError(f"guidance_r must lie between 0 and 1 or be 'last_step', not {self.guidance_r}")
         if isinstance(self.guidance_r, str) and self.guidance_r != "last_step":
             raise ValueError(f"guidance_r must be a number or 'last_step', not {self.guidance_r!r}")
-        sampler_named(self.sampler)
-        sampler_named(self.sampler_b)
+        for sampler in (self.sampler, self.sampler_b):
+            check_name("sampler", sampler, SAMPLER_NAMES)
         _ = self.cfg_stage_c
 
     @property

@@ -1,18 +1,16 @@
-"""What every training script does around its recipe: command line, checks, run folder, trackers, the loop."""
+"""What every training script does around its recipe: checks, run folder, trackers, the loop."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 import torch
 import yaml
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 
 from core.checkpoint import Translate, check_file, config_metadata, load_module, save_tensors, save_text
 from core.config import RunConfig
-from core.config_files import as_yaml, load, nearest_key
+from core.config_files import as_yaml
 from core.data.loader import Batch, LoaderSettings, Position
 from core.data.sources import Data, open_data, stream
 from core.distributed import ignore_accelerate_variables
@@ -32,9 +30,7 @@ from gdf.loss_weights import loss_weight_named
 log = logging.getLogger(__name__)
 
 Export = Callable[[Mapping[str, Tensor], int], None]  # of named tensors at an update
-Config = TypeVar("Config", bound=RunConfig)
 
-DRY_RUN = "dry_run"
 CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
 # What cannot change between the parts of a run, since its checkpoints would not fit.
 FIXED = (
@@ -42,40 +38,6 @@ FIXED = (
     "controlnet", "controlnet_filter",
 )  # fmt: skip
 FIXED_OF_LORA = ("lora_rank", "module_filters", "train_tokens")  # other trainings train no tokens
-
-
-# --- the command line -----------------------------------------------------------------------------
-
-
-def read_command(cls: type[Config], description: str | None) -> Config:
-    """The configuration of a script's command line; --dry_run prints it and ends the script."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="a YAML file such as configs/training/t2i.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
-    parser.add_argument(f"--{DRY_RUN}", action="store_true", help="print the resolved configuration and stop")
-    words = sys.argv[1:]
-    arguments, unknown = parser.parse_known_intermixed_args(words)
-    if unknown:
-        parser.error(_explain_flag(words, unknown[0], [*get_type_hints(cls)]))
-    config = load(cls, arguments.config, arguments.overrides)
-    if arguments.dry_run:
-        sys.stdout.write(as_yaml(config))
-        parser.exit()
-    return config
-
-
-def _explain_flag(words: Sequence[str], flag: str, keys: Sequence[str]) -> str:
-    """What to write instead of a flag that there is not; `words` are the whole command line."""
-    name, equals, value = flag.lstrip("-").partition("=")
-    near = name if name in keys else nearest_key(name, [*keys, DRY_RUN])
-    if near == DRY_RUN:
-        return f"there is no flag {flag}: it is called --{DRY_RUN}"
-    if not equals:
-        after = words[words.index(flag) + 1 :]
-        value = after[0] if after and "=" not in after[0] and not after[0].startswith("--") else "VALUE"
-    return f"there is no flag {flag}: the keys of the configuration come without dashes, as in {near}={value}"
 
 
 # --- before any model loads -----------------------------------------------------------------------

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gdf.names import check_name
+
 LossWeight = Callable[[Tensor], Tensor]
 
 ADAPTIVE_EDGES, ADAPTIVE_RANGE = 299, 10.0
@@ -82,8 +84,7 @@ WEIGHTS: dict[str, LossWeight] = {
 
 def loss_weight_named(name: str, shift: float = 1.0) -> LossWeight:
     """A fixed weight by its function's name, read at logSNR + 2 ln(shift); ValueError for an unknown one."""
-    if name not in WEIGHTS:
-        raise ValueError(f"loss weight {name!r} is not one of {', '.join(WEIGHTS)}")
+    check_name("loss weight", name, tuple(WEIGHTS))
     return WEIGHTS[name] if shift == 1.0 else shifted(WEIGHTS[name], shift)
 
 

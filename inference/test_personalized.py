@@ -11,9 +11,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from core.cli import MODEL_FLAGS, make_pipeline, parse_with_preset, run, settings_of
-from core.loras import load_loras, uncalled
-from core.pictures import make_jobs, make_pictures, picture_parser
+from core.cli import (
+    MODEL_FLAGS,
+    home_path,
+    make_jobs,
+    make_pipeline,
+    parse_with_preset,
+    picture_parser,
+    run,
+    settings_of,
+)
 
 CONFIG_C = "configs/training/lora_personalization.yaml"  # has the token of the published file, which lacks it
 
@@ -36,9 +43,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line: that of test_t2i, and the LoRAs."""
     parser = picture_parser(__doc__)
     parser.set_defaults(config_c=CONFIG_C)
-    parser.add_argument(
-        "--lora", "--pretrained_path_lora", action=Gather, default=(), metavar="FILE[:WEIGHT]",
-        help="a LoRA in any layout, and how much of it; once for each of several",
+    group = parser.add_argument_group("LoRA")
+    group.add_argument(
+        "--lora", "--pretrained_path_lora", type=home_path, action=Gather, default=(),
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA and how much of it, once for each of several (default: the preset's, else none)",
     )  # fmt: skip
     return parse_with_preset(parser, arguments)
 
@@ -48,6 +57,10 @@ def main() -> int:
     jobs, settings = make_jobs(arguments), settings_of(arguments)
     if not arguments.lora:
         raise ValueError("no LoRA was given: add --pretrained_path_lora FILE, or --lora FILE:WEIGHT")
+    # These load torch, once the flags are read.
+    from core.loras import load_loras, uncalled
+    from core.pictures import make_pictures
+
     pipeline = make_pipeline(arguments)
     loras = load_loras(arguments.lora, pipeline.config_c)
     pipeline.set_loras(loras)

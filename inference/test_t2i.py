@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from core.cli import make_pipeline, parse_with_preset, run, settings_of
-from core.pictures import make_jobs, make_pictures, picture_parser
+from core.cli import make_jobs, make_pipeline, parse_with_preset, picture_parser, run, settings_of
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -16,6 +15,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(given: list[str] | None = None) -> int:
     arguments = parse(given)
     jobs, settings = make_jobs(arguments), settings_of(arguments)
+    from core.pictures import make_pictures  # loads torch, once the flags are read
+
     return make_pictures(arguments, make_pipeline(arguments), jobs, settings)
 
 

@@ -21,7 +21,7 @@ from core.conditioning import Conditions
 from core.config import ControlConfig, ControlTrainConfig
 from core.config_files import load
 from core.control import edges, open_controlnet
-from core.control_training import ControlledStageC, random_holes, what_is_seen
+from core.control_training import ControlledStageC, check, random_holes, what_is_seen
 from core.guidance_training import draw_noise
 from core.noising import noised
 from core.sizes import TINY, ControlNetSizes, StageCSizes
@@ -34,9 +34,6 @@ SIZES = ControlNetSizes(
     stages=(("fused", 1, 2, 16, 1), ("fused", 2, 2, 16, 1)),
 )  # fmt: skip
 SCRIPT = str(ROOT / "train" / "train_ultrapixel_control.py")
-
-sys.path.insert(0, str(ROOT / "train"))
-import train_ultrapixel_control as script  # noqa: E402
 
 
 def run(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -99,7 +96,7 @@ def test_the_projections_can_be_trained_alone(trained: Path) -> None:
 def test_what_cannot_be_trained_is_told(override: str, part: str) -> None:
     config = load(ControlTrainConfig, ROOT / "configs" / "tiny" / "train_control.yaml", [override])
     with pytest.raises((ValueError, OSError), match=part):
-        script.check(config)
+        check(config)
 
 
 # --- a step ---------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_a_small_picture_is_enlarged(run: Run, family_folder: Path, tmp_path: Pa
         ({"canny_source_url": "nowhere.png"}, ["nowhere.png", "does not exist"]),
         ({"canny_source_url": "text.png"}, ["text.png", "not a picture"]),
         ({"canny_source_url": "http://127.0.0.1:1/x.png"}, ["http://127.0.0.1:1/x.png", "cannot be fetched"]),
-        ({"canny_source_url": None}, ["--canny_source_url", "--control_image"]),
+        ({"canny_source_url": None}, ["--control_source", "--control_image"]),
         ({"control": "inpainting", "mask": "small_mask.png"}, ["60 x 75", "120 x 150"]),
         ({"control": "inpainting"}, ["needs a hole"]),
         ({"control": "super_resolution"}, ["effnet_checkpoint_path"]),

@@ -40,6 +40,7 @@ from core.evaluation import (
     shares,
     stage_a_round_trip,
 )
+from core.evaluation_run import make_series
 from core.images import read_image_metadata
 from core.resolution import plan
 from core.settings import Settings
@@ -320,8 +321,8 @@ def test_the_embedded_family_is_measured_at_both_sizes_and_others_at_their_own(
 ) -> None:
     sizes = {name: script["asked_sizes"](script["parse"](["--preset", name])) for name in ("tiny", "lite")}
     assert sizes == {"tiny": [(128, 128), (512, 512)], "lite": [(2048, 2048)]}
-    series = script["make_series"](sizes["tiny"], compare=True, guided=True)
+    series = make_series(sizes["tiny"], compare=True, guided=True)
     assert [(s.size, s.guided, len(s.views)) for s in series] == [
         ((128, 128), True, 2), ((512, 512), True, 1), ((512, 512), False, 1),
     ]  # fmt: skip
-    assert len(script["make_series"](sizes["tiny"], compare=True, guided=False)) == 2
+    assert len(make_series(sizes["tiny"], compare=True, guided=False)) == 2

@@ -315,7 +315,7 @@ def test_denoiser_reads_out_the_guided_prediction():
         (lambda: CfgSettings(interval=(0.8, 0.2)), "interval is 0.8 to 0.2"),
         (lambda: CfgSettings(interval=(0.0, 2.0)), "interval is 0.0 to 2.0"),
         (lambda: target_named("eps"), "'eps': use one of epsilon, x0, v, rectified_flow"),
-        (lambda: samplers.sampler_named("euler"), "'euler': use one of ddpm, ddim, lcm, dpmpp_2m"),
+        (lambda: samplers.sampler_named("euler"), "'euler' is not one of ddpm, ddim, lcm, dpmpp_2m"),
     ],
 )
 def test_impossible_settings_are_refused_by_name_and_value(make, message):

@@ -32,9 +32,9 @@ from training_lesson import (
 sys.path[:0] = [str(ROOT / "train"), str(ROOT / "figures"), str(ROOT / "benchmarks")]
 import draw_examples  # noqa: E402
 import train_personalized  # noqa: E402
-from train_personalized import Networks, load_networks  # noqa: E402
 from training_memory import Job, allocator_growth, estimate, prepare  # noqa: E402
 
+from core import lora_training  # noqa: E402
 from core.checkpoint import load_module  # noqa: E402
 from core.conditioning import Conditions, TextEncoder  # noqa: E402
 from core.config import LatentGeometry, PersonalizedTrainConfig  # noqa: E402
@@ -44,6 +44,7 @@ from core.guidance_training import GuidedStageC, NoisyLatents, SampleNoise, draw
 from core.lora_files import LoraFile  # noqa: E402
 from core.lora_names import published_orders  # noqa: E402
 from core.lora_reading import read_lora  # noqa: E402
+from core.lora_training import Networks, load_networks  # noqa: E402
 from core.new_tokens import MergedTokens, matching_rows  # noqa: E402
 from core.personalization import at_every_size  # noqa: E402
 from core.sizes import EffnetSizes, GuidanceSizes, StageCSizes  # noqa: E402
@@ -206,8 +207,8 @@ def test_inference_with_the_file_predicts_what_training_saw(
     """Low-resolution features and prediction, with the LoRA in both passes and the token in the prompt."""
     config = load(PersonalizedTrainConfig, lesson / "p.yaml")
     tensors = networks.module.state_dict()
-    lora = train_personalized.lora_file(tensors, config, networks.rows)
-    train_personalized.write_trained(tmp_path / "l.safetensors", lora, "own", networks.encoders.text)
+    lora = lora_training.lora_file(tensors, config, networks.rows)
+    lora_training.write_trained(tmp_path / "l.safetensors", lora, "own", networks.encoders.text)
     latents, clip_img, noise = example()
     with torch.no_grad():
         trained = networks.module(latents, [PROMPT, "a cat"], clip_img, noise)
@@ -293,7 +294,7 @@ def test_without_guidance_the_base_alone_is_trained(lesson: Path, tmp_path: Path
 def test_prior_pictures_count_by_their_weight(lesson: Path, tmp_path: Path) -> None:
     """Drawn scenes keep their own captions and have their own noise."""
     made: list[tuple[tuple, StepLoss]] = []
-    with recorded(train_personalized, "StepLoss", made):
+    with recorded(lora_training, "StepLoss", made):
         prior = ("prior_scenes={count: 20}", "prior_weight=0.25", "updates=1", NO_SHEETS)
         train(main, lesson / "p.yaml", tmp_path, *prior)
     counts = [result.counts.tolist() for _, result in made]
@@ -394,7 +395,7 @@ def test_another_rank_does_not_continue_the_folder(
 )
 def test_shipped_configurations_load_for_training_and_for_inference(path: str) -> None:
     config = load(PersonalizedTrainConfig, ROOT / path)
-    train_personalized.check_layout(config)
+    lora_training.check_layout(config)
     assert load_stage_c(ROOT / path).generator_checkpoint_path == config.generator_checkpoint_path
 
 

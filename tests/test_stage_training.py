@@ -188,11 +188,12 @@ def test_a_signal_to_all_processes_saves_and_stops(folder: Path, number: signal.
 
 CRASH = """
 import train_stage_a
+from core import stage_a_training
 def make_loss(run):
     def loss(*_):
         raise RuntimeError("broken")
     return loss
-train_stage_a.make_loss = make_loss
+stage_a_training.make_loss = make_loss
 train_stage_a.main()
 """
 

@@ -120,7 +120,7 @@ def test_a_dry_run_of_the_published_configuration_needs_no_weights() -> None:
     ("named", "parts"),
     [
         ({"prompt": None}, ["no prompt was given", "--prompt"]),
-        ({"prompt_file": "no/such.txt"}, ["no/such.txt"]),
+        ({"prompt": None, "prompt_file": "no/such.txt"}, ["no/such.txt"]),
         ({"height": 7}, ["height", "7"]),
         ({"num_image": 0}, ["--num_image", "0"]),
         ({"steps": 0}, ["steps", "0"]),

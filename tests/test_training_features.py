@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT / "train"))
 import train_stage_c  # noqa: E402
 import train_t2i  # noqa: E402
 
-from core import training_log  # noqa: E402
+from core import guidance_training, stage_c_training, training_log  # noqa: E402
 from core.checkpoint import load_module, read_tensors  # noqa: E402
 from core.config import StageCTrainConfig  # noqa: E402
 from core.config_files import load  # noqa: E402
@@ -119,7 +119,7 @@ def test_samples_are_drawn_without_dropout(lesson: Path, tmp_path: Path) -> None
     config["stage_c"]["dropout"] = [0.5, 0.5]
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     passes: list = []
-    with recorded(train_stage_c, "low_resolution_pass", passes):
+    with recorded(stage_c_training, "low_resolution_pass", passes):
         train(train_stage_c.main, tmp_path / "c.yaml", tmp_path, "updates=2", "save_every=1")
     (stage_c, held, *others), (sampled, _) = passes[-1]
     stage_c.eval()
@@ -135,7 +135,7 @@ def test_a_tiny_stage_c_learns_four_pictures(lesson: Path, tmp_path: Path) -> No
     pictures = pictures_of(lesson / "pictures")
     previewer = save_previewer(tmp_path / "previewer.safetensors", encoder, pictures)
     rows: list = []
-    with recorded(train_stage_c, "preview_row", rows):
+    with recorded(stage_c_training, "preview_row", rows):
         train(
             train_stage_c.main, lesson / "c.yaml", tmp_path, f"previewer_checkpoint_path={previewer}",
             f"cache_path={tmp_path / 'cache'}", "updates=400", "save_every=400", "batch_size=32",
@@ -193,7 +193,7 @@ def test_a_cache_gives_the_same_training(lesson: Path, t2i_run: Path, tmp_path: 
         cached = f"cache_path={tmp_path / 'cache'}"
         folder = train(train_t2i.main, lesson / "t2i.yaml", tmp_path, cached)
     seen = sum(len(inputs[1].captions) for inputs, _ in encoded)
-    assert seen == train_t2i.PREVIEWED + len(CAPTIONS)  # in 16 samples, once each, and the sheet's
+    assert seen == guidance_training.PREVIEWED + len(CAPTIONS)  # in 16 samples, once each, and the sheet's
     assert losses(folder) == pytest.approx(losses(t2i_run), rel=1e-5)
     assert len(cache_files(tmp_path)) == len(CAPTIONS)
 
@@ -325,7 +325,7 @@ def test_a_folder_of_another_network_is_refused_before_models_load(
 ) -> None:
     folder = shutil.copytree(t2i_run, tmp_path / "checkpoints" / "run")
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    with mock.patch.object(train_t2i, "build", side_effect=AssertionError("models load")):
+    with mock.patch.object(guidance_training, "build", side_effect=AssertionError("models load")):
         assert exit_code(train_t2i.main, lesson / "t2i.yaml", tmp_path, override) == 2
     message = last_line(capsys)
     assert str(folder) in message and f"another '{override.split('=')[0]}'" in message
@@ -346,7 +346,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_sentence(
     lesson: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with mock.patch.object(train_t2i, "build", side_effect=AssertionError("models load")):
+    with mock.patch.object(guidance_training, "build", side_effect=AssertionError("models load")):
         assert exit_code(train_t2i.main, lesson / "t2i.yaml", tmp_path / "file") == 2
     message = last_line(capsys)
     assert message.startswith("error: ") and str(tmp_path / "file") in message

@@ -6,80 +6,15 @@ Running the same command again continues from the last checkpoint in checkpoint_
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-
-import torch
-from torch import Tensor, nn
-
-from core.checkpoint import config_metadata, save_tensors
-from core.cli import run
+from core.cli import read_command, run
 from core.config import RecogniserTrainConfig
-from core.data.labelled import CLASSES, LabelledScenes, blur
-from core.data.loader import Batch
-from core.data.scenes import ATTRIBUTES
-from core.trainer import Recipe, StepLoss
-from core.training import Run, read_command, train
-from modules.recogniser import Recogniser, accuracies, attribute_losses
-
-log = logging.getLogger(__name__)
-
-EXPORT = "recogniser.safetensors"
-CHECKED = 256  # held-out pictures
-BLUR = 1.5  # pixels, of the second check
-NO_LOGSNR = 0.0  # a picture has no noise level
-
-
-def make_loss(run: Run) -> Callable[..., StepLoss]:
-    """Cross entropy of all attributes."""
-
-    def loss(module: nn.Module, batch: Batch, _keys: list[tuple[int, ...]]) -> StepLoss:
-        labels = run.data.labels(batch.names).to(run.device)
-        each = attribute_losses(module(batch.images.to(run.device)), labels)
-        return StepLoss(each, torch.full_like(each, NO_LOGSNR))
-
-    return loss
-
-
-def make_check(run: Run, recogniser: Recogniser) -> Callable[[int], None]:
-    """Tells the accuracy on held-out pictures, plain and blurred."""
-    data = LabelledScenes(replace(run.config.scenes, split="held_out", scales=(1,)), run.data.sizes)
-    pixels = [data.read(number, data.sizes[0], (0,)).pixels for number in range(CHECKED)]
-    images = (torch.stack(pixels).float() / 255).to(run.device)
-    labels = data.labels([str(number) for number in range(CHECKED)]).to(run.device)
-
-    def check(step: int) -> None:
-        recogniser.eval()
-        for name, shown in (("plain", images), (f"blurred by {BLUR} pixels", blur(images, BLUR))):
-            shares = accuracies(recogniser(shown), labels)
-            listed = ", ".join(f"{a} {s:.3f}" for a, s in zip(ATTRIBUTES, shares, strict=True))
-            mean = sum(shares) / len(shares)
-            log.info("update %d, held-out pictures, %s: mean %.4f; %s", step, name, mean, listed)
-        recogniser.train()
-
-    return check
-
-
-def build(run: Run) -> Recipe:
-    """The recogniser's recipe."""
-    config = run.config
-    if config.scenes is None:
-        raise ValueError("the recogniser learns from 'scenes', not from webdataset_path")
-    run = replace(run, data=LabelledScenes(config.scenes, run.data.sizes, degraded=config.degraded_share))
-    sizes = {"classes": CLASSES, **asdict(config.recogniser)}
-    torch.manual_seed(config.seed)
-    recogniser = Recogniser(**sizes).to(run.device, memory_format=torch.channels_last)
-
-    def export(tensors: Mapping[str, Tensor], _step: int) -> None:
-        save_tensors(run.export_path(EXPORT), tensors, config_metadata(sizes))
-
-    return Recipe(recogniser, run.batches, make_loss(run), make_check(run, recogniser), export)
 
 
 def main() -> int:
     config = read_command(RecogniserTrainConfig, __doc__)
-    return train(config, [], build)
+    from core.recogniser_training import train_recogniser  # loads torch, once the command is read
+
+    return train_recogniser(config)
 
 
 if __name__ == "__main__":

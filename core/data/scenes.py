@@ -12,8 +12,10 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "sky": ("day", "dusk", "night", "overcast"),

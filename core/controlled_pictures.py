@@ -1,0 +1,86 @@
+"""The run of inference/test_controlnet.py: from its flags to what steers the pictures, and the pictures."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from core.cli import MODEL_FLAGS, make_jobs, make_pipeline
+from core.config import ControlConfig, LatentGeometry
+from core.config_files import load_control
+from core.control import (
+    Control,
+    Source,
+    edge_control,
+    half_size_control,
+    hole_control,
+    read_source,
+    ready_edge_control,
+)
+from core.images import load_image
+from core.pictures import make_pictures
+from core.pipeline import UltraPixelPipeline, load_encoder
+from core.settings import Job, Settings
+
+SUFFIX = " high quality"  # to every prompt, as published
+# Pictures know the source by its first name, --canny_source_url, so that those of today can be repeated.
+CONTROL_FLAGS = (
+    "control", "control_file", "control_weight", "control_size", "keep_aspect", "canny_source_url", "mask",
+    "control_image",
+)  # fmt: skip
+
+
+def control_config(arguments: argparse.Namespace) -> ControlConfig:
+    """The ControlNet that the flags and the configuration name."""
+    config = load_control(arguments.config_c)
+    if config.controlnet_filter != arguments.control:  # what the configuration says is of another one
+        config = ControlConfig(controlnet_filter=arguments.control)
+    path, size = arguments.control_file, arguments.control_size
+    if path is not None:
+        config = replace(config, controlnet_checkpoint_path=path.replace("{control}", arguments.control))
+    return config if size is None else replace(config, control_size=size)
+
+
+def control_source(arguments: argparse.Namespace) -> Source:
+    """The picture that controls, or its edges; where it has a hole, sizes that were not asked for are its."""
+    if arguments.canny_source_url is None:
+        return Source(load_image(arguments.control_image))
+    mask = arguments.mask or arguments.control_image
+    source = read_source(arguments.canny_source_url, mask)
+    arguments.height = arguments.height or source.picture.height
+    arguments.width = arguments.width or source.picture.width
+    return source
+
+
+def make_control(
+    arguments: argparse.Namespace, pipeline: UltraPixelPipeline, source: Source, size: int
+) -> Control:
+    """What steers the pictures; `size` as in `core.control.edges`."""
+    geometry: LatentGeometry = pipeline.config_c.geometry
+    shape = (arguments.height, arguments.width)
+    if arguments.control == "inpainting":
+        control = hole_control(source, shape, geometry)
+    elif arguments.control == "super_resolution":
+        encoder = load_encoder(pipeline.config_c, "--control super_resolution")
+        control = half_size_control(source, shape, geometry, encoder)
+    elif arguments.control_image:
+        control = ready_edge_control(source.picture, shape, geometry)
+    else:
+        control = edge_control(source, shape, geometry, size, arguments.keep_aspect)
+    return replace(control, weight=arguments.control_weight)
+
+
+def with_suffix(job: Job) -> Job:
+    """The job with the suffix on its prompt, once."""
+    return replace(job, prompt=job.prompt.removesuffix(SUFFIX) + SUFFIX)
+
+
+def make_controlled_pictures(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Make and save the flags' pictures under their control; return the exit code."""
+    source = control_source(arguments)
+    jobs = [with_suffix(job) for job in make_jobs(arguments)]
+    pipeline = make_pipeline(arguments)
+    file = pipeline.set_control(control_config(arguments))
+    arguments.control_file, arguments.control_size = file.path, file.control_size
+    control = None if arguments.dry_run else make_control(arguments, pipeline, source, file.control_size)
+    return make_pictures(arguments, pipeline, jobs, settings, (*MODEL_FLAGS, *CONTROL_FLAGS), control)
