@@ -54,6 +54,7 @@ SIDE = 128  # px at which outlines are compared
 BLUR, THRESHOLDS = 3.0, (25, 50)
 NEAR, FAR = 2.0, 16.0  # px: within which outlines agree, and the most that counts
 SHOWN = 8  # scenes on a sheet
+OWN = ("cfg",)  # defaults that no preset changes, as in inference/test_controlnet.py
 
 
 def no_prompt(_scene: Scene) -> str:
@@ -183,10 +184,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--control_file", help="weights of the ControlNet")
     parser.add_argument("--control_weight", type=float, default=CONTROL_WEIGHT)
     parser.add_argument("--output_dir", default="outputs/tiny_control", help="folder for the sheets")
-    add_settings_flags(parser)
+    add_settings_flags(parser, OWN)
     add_model_flags(parser)
     parser.set_defaults(preset="tiny", cfg=1.0, shift=2.0)
-    return parse_with_preset(parser, arguments, own=("cfg",))
+    return parse_with_preset(parser, arguments, OWN)
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ from core.images import FORMATS, check_format, prepare_folder, read_image_metada
 from core.paths import at_home, located
 from core.presets import DEFAULT, EMBEDDED, PRESETS
 from core.printable import say, unbroken
-from core.settings import Job, Settings
+from core.settings import PUBLISHED_STEPS, TRAINING_R, Job, Settings
 from gdf.names import SAMPLER_NAMES
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument(
         "--preset", choices=tuple(PRESETS),
-        help="sets the three flags below, the picture's size and --cfg",
+        help="models that belong together; it gives the defaults that are said to be the preset's",
     )  # fmt: skip
     group.add_argument(
         "--config_c", type=home_path, default=DEFAULT.config_c,
@@ -177,21 +177,21 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--format", choices=FORMATS, default="png", help="of the files")
 
 
-def add_settings_flags(parser: argparse.ArgumentParser) -> None:
-    """How the passes sample; the names are those of `Settings`."""
+def add_settings_flags(parser: argparse.ArgumentParser, own: Collection[str] = ()) -> None:
+    """How the passes sample; the names are those of `Settings`, `own` as in `parse_with_preset`."""
     d = Settings()
+    preset = "" if "cfg" in own else " (default: the preset's, else %(default)s)"
     group = parser.add_argument_group("sampling")
     group.add_argument("--steps", type=int, default=d.steps, help="of each pass of Stage C")
     group.add_argument(
-        "--cfg", type=float, default=d.cfg,
-        help="guidance weight of Stage C; 1 for none (default: the preset's, else %(default)s)",
-    )  # fmt: skip
+        "--cfg", type=float, default=d.cfg, help=f"guidance weight of Stage C; 1 for none{preset}"
+    )
     group.add_argument(
         "--cfg_end", type=float, help="guidance weight at the last step, linear in between (default: --cfg)"
     )
     group.add_argument(
         "--cfg_interval", type=float, nargs=2, default=d.cfg_interval, metavar=("LOW", "HIGH"),
-        help="times in [0, 1] between which the unconditional half is computed",
+        help="times in [0, 1] between which the unconditional half is computed (default: 0 1)",
     )  # fmt: skip
     group.add_argument(
         "--cfg_rescale", type=float, default=d.cfg_rescale,
@@ -201,7 +201,8 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sampler", choices=SAMPLER_NAMES, default=d.sampler, help="of Stage C")
     group.add_argument(
         "--guidance_r", type=guidance_r,
-        help="noise condition of the guiding features (default: last_step at 20 steps, else 0.05)",
+        help="noise condition of the guiding features, a number or last_step (default: last_step at "
+        f"{PUBLISHED_STEPS} steps, else {TRAINING_R})",
     )  # fmt: skip
     group.add_argument("--steps_b", type=int, default=d.steps_b, help="of Stage B")
     group.add_argument("--cfg_b", type=float, default=d.cfg_b, help="guidance weight of Stage B; 1 for none")
@@ -209,11 +210,11 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stage_a_tiled", action="store_true", help="decode in tiles also where it would fit")
 
 
-def picture_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the flags of all scripts that make pictures; use it with `parse_with_preset`."""
+def picture_parser(description: str, own: Collection[str] = ()) -> argparse.ArgumentParser:
+    """A parser with the flags of all scripts that make pictures, for `parse_with_preset`; `own` as there."""
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     add_picture_flags(parser)
-    add_settings_flags(parser)
+    add_settings_flags(parser, own)
     add_model_flags(parser)
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -258,7 +259,9 @@ def read_command(cls: type[Config], description: str) -> Config:
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     group = parser.add_argument_group("configuration")
     group.add_argument("config", type=home_path, help="a YAML file such as configs/training/t2i.yaml")
-    group.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
+    group.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="any key of the configuration"
+    )
     group.add_argument(f"--{DRY_RUN}", action="store_true", help="print the resolved configuration and stop")
     words = sys.argv[1:]
     arguments, unknown = parser.parse_known_intermixed_args(words)

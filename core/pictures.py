@@ -24,6 +24,7 @@ from core.control import Control
 from core.images import picture_stem, save_image, save_new_image, to_image
 from core.pipeline import Observer, Picture, Progress, UltraPixelPipeline, harmless, load_previewer
 from core.printable import say
+from core.prompts import doubts
 from core.report import WeightHashes, describe_plan, infotext, picture_metadata
 from core.resolution import plan
 from core.settings import Job, Settings
@@ -127,6 +128,8 @@ def make_pictures(
     steers all of them, and is saved beside each.
     """
     plan(arguments.height, arguments.width, pipeline.config_c.geometry)  # raises what is wrong with the size
+    for sentence in doubts(jobs, settings):
+        sys.stderr.write(f"warning: {sentence}\n")
     if arguments.dry_run:
         say(describe_plan(pipeline, jobs, settings), sys.stdout)
         return 0

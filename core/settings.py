@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +48,10 @@ class Settings:
         for name in ("steps", "steps_b"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("cfg", "cfg_end", "cfg_b"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:  # a NaN is neither
+                raise ValueError(f"{name} must be a number from 0 up, not {value}; 1 is no guidance")
         if self.shift <= 0:
             raise ValueError(f"shift must be above 0, not {self.shift}")
         if isinstance(self.guidance_r, float | int) and not 0 < self.guidance_r < 1:

@@ -15,6 +15,7 @@ from core.config_files import load_control
 from core.presets import DEFAULT
 
 CONFIG_C = "configs/training/cfg_control_lr.yaml"
+OWN = ("cfg",)  # defaults that are this script's, whatever the preset
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -22,11 +23,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     A size that is not given is None where a hole is filled, whatever the preset says.
     """
-    parser = picture_parser(__doc__)
+    parser = picture_parser(__doc__, OWN)
     parser.set_defaults(config_c=CONFIG_C, cfg=1.0, shift=2.0)
-    group = parser.add_argument_group("control")
+    group = parser.add_argument_group(
+        "control", "Where a hole is filled, the default size is that of the picture with the hole."
+    )
     group.add_argument(
-        "--control", choices=get_args(ControlFilter), help="by what (default: the configuration's)"
+        "--control",
+        choices=get_args(ControlFilter),
+        help="by what (default: the configuration's, else canny)",
     )
     group.add_argument(
         "--control_source", "--canny_source_url", dest="canny_source_url", type=home_path,
@@ -44,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--control_size", type=int,
         help="px per side at which edges are found; more are finer (default: the configuration's, else the "
-        "file's)",
+        "file's, else 224)",
     )  # fmt: skip
     group.add_argument("--keep_aspect", action="store_true", help="find edges without squeezing to a square")
     group.add_argument(
@@ -52,7 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="inpainting: a picture of its size, white where it is filled (default: what is transparent)",
     )  # fmt: skip
     group.add_argument("--control_image", type=home_path, help="edges, or a mask, as a picture that is ready")
-    parsed = parse_with_preset(parser, arguments, own=("cfg",))
+    parsed = parse_with_preset(parser, arguments, OWN)
     stored = load_control(parsed.config_c)
     parsed.control = parsed.control or stored.controlnet_filter
     if parsed.control == "inpainting" and parsed.from_image is None:

@@ -52,8 +52,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parse_with_preset(parser, arguments)
 
 
-def main() -> int:
-    arguments = parse()
+def main(given: Sequence[str] | None = None) -> int:
+    arguments = parse(given)
     jobs, settings = make_jobs(arguments), settings_of(arguments)
     if not arguments.lora:
         raise ValueError("no LoRA was given: add --pretrained_path_lora FILE, or --lora FILE:WEIGHT")

@@ -11,12 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.config import (
+    ControlTrainConfig,
     LatentGeometry,
+    PersonalizedTrainConfig,
+    PreviewerTrainConfig,
+    RecogniserTrainConfig,
     StageATrainConfig,
     StageBConfig,
     StageBTrainConfig,
     StageCConfig,
     StageCTrainConfig,
+    TextTrainConfig,
     TrainConfig,
     effnet_sizes,
     guidance_sizes,
@@ -24,7 +29,7 @@ from core.config import (
     stage_b_sizes,
     stage_c_sizes,
 )
-from core.config_files import ConfigError, as_yaml, load, load_stage_b, load_stage_c
+from core.config_files import OUTPUT_PATHS, ConfigError, as_yaml, load, load_stage_b, load_stage_c
 from core.sizes import (
     STAGE_B_VERSIONS,
     STAGE_C_VERSIONS,
@@ -359,4 +364,61 @@ def test_other_dataclasses_load_the_same_way(tmp_path: Path) -> None:
     assert yaml.safe_load(as_yaml(config)) == {"steps": [[1, 1.0], [2, 0.2]], "train": None}
     assert "'train.geometry.stride' must be" in fail(
         Recipe, write(tmp_path, {"steps": [], "train": {**TRAIN, "geometry": {"stride": "x"}}})
+    )
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+def test_every_key_of_a_file_that_is_written_is_known_as_such() -> None:
+    kinds = (TrainConfig, PersonalizedTrainConfig, ControlTrainConfig, StageATrainConfig, StageBTrainConfig,
+             StageCTrainConfig, PreviewerTrainConfig, TextTrainConfig, RecogniserTrainConfig)  # fmt: skip
+    keys = {field.name for kind in kinds for field in fields(kind) if field.name.endswith("_path")}
+    written = {key for key in keys if key.startswith(("export", "output", "cache"))} | {"checkpoint_path"}
+    assert written == set(OUTPUT_PATHS)
+
+
+@pytest.mark.parametrize("mark", [".git", "pyproject.toml", None])
+def test_a_path_is_from_the_working_directory_or_from_the_repository_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str | None
+) -> None:
+    repository, work = tmp_path / "repository", tmp_path / "work"
+    for folder in (repository / "configs/own", repository / "models", repository / "data", work):
+        folder.mkdir(parents=True)
+    for name in ("models/c", "models/effnet", "outputs"):
+        (repository / name).touch()
+    if mark:
+        (repository / mark).touch()
+    paths = {"generator_checkpoint_path": "models/c", "effnet_checkpoint_path": "models/effnet",
+             "webdataset_path": "data/{000..009}.tar", "clip_text_path": "some/hub_id",
+             "checkpoint_path": "outputs", "output_path": "outputs", "cache_path": "data"}  # fmt: skip
+    path = write(repository / "configs/own", {**TRAIN, **paths})
+    (work / "models").mkdir()
+    (work / "models/effnet").touch()
+    monkeypatch.chdir(work)
+    config = load(TrainConfig, path)
+    assert config.generator_checkpoint_path == str(repository / "models/c")
+    assert config.effnet_checkpoint_path == "models/effnet"  # it is in the working directory
+    assert config.webdataset_path == str(repository / "data/{000..009}.tar")
+    assert config.clip_text_path == "some/hub_id"
+    assert (config.checkpoint_path, config.output_path, config.cache_path) == ("outputs", "outputs", "data")
+    (work / "data").mkdir()
+    assert load(TrainConfig, path).webdataset_path == "data/{000..009}.tar"
+    monkeypatch.chdir(repository)
+    assert load(TrainConfig, "configs/own/some.yaml").generator_checkpoint_path == "models/c"
+
+
+def test_a_tilde_is_the_home_folder_in_files_and_overrides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(
+        tmp_path, {**TRAIN, "checkpoint_path": "~/runs", "webdataset_path": "~/a/{0..9}.tar::~/b.tar"}
+    )
+    config = load(TrainConfig, "~/some.yaml", ["output_path=~/out", "effnet_checkpoint_path=~"])
+    assert (config.checkpoint_path, config.output_path) == (f"{tmp_path}/runs", f"{tmp_path}/out")
+    assert config.webdataset_path == f"{tmp_path}/a/{{0..9}}.tar::{tmp_path}/b.tar"
+    assert config.effnet_checkpoint_path is None  # a bare ~ is YAML's null
+    assert "'output_path', ~no_such_user_/x: no user's home folder" in fail(
+        TrainConfig, path, "output_path=~no_such_user_/x"
     )

@@ -20,7 +20,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     group = parser.add_argument_group("data")
     group.add_argument("folder", type=home_path, help="a folder of pictures with captions, or tar shards")
-    group.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
+    group.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of the configuration")
     group.add_argument(
         "--config", type=home_path, default="configs/training/t2i.yaml", help="the training's configuration"
     )

@@ -1,0 +1,223 @@
+"""The command lines of all scripts: answered without torch, explained flag by flag, checked at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from core.cli import home_path, make_jobs, parse_with_preset, picture_parser, run, settings_of
+from core.images import save_image
+from core.presets import PRESETS
+from core.prompts import doubts, taken_as_words
+from core.settings import Job, Settings
+from gdf.loss_weights import WEIGHTS
+from gdf.names import LOSS_WEIGHT_NAMES, SAMPLER_NAMES
+from gdf.samplers import SAMPLERS
+
+SCRIPTS = sorted([*(ROOT / "inference").glob("*.py"), *(ROOT / "train").glob("*.py")])
+HEAVY = ("torch", "torchvision", "transformers", "accelerate", "matplotlib", "skia", "numpy", "cv2")
+ANSWERS = """
+import runpy, sys
+path = sys.argv[1]
+for flags in (["--help"], ["x", "--no_such_flag"]):
+    sys.argv = [path, *flags]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        print("code", end.code)
+print("loaded", [name for name in {heavy} if name in sys.modules])
+"""
+
+
+def script_named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# --- --help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=script_named)
+def test_help_and_a_wrong_flag_are_answered_without_torch(path: Path) -> None:
+    command = [sys.executable, "-c", ANSWERS.replace("{heavy}", str(HEAVY)), path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout and "--no_such_flag" in done.stderr
+    assert re.findall(r"^code (.*)$", done.stdout, re.M) == ["0", "2"]
+    assert done.stdout.splitlines()[-1] == "loaded []"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=script_named)
+def test_every_flag_has_a_text_a_group_and_its_default(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[argparse.ArgumentParser] = []
+
+    def keep(parser: argparse.ArgumentParser, *_: object) -> None:
+        parsers.append(parser)
+        raise SystemExit
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, keep)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+    (parser,) = parsers
+    own, formatter = {"cfg"} if "controlnet" in path.name else set(), parser._get_formatter()
+    (plain,) = [group for group in parser._action_groups if group.title == "options"]
+    assert [action.dest for action in plain._group_actions] == ["help"]
+    for action in parser._actions:
+        text = formatter._expand_help(action) if action.help else ""
+        assert len(text) > 4, action.dest
+        if not action.option_strings or action.dest == "help":
+            continue
+        assert re.search(r"\(default: .+\)$", text), text
+        assert not re.search(r"None|\(\)|False", text), text
+        if path.parent.name == "inference" and action.dest in {*asdict(PRESETS["tiny"])} - own:
+            assert "preset" in text, text
+        if action.dest == "cfg" and own:
+            assert text.endswith("(default: 1.0)")
+
+
+def test_the_names_that_flags_know_are_those_of_the_functions() -> None:
+    assert SAMPLER_NAMES == tuple(SAMPLERS)
+    assert LOSS_WEIGHT_NAMES == tuple(WEIGHTS)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def parse(*arguments: object) -> argparse.Namespace:
+    return parse_with_preset(picture_parser(""), list(map(str, arguments)))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one sentence with which flags are refused."""
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: settings_of(parse(*arguments)) and None)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_prompt_and_a_file_of_prompts_are_not_given_together(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a boat\n")
+    assert "--prompt" in refused(capsys, "--prompt", "a", "--prompt_file", tmp_path / "prompts.txt")
+    save_image(Image.new("RGB", (64, 64)), tmp_path / "a.png", "png", {"prompt": "a", "seed": 4})
+    again = parse("--from_image", tmp_path / "a.png", "--prompt_file", tmp_path / "prompts.txt")
+    assert [job.prompt for job in make_jobs(again)] == ["a boat"]  # a stored prompt is only a default
+
+
+@pytest.mark.parametrize("flag", ["cfg", "cfg_end", "cfg_b"])
+@pytest.mark.parametrize("value", ["-1", "-0.01", "nan", "inf"])
+def test_a_guidance_weight_below_0_is_refused(
+    capsys: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    assert f"error: {flag} must be a number from 0 up" in refused(capsys, f"--{flag}", value)
+    assert getattr(settings_of(parse(f"--{flag}", "0")), flag) == 0
+
+
+# --- what is told ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"cfg": 1}, "as cfg is 1"),
+        ({"cfg": 1, "cfg_end": 1}, "as cfg is 1"),
+        ({"cfg": 4, "cfg_interval": (0, 0)}, "cfg_interval 0 to 0"),
+        ({"cfg": 1, "cfg_end": 4, "cfg_interval": (1, 1)}, "cfg_interval 1 to 1"),
+        ({"cfg": 1, "cfg_end": 4}, None),
+        ({"cfg": 4, "cfg_end": 1, "steps": 1}, None),
+        ({"cfg": 0}, None),
+        ({}, None),
+    ],
+)
+def test_a_negative_prompt_without_effect_is_told(settings: dict, told: str | None) -> None:
+    jobs = [Job("a", 64, 64, 0), Job("a", 64, 64, 1, "fog")]
+    sentences = doubts(jobs, Settings(**settings))
+    assert len(sentences) == (told is not None)
+    assert told is None or (told in sentences[0] and "negative prompt" in sentences[0])
+    assert doubts(jobs[:1], Settings(**settings)) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("(a house:1.3) by the sea", ["(a house:1.3)"]),
+        ("((big, red) house:.9), ( sea : -2 )", ["((big, red) house:.9)"]),
+        ("a <lora:cat_v2:0.8> cat, <LyCO:x:1>", ["<lora:cat_v2:0.8>"]),
+        ("a house BREAK the sea BREAK night", ["BREAK"]),
+        ("(x:1) <lora:a> BREAK", ["(x:1)", "<lora:a>", "BREAK"]),
+        ("a clock (at 10:30), breakfast, a [stripes] balloon (large): 3 < 4 > 2", []),
+    ],
+)
+def test_what_other_programs_act_on_is_told_once(prompt: str, found: list[str]) -> None:
+    sentences = taken_as_words([prompt, f"{prompt} again"])
+    assert [sentence.partition(" is taken as words")[0] for sentence in sentences] == found
+
+
+def test_a_drawn_seed_is_printed_and_used(capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = [parse("--seed", "-1", "--preset", "tiny", "--prompt", "a", "--num_image", 2) for _ in range(2)]
+    printed = [int(seed) for seed in re.findall(r"seed (\d+) was drawn", capsys.readouterr().err)]
+    assert [found.seed for found in drawn] == printed and printed[0] != printed[1]
+    assert [job.seed for job in make_jobs(drawn[0])] == [printed[0], printed[0] + 1]
+
+
+# --- where paths lead -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory that is not the project's, and a home folder beside it."""
+    for name in ("home", "work"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.syspath_prepend(str(ROOT / "inference"))
+    return tmp_path / "work"
+
+
+def test_a_tilde_in_any_path_flag_is_the_home_folder(elsewhere: Path) -> None:
+    home = str(elsewhere.parent / "home")
+    flags = ("config_c", "config_b", "pretrained_path", "output_dir", "prompt_file")
+    found = vars(parse(*(f"--{name}=~/{name}" for name in flags)))
+    assert [found[name] for name in flags] == [f"{home}/{name}" for name in flags]
+    import test_controlnet
+    import test_personalized
+
+    flags = ("control_source", "mask", "control_image", "control_file")
+    controlled = vars(test_controlnet.parse([f"--{name}=~/{name}" for name in flags]))
+    assert [controlled[name] for name in ("canny_source_url", *flags[1:])] == [f"{home}/{n}" for n in flags]
+    assert test_controlnet.parse(["--canny_source_url=~/a.png"]).canny_source_url == f"{home}/a.png"
+    assert test_personalized.parse(["--lora=~/a.safetensors:0.8"]).lora == [f"{home}/a.safetensors:0.8"]
+    with pytest.raises(argparse.ArgumentTypeError, match="no user's home folder is ~no_such_user_"):
+        home_path("~no_such_user_/pictures")
+    (elsewhere / "~old.yaml").touch()
+    assert home_path("~old.yaml") == "~old.yaml"
+
+
+def test_a_preset_works_from_any_folder(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import test_controlnet
+    import test_personalized
+    import test_t2i
+
+    small = ["--preset", "tiny", "--prompt", "a", "--height", "64", "--width", "64", "--steps", "1"]
+    picture = ["--control_source", str(ROOT / "figures/example_control/lighthouse.png")]
+    for script, flags in ((test_t2i, []), (test_personalized, []), (test_controlnet, picture)):
+        assert script.main([*small, *flags, "--dry_run"]) == 0
+        assert "not there" not in capsys.readouterr().out
+    assert test_t2i.main([*small, "--steps_b", "1"]) == 0
+    (made,) = (elsewhere / "outputs").iterdir()
+    stored = json.loads(Image.open(made).info["ultrapixel"])
+    assert stored["config_c"] == PRESETS["tiny"].config_c  # so that it can be repeated from any folder
+    assert np.asarray(Image.open(made)).shape == (64, 64, 3)
