@@ -60,7 +60,7 @@ class LatentGeometry:
 
 @dataclass(frozen=True)
 class StageCConfig:
-    """Everything needed to run Stage C with its guidance; paths are relative to the working directory.
+    """Everything needed to run Stage C with its guidance; `core.config_files.load` tells where paths lead.
 
     `clip_text_path` and `clip_image_path` are local folders or hub ids. A folder holds the text model and its
     tokenizer together, or in `text_encoder/` and `tokenizer/`. Sizes left out follow from `model_version`.
@@ -97,7 +97,7 @@ class StageCConfig:
 
 @dataclass(frozen=True)
 class StageBConfig:
-    """Everything needed to run Stage B and Stage A; paths are relative to the working directory."""
+    """Everything needed to run Stage B and Stage A; paths as in Stage C's."""
 
     model_version: str
     generator_checkpoint_path: str

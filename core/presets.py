@@ -9,7 +9,7 @@ from core.settings import Settings
 
 @dataclass(frozen=True)
 class Preset:
-    """Values of the flags of the same names; paths are relative to the working directory."""
+    """Values of the flags of the same names; paths are found as in `core.paths.located`."""
 
     config_c: str
     config_b: str

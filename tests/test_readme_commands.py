@@ -1,0 +1,190 @@
+"""Every command of the README's (and of docs/'s) code blocks runs, as it stands but for tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import ROOT
+from PIL import Image
+from random_family import randomise
+from test_loras import make_lora
+
+from core.checkpoint import config_metadata, save_tensors
+from core.lora_files import LoraTokens, write_lora
+from core.sizes import STAGE_C_VERSIONS, TINY
+from modules.controlnet import ControlNet
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELLS = ("sh", "bash", "shell", "console")
+PYTHONS = ("python", "python3", ".venv/bin/python")
+# By name: what builds the whole family, tests, installs or downloads.
+EXEMPT = re.compile(
+    r"make (demo|tiny|test|lint|venv)\b|\S*pip install|git clone|cd |\S*python3? models/download\.py"
+)
+
+# --- what is added to a command of a script -------------------------------------------------------
+
+
+def overrides(**values: object) -> list[str]:
+    """Keys of a configuration as the command line has them; JSON is YAML."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def tiny_models() -> dict[str, object]:
+    """The embedded family's networks as a training names them."""
+    stored = yaml.safe_load((ROOT / "configs/tiny/stage_c.yaml").read_text("utf-8"))
+    stored |= {"effnet_checkpoint_path": "models/tiny/effnet_encoder.safetensors"}
+    paths = {key: str(ROOT / value) for key, value in stored.items() if key.endswith("_path")}
+    return {**stored, **paths, "previewer_checkpoint_path": None}
+
+
+PICTURE = [*"--preset tiny --height 64 --width 64 --steps 1 --steps_b 1 --num_image 1".split()]
+TRAINING = overrides(
+    **tiny_models(), multi_aspect_ratio=["1/1"], batch_size=2, grad_accum_steps=1, updates=1, warmup_updates=1, num_workers=0,
+    tracker="none",
+)  # fmt: skip
+LORA = {
+    "image_size_schedule": [[0, [64]]], "train_tokens": [["[x]", "^red</w>"]], "tmp_prompt": "a [x] house",
+    "ultrapixel_path": str(ROOT / "models/tiny/ultrapixel_t2i.safetensors"),
+}  # fmt: skip
+ADDED = {
+    "inference/test_t2i.py": PICTURE,
+    "inference/test_personalized.py": PICTURE,
+    "inference/test_controlnet.py": [*PICTURE, "--control_file", "{control}.safetensors"],
+    "inference/evaluate.py": [*PICTURE, "--height", "136", "--width", "136"],
+    "train/train_t2i.py": [*TRAINING, *overrides(image_size=64, webdataset_path="FOLDER")],
+    "train/train_personalized.py": [*TRAINING, *overrides(**LORA)],
+    "train/train_ultrapixel_control.py": [*TRAINING, *overrides(image_size=64, controlnet=None)],
+    "models/convert.py": ["--text_encoder", str(ROOT / "models/tiny")],
+    "benchmarks/ablation.py": [*"--train_side 64 --side 64 --updates 1 --num_image 1 --batch_size 1".split()],
+}
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+def commands_of(text: str) -> Iterator[str]:
+    """The commands of a page's code blocks, those over several lines as one."""
+    for language, block in BLOCK.findall(text):
+        if language in SHELLS:
+            for line in block.replace("\\\n", " ").splitlines():
+                if words := shlex.split(line.removeprefix("$ "), comments=True):
+                    yield shlex.join(words)
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page.read_text("utf-8"))))
+TRIED = [command for command in COMMANDS if not EXEMPT.match(command)]
+
+
+def split(command: str) -> tuple[list[str], str, list[str]]:
+    """The words that start a script, the script, and its own; an error for a command that is not known."""
+    words = shlex.split(command)
+    places = [place for place, word in enumerate(words) if word in ADDED]
+    assert places and (words[0] in PYTHONS or words[0] == "torchrun"), (
+        f"{command}: this command is new; say in ADDED what it needs to be run at a tiny size"
+    )
+    return words[: places[0]], words[places[0]], words[places[0] + 1 :]
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def write_controlnet(path: Path, c_in: int) -> None:
+    sizes = replace(TINY.controlnet, c_in=c_in)
+    network = ControlNet(**asdict(sizes))
+    randomise(network)
+    save_tensors(path, network.state_dict(), config_metadata(asdict(sizes)))
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands name and a reader would have: pictures, LoRAs, a configuration."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("my_pictures", "FOLDER"):
+        shutil.copytree(ROOT / "figures/example_personalized", folder / name)
+    shutil.copytree(ROOT / "figures/example_control", folder / "figures/example_control")
+    shutil.copy(ROOT / "prompt_list.txt", folder)
+    shutil.copy(ROOT / "configs/training/t2i.yaml", folder / "CONFIG.yaml")
+    shutil.copy(ROOT / "figures/example_personalized/0.jpg", folder / "PICTURE")
+    size = Image.open(folder / "PICTURE").size
+    Image.linear_gradient("L").resize(size).save(folder / "MASK", "PNG")
+    (folder / "models").mkdir()
+    torch.manual_seed(0)
+    sizes = STAGE_C_VERSIONS["tiny"]
+    tokens = LoraTokens(torch.randn(1, sizes.c_clip_text), (10**6,), ("[x]",), ("^red</w>",))
+    write_lora(folder / "cat.safetensors", make_lora(1, tokens, sizes=sizes), "own")
+    for number, name in enumerate(("style", "models/lora_cat"), 2):
+        write_lora(folder / f"{name}.safetensors", make_lora(number, sizes=sizes), "own")
+    for name, c_in in (("canny", 1), ("inpainting", 4)):
+        write_controlnet(folder / f"{name}.safetensors", c_in)
+    return folder
+
+
+@pytest.fixture
+def reader(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with those things, for one command."""
+    folder = tmp_path / "reader"
+    shutil.copytree(things, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def start_here(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a script in this process, as starting Python anew takes seconds."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert ended.value.code == 0
+
+
+def launch(launcher: list[str], script: str, words: list[str]) -> None:
+    """Run a script in two processes: of one launcher, or of two where several nodes are asked for."""
+    nodes = 2 if "--nnodes" in launcher else 1
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    here = ["--nproc_per_node", str(2 // nodes), "--master_addr", "localhost", "--master_port", port]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *launcher[1:], *here, "--node_rank", str(rank),
+             str(ROOT / script), *words],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(nodes)
+    ]  # fmt: skip
+    for process in started:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output[-3000:]
+
+
+@pytest.mark.parametrize("command", TRIED, ids=lambda command: re.sub(r"\W+", "_", command)[:90])
+def test_a_command_of_the_readme_runs(command: str, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher, script, words = split(command)
+    if launcher[0] == "torchrun":
+        launch(launcher, script, [*words, *ADDED[script]])
+    else:
+        start_here(script, [*words, *ADDED[script]], monkeypatch)
+
+
+def test_every_command_is_known_or_exempt_by_name() -> None:
+    assert len(TRIED) > 10 and len(COMMANDS) - len(TRIED) < 10
+    for command in TRIED:
+        assert (ROOT / split(command)[1]).is_file()
+    with pytest.raises(AssertionError, match="this command is new"):
+        split("python train/train_new.py configs/new.yaml")
