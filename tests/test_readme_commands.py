@@ -55,8 +55,8 @@ def tiny_models() -> dict[str, object]:
 
 PICTURE = [*"--preset tiny --height 64 --width 64 --steps 1 --steps_b 1 --num_image 1".split()]
 TRAINING = overrides(
-    **tiny_models(), multi_aspect_ratio=["1/1"], batch_size=2, grad_accum_steps=1, updates=1, warmup_updates=1, num_workers=0,
-    tracker="none",
+    **tiny_models(), multi_aspect_ratio=["1/1"], batch_size=2, grad_accum_steps=1, updates=1,
+    warmup_updates=1, num_workers=0, tracker="none",
 )  # fmt: skip
 LORA = {
     "image_size_schedule": [[0, [64]]], "train_tokens": [["[x]", "^red</w>"]], "tmp_prompt": "a [x] house",
