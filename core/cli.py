@@ -14,12 +14,11 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, get_type_hints
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from core.config import RunConfig
-from core.config_files import FLOAT16_REFUSED, as_yaml, load, nearest_key
+from core.config_files import FLOAT16_REFUSED
 from core.images import FORMATS, check_format, prepare_folder, read_image_metadata
 from core.paths import at_home, located
 from core.presets import DEFAULT, EMBEDDED, PRESETS
@@ -32,15 +31,12 @@ if TYPE_CHECKING:
 
     from core.pipeline import Progress, StageUse, UltraPixelPipeline
 
-Config = TypeVar("Config", bound=RunConfig)
-
 DTYPE_NAMES = {
     "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32",
 }  # fmt: skip
 FLOAT16_NAMES = ("fp16", "float16", "half")
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype")  # what tells which models made a picture
 FACTS = ("versions", "weights")  # in pictures, besides the values of flags
-DRY_RUN = "dry_run"
 DRAW_SEED, SEEDS = -1, 2**31  # --seed -1 draws one below SEEDS
 
 
@@ -252,38 +248,6 @@ def parse_with_preset(
         found.seed = secrets.randbelow(SEEDS)
         sys.stderr.write(f"seed {found.seed} was drawn\n")
     return found
-
-
-def read_command(cls: type[Config], description: str) -> Config:
-    """The configuration of a training script's command line; --dry_run prints it and ends the script."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
-    group = parser.add_argument_group("configuration")
-    group.add_argument("config", type=home_path, help="a YAML file such as configs/training/t2i.yaml")
-    group.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="any key of the configuration"
-    )
-    group.add_argument(f"--{DRY_RUN}", action="store_true", help="print the resolved configuration and stop")
-    words = sys.argv[1:]
-    arguments, unknown = parser.parse_known_intermixed_args(words)
-    if unknown:
-        parser.error(_explain_flag(words, unknown[0], [*get_type_hints(cls)]))
-    config = load(cls, arguments.config, arguments.overrides)
-    if arguments.dry_run:
-        sys.stdout.write(as_yaml(config))
-        parser.exit()
-    return config
-
-
-def _explain_flag(words: Sequence[str], flag: str, keys: Sequence[str]) -> str:
-    """What to write instead of a flag that there is not; `words` are the whole command line."""
-    name, equals, value = flag.lstrip("-").partition("=")
-    near = name if name in keys else nearest_key(name, [*keys, DRY_RUN])
-    if near == DRY_RUN:
-        return f"there is no flag {flag}: it is called --{DRY_RUN}"
-    if not equals:
-        after = words[words.index(flag) + 1 :]
-        value = after[0] if after and "=" not in after[0] and not after[0].startswith("--") else "VALUE"
-    return f"there is no flag {flag}: the keys of the configuration come without dashes, as in {near}={value}"
 
 
 def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:

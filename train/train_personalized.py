@@ -6,8 +6,9 @@ checkpoint_path/experiment_id.
 
 from __future__ import annotations
 
-from core.cli import read_command, run
+from core.cli import run
 from core.config import PersonalizedTrainConfig
+from core.training_command import read_command
 
 
 def main() -> int:

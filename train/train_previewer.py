@@ -7,8 +7,9 @@ continues.
 
 from __future__ import annotations
 
-from core.cli import read_command, run
+from core.cli import run
 from core.config import PreviewerTrainConfig
+from core.training_command import read_command
 
 
 def main() -> int:

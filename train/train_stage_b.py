@@ -6,8 +6,9 @@ command again continues from the last checkpoint in checkpoint_path/experiment_i
 
 from __future__ import annotations
 
-from core.cli import read_command, run
+from core.cli import run
 from core.config import StageBTrainConfig
+from core.training_command import read_command
 
 
 def main() -> int:

@@ -5,8 +5,9 @@ Running the same command again continues from the last checkpoint in checkpoint_
 
 from __future__ import annotations
 
-from core.cli import read_command, run
+from core.cli import run
 from core.config import TrainConfig
+from core.training_command import read_command
 
 
 def main() -> int:

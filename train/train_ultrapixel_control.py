@@ -7,8 +7,9 @@ the same command again continues from the last checkpoint in checkpoint_path/exp
 
 from __future__ import annotations
 
-from core.cli import read_command, run
+from core.cli import run
 from core.config import ControlTrainConfig
+from core.training_command import read_command
 
 
 def main() -> int:
