@@ -74,7 +74,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Shows every flag's default, unless its text tells it, and the description as it is written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if "(default" in (action.help or "") or not action.option_strings:
+        if "(default" in (action.help or "") or action.required or not action.option_strings:
             return action.help
         if action.const is True or action.default is None:
             return f"{action.help} (default: {'off' if action.const else 'none'})"

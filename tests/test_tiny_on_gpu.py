@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -10,7 +9,6 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from core import scene_pool
+from core import scene_pool, tiny_on_gpu
 from core.batched import make_pictures
 from core.checkpoint import load_module, read_config, read_tensors
 from core.conditioning import TextEncoder
@@ -29,22 +27,11 @@ from core.settings import Settings
 from core.timed_training import Budget, Part, Weights
 from modules.recogniser import Recogniser
 
+sys.path.insert(0, str(ROOT / "train"))
+from train_tiny_on_gpu import main  # noqa: E402
+
 TINY = ROOT / "models" / "tiny"
 KINDS = [Kind(96, 0.5, 2), Kind(128, 0.5, 1)]
-
-
-def read_script() -> ModuleType:
-    """The script with two small sizes of pictures, and with few steps for its sheets."""
-    spec = importlib.util.spec_from_file_location("tiny_on_gpu", ROOT / "train" / "train_tiny_on_gpu.py")
-    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    often = {"stage_c": 0.5, "guidance": 0.5}
-    script.ROWS = tuple(script.Row(kind, 8, 2, often) for kind in KINDS)
-    script.FIRST_SCENES = 4
-    script.PRESET = replace(script.PRESET, height=128, width=128)
-    script.LARGE, script.LARGE_SHOWN = 128, 1
-    script.Settings = partial(Settings, steps=1, steps_b=1)
-    return script
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
@@ -59,31 +46,39 @@ def events(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(autouse=True)
-def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two small sizes of pictures, and few steps for the sheets."""
     monkeypatch.chdir(ROOT)
+    often = {"stage_c": 0.5, "guidance": 0.5}
+    made = {
+        "ROWS": tuple(tiny_on_gpu.Row(kind, 8, 2, often) for kind in KINDS), "FIRST_SCENES": 4,
+        "PRESET": replace(tiny_on_gpu.PRESET, height=128, width=128), "LARGE": 128, "LARGE_SHOWN": 1,
+        "Settings": partial(Settings, steps=1, steps_b=1),
+    }  # fmt: skip
+    for name, value in made.items():
+        monkeypatch.setattr(tiny_on_gpu, name, value)
 
 
 # --- the script -------------------------------------------------------------------------------------
 
 
 def test_all_parts_run_and_leave_a_family(tmp_path: Path) -> None:
-    script = read_script()
-    assert script.main(arguments(tmp_path, "--max_updates", "10")) == 0
+    assert main(arguments(tmp_path, "--max_updates", "10")) == 0
     log = events(tmp_path)
     assert log[-1]["event"] == "finished"
     assert {line["part"]: line["step"] for line in log if "part" in line} == {"stage_c": 10, "guidance": 10}
     assert {path.name for path in tmp_path.glob("sheet_*.jpg")} == {"sheet_128.jpg"}
     figures = json.loads((tmp_path / "figures.json").read_text("utf-8"))
     assert [figure["count"] for figure in figures] == [2, 2, 2]
-    for name in (script.STAGE_C, script.GUIDANCE):
+    for name in (tiny_on_gpu.STAGE_C, tiny_on_gpu.GUIDANCE):
         made, shipped = read_tensors(tmp_path / name), read_tensors(TINY / name)
         assert {n: t.shape for n, t in made.items()} == {n: t.shape for n, t in shipped.items()}
         assert all(t.dtype == torch.float16 for t in made.values() if t.dim() > 1)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script, handler = read_script(), signal.getsignal(signal.SIGTERM)
-    result = script.StageCLoss.result
+    handler = signal.getsignal(signal.SIGTERM)
+    result = tiny_on_gpu.StageCLoss.result
 
     def terminated(loss, *given):
         if loss.calls == 3:
@@ -91,20 +86,20 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, monkeypatch:
         loss.calls += 1
         return result(loss, *given)
 
-    monkeypatch.setattr(script.StageCLoss, "calls", 1, raising=False)
-    monkeypatch.setattr(script.StageCLoss, "result", terminated)
+    monkeypatch.setattr(tiny_on_gpu.StageCLoss, "calls", 1, raising=False)
+    monkeypatch.setattr(tiny_on_gpu.StageCLoss, "result", terminated)
     given = arguments(tmp_path, "--max_updates", "5", "--parts", "stage_c", "guidance")
-    assert script.main(given) == 0
+    assert main(given) == 0
     assert events(tmp_path)[-1]["event"] == "stopped"
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert (tmp_path / script.STAGE_C).exists()
-    assert not (tmp_path / script.GUIDANCE).exists()
-    monkeypatch.setattr(script.StageCLoss, "result", result)
-    assert script.main(given) == 0
+    assert (tmp_path / tiny_on_gpu.STAGE_C).exists()
+    assert not (tmp_path / tiny_on_gpu.GUIDANCE).exists()
+    monkeypatch.setattr(tiny_on_gpu.StageCLoss, "result", result)
+    assert main(given) == 0
     begun = [line for line in events(tmp_path) if line.get("event") == "stage_c begins"]
     assert [(line["step"], line["resumed"]) for line in begun] == [(0, False), (3, True)]
     assert [line["step"] for line in events(tmp_path) if line.get("part") == "stage_c"][-1] == 5
-    assert (tmp_path / script.GUIDANCE).exists()
+    assert (tmp_path / tiny_on_gpu.GUIDANCE).exists()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +114,7 @@ def test_a_wrong_command_line_is_told_before_anything_starts(
     tmp_path: Path, given: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        read_script().main(arguments(tmp_path, *given))
+        main(arguments(tmp_path, *given))
 
 
 # --- drawing ----------------------------------------------------------------------------------------

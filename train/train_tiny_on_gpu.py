@@ -9,465 +9,80 @@ written as it goes, SIGTERM ends it early with all saved, and the same command g
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import os
-import random
-import signal
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
-from PIL import ImageOps
-from torch import Tensor, nn
-
-from core.batched import in_batches, measured
-from core.checkpoint import check_file, config_metadata, load_module, read_config, save_tensors
-from core.cli import device_named
-from core.cli import run as run_script
-from core.conditioning import Conditions, TextEncoder, conditions
-from core.config import guidance_sizes, stage_c_sizes
-from core.config_files import load_stage_b, load_stage_c
-from core.evaluation import Judge, View, held_out_cases
-from core.guidance_training import GuidedStageC, SampleNoise, drop_conditions, noise_latents
-from core.images import save_image, to_image
-from core.layouts import guidance_names
-from core.noising import noised
-from core.pipeline import DTYPES, UltraPixelPipeline, load_encoder
+from core.cli import Help, home_path, run
 from core.presets import EMBEDDED, PRESETS
-from core.preview import contact_sheet
-from core.scene_pool import Drawers, Encoders, Kind, Pool, Pools, Samples
-from core.settings import Settings
-from core.timed_training import Budget, Part, Weights
-from core.training import in_dtype, trained_module
-from gdf.diffusion import sample_losses
-from gdf.loss_weights import loss_weight_named
-from gdf.schedules import TIME_MIN
-from gdf.targets import target_named
-from modules.guidance import Guidance
-from modules.recogniser import Recogniser
-from modules.stage_c import StageC
 
-log = logging.getLogger(__name__)
-
-PRESET = PRESETS[EMBEDDED]
 PARTS = ("stage_c", "guidance", "figures")
-TRAININGS = set(PARTS[:2])
-STAGE_C, GUIDANCE = "stage_c.safetensors", "ultrapixel_t2i.safetensors"
-SHARE_OF_C = 0.68  # of --minutes
-LR = 1e-3
-EMA = {"stage_c": 0.998, "guidance": 0.995}
-TEXT_DROPOUT = {"stage_c": 0.1, "guidance": 0.5}
-IMAGE_SHARE = 0.1
-LOSS_WEIGHT = loss_weight_named("p2", 0.37)
-ABSORBED = 3  # chunks an update, at most
-FIRST_SCENES = 3000  # drawn before the training begins
-SCENES_A_SECOND = 50_000  # more than are ever drawn: a resumed training goes on with others
-HALVING = 0.7  # of the batches, where memory was too little
-LARGE, LARGE_SHOWN = 1024, 4  # pixels and number of the largest pictures on the sheets
-CELL = 512  # pixels of a picture on a sheet
-
-
-@dataclass(frozen=True)
-class Row:
-    """One size of training pictures: how they are drawn, kept and used."""
-
-    kind: Kind
-    capacity: int  # of the pool
-    batch: int
-    often: Mapping[str, float]  # share of the updates of each training
-
-
-ROWS = (
-    Row(Kind(96, 0.08, 256), 100_000, 1024, {"stage_c": 0.20, "guidance": 0.10}),  # latents of 12 x 12
-    Row(Kind(192, 0.24, 128), 150_000, 384, {"stage_c": 0.15, "guidance": 0.20}),
-    Row(Kind(288, 0.20, 96), 120_000, 192, {"stage_c": 0.15, "guidance": 0.20}),
-    Row(Kind(384, 0.465, 64), 250_000, 96, {"stage_c": 0.45, "guidance": 0.45}),
-    Row(Kind(768, 0.015, 16), 6_000, 16, {"stage_c": 0.05, "guidance": 0.05}),
-)
-LOW = ROWS[0].kind.side
-
-
-# --- the command line -------------------------------------------------------------------------------
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--output", required=True, help="folder for weights, log, sheets and figures")
-    add("--state", help="folder for what a training goes on from; OUTPUT/state if not given")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add_file_flags(parser)
+    add = parser.add_argument_group("training").add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is done (default: all, in turn)")
     add("--minutes", type=float, default=8.0, help="of both trainings")
-    add("--minutes_c", type=float, help="of Stage C's alone, instead of a share of --minutes")
-    add("--minutes_guidance", type=float, help="of the guidance's alone, likewise")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is done, in this order")
-    add("--start_from", help="folder with weights that the trainings begin from, such as an earlier OUTPUT")
-    add("--config_c", default="configs/tiny/stage_c_wide.yaml", help="Stage C's sizes and its encoders")
-    add("--config_b", default=PRESET.config_b, help="Stages B and A, for the pictures")
-    add("--image_encoder", default="models/tiny/image_encoder.safetensors", help="of image prompts")
-    add("--recogniser", default="models/tiny/recogniser.safetensors", help="the judge of the figures")
-    add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that draw")
-    add("--device", help="such as cuda or cpu; a GPU where there is one if not given")
-    add(
-        "--dtype",
-        choices=sorted(DTYPES),
-        help="that the training computes in; bfloat16 on a GPU if not given",
-    )
+    add("--minutes_c", type=float, help="of Stage C's alone (default: a share of --minutes)")
+    add("--minutes_guidance", type=float, help="of the guidance's alone (default: a share of --minutes)")
+    add("--max_updates", type=int, help="of each training, for a trial")
     add("--batch", type=float, default=1.0, help="times the batches of a large GPU")
     add("--pool", type=float, default=1.0, help="times the scenes that are kept on a large GPU")
-    add("--max_updates", type=int, help="of each training, for a trial")
+    workers = max(1, (os.cpu_count() or 2) - 2)
+    add("--workers", type=int, default=workers, help="processes that draw (default: two less than cores)")
+    add("--seed", type=int, default=0, help="of weights, noise and scenes")
+    add("--device", help="cpu, cuda or cuda:N (default: the GPU where there is one, else cpu)")
+    add(
+        "--dtype", choices=("bfloat16", "float32"),
+        help="that the training computes in (default: bfloat16 on a GPU, else float32)",
+    )  # fmt: skip
+    add = parser.add_argument_group("figures").add_argument
     add("--num_image", type=int, default=500, help="held-out pictures of 128 x 128 that are judged")
     add("--num_large", type=int, default=200, help="held-out pictures of 512 x 512 that are judged")
     add("--shown", type=int, default=24, help="pictures on a sheet")
-    add("--seed", type=int, default=0, help="of weights, noise and scenes")
     return parser.parse_args(given)
 
 
+def add_file_flags(parser: argparse.ArgumentParser) -> None:
+    """What is read, and where everything goes."""
+    add = parser.add_argument_group("files").add_argument
+    add(
+        "--output",
+        type=home_path,
+        required=True,
+        help="folder for weights, log, sheets and figures",
+    )
+    add("--state", type=home_path, help="folder for what a training goes on from (default: OUTPUT/state)")
+    add("--start_from", type=home_path, help="folder with weights to begin from, such as an earlier OUTPUT")
+    for name, default, text in (
+        ("config_c", "configs/tiny/stage_c_wide.yaml", "Stage C's sizes and its encoders"),
+        ("config_b", PRESETS[EMBEDDED].config_b, "Stages B and A, for the pictures"),
+        ("image_encoder", "models/tiny/image_encoder.safetensors", "of image prompts"),
+        ("recogniser", "models/tiny/recogniser.safetensors", "the judge of the figures"),
+    ):
+        add(f"--{name}", type=home_path, default=default, help=text)
+
+
 def check(arguments: argparse.Namespace) -> None:
-    """Raise what is wrong with the command line, before anything is loaded."""
+    """Raise what is wrong with the command line, before anything is imported."""
     for name in ("minutes", "batch", "pool", "minutes_c", "minutes_guidance", "workers", "max_updates"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise ValueError(f"--{name} must be above 0, not {value}")
     for name in ("num_image", "num_large", "shown"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
-    for path in (arguments.image_encoder, arguments.recogniser):
-        check_file(path)
-
-
-def minutes_of(arguments: argparse.Namespace, part: str) -> float:
-    """How long a training takes."""
-    share = {"stage_c": SHARE_OF_C, "guidance": 1 - SHARE_OF_C}[part]
-    own = {"stage_c": arguments.minutes_c, "guidance": arguments.minutes_guidance}[part]
-    return arguments.minutes * share if own is None else own
-
-
-# --- the run ----------------------------------------------------------------------------------------
-
-
-class Run:
-    """What all parts share: command line, configuration, device, log, and whether to stop."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.output = Path(arguments.output)
-        self.state = Path(arguments.state or self.output / "state")
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.config = load_stage_c(arguments.config_c)
-        self.device = device_named(arguments.device)
-        on_gpu = self.device.type == "cuda"
-        self.dtype = DTYPES[arguments.dtype or ("bfloat16" if on_gpu else "float32")]
-        self.batch = arguments.batch  # times the rows' batches; less where memory was too little
-        self.began, self._stopped = time.monotonic(), False
-        self._handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def _stop(self, *_: object) -> None:
-        self._stopped = True
-
-    def close(self) -> None:
-        """The end of the log, and signals again as before."""
-        self.write({"event": "stopped" if self._stopped else "finished"})
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def stopped(self) -> bool:
-        """Whether the run was asked to end."""
-        return self._stopped
-
-    def smaller(self) -> None:
-        """Make the batches smaller."""
-        self.batch *= HALVING
-        if self.batch < 0.01:
-            raise ValueError("the device's memory is too little for any batch: use --pool 0.2")
-        torch.cuda.empty_cache()
-        self.write({"event": "memory was too little", "batch": round(self.batch, 3)})
-
-    def write(self, line: Mapping[str, object]) -> None:
-        """A line of the log, also shown."""
-        text = json.dumps({"seconds": round(time.monotonic() - self.began, 1), **line})
-        with (self.output / "log.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(text + "\n")
-        log.info("%s", text)
-
-    def path(self, name: str) -> Path:
-        """Where weights are read: those of this run, else those it starts from, else the family's."""
-        start = self.arguments.start_from
-        own = {STAGE_C: self.config.generator_checkpoint_path, GUIDANCE: PRESET.pretrained_path}[name]
-        made = [self.output / name, *([Path(start) / name] if start else [])]
-        return next((path for path in made if path.exists()), Path(own))
-
-    def start_path(self, name: str) -> str | None:
-        """What a training begins from; None: from nothing."""
-        start = self.arguments.start_from
-        return None if start is None else str(Path(start) / name)
-
-
-def first_scene(arguments: argparse.Namespace) -> int:
-    """The number of the first scene to draw: beyond those of earlier runs that the state is of."""
-    state = Path(arguments.state or Path(arguments.output) / "state")
-    seconds = sum(Part.seconds_in(state / f"{name}.safetensors") for name in TRAININGS)
-    return round(seconds) * SCENES_A_SECOND + arguments.seed
-
-
-def open_pools(drawers: Drawers, run: Run) -> Pools:
-    """Empty pools of all sizes, and the encoders on the device."""
-    device, sizes = run.device, read_config(run.arguments.image_encoder)
-    image = load_module(
-        partial(Recogniser, **(sizes or {})), run.arguments.image_encoder, dtype=torch.float32, device=device,
-        what="image encoder",
-    )  # fmt: skip
-    width = stage_c_sizes(run.config).c_clip_img
-    if sizes is None or sizes.get("c_embedding") != width:
-        raise ValueError(f"{run.arguments.image_encoder} is no image encoder of {width} numbers")
-    effnet = load_encoder(run.config, "the training").to(device)
-    text = TextEncoder.load(run.config.clip_text_path, torch.float32)
-    encoders = Encoders(effnet, text.to(device), image)
-    pools = {row.kind.side: Pool(max(1, round(row.capacity * run.arguments.pool))) for row in ROWS}
-    return Pools(drawers, encoders, pools, device)
-
-
-def fill(pools: Pools, run: Run) -> None:
-    """Wait for the first scenes."""
-    drawers, enough = pools.drawers, FIRST_SCENES * run.arguments.pool
-    drawers.start(pools.encoders.text, run.device.type == "cuda")
-    while sum(pool.seen for pool in pools.by_side.values()) < max(1, enough) and not run.stopped():
-        pools.absorb(1, block=True)
-    run.write({"event": "training can begin", "scenes": pools.counts()})
-
-
-# --- what is trained --------------------------------------------------------------------------------
-
-
-class Loss:
-    """The loss of a batch of one size, drawn by its share of the updates from what the pools hold."""
-
-    def __init__(self, run: Run, pools: Pools, part: str, step: int) -> None:
-        self.run, self.pools, self.part = run, pools, part
-        self._choose = random.Random(f"{run.arguments.seed}/{part}/{step}")
-        self._generator = torch.Generator(run.device).manual_seed(self._choose.getrandbits(40))
-        text = pools.encoders.text.encode([""], run.device)[""]
-        empty = conditions(text, None, stage_c_sizes(run.config).c_clip_img)
-        self._empty = empty.to(run.device, run.dtype)
-        self.target = target_named(run.config.target)
-
-    def draw(self) -> tuple[Row, Samples, SampleNoise, Conditions]:
-        """A row with samples, their noise and their conditions, some of which are left out."""
-        self.pools.absorb(ABSORBED)
-        ready = [row for row in ROWS if self.pools.by_side[row.kind.side].count]
-        row = self._choose.choices(ready, [row.often[self.part] for row in ready])[0]
-        pool = self.pools.by_side[row.kind.side]
-        if row.kind.side == LOW:  # every scene was drawn at low resolution
-            counts = [self.pools.by_side[r.kind.side].count for r in ready]
-            pool = self.pools.by_side[self._choose.choices(ready, counts)[0].kind.side]
-        samples = pool.draw(max(1, round(self.run.batch * row.batch)), self._generator).to(self.run.dtype)
-        if row.kind.side == LOW:
-            samples = replace(samples, z=samples.z_lr)
-        noise = self._noise(samples)
-        return row, samples, noise, drop_conditions(samples.conditions, self._empty, noise)
-
-    def _noise(self, samples: Samples) -> SampleNoise:
-        count, draw = len(samples.z), partial(torch.rand, generator=self._generator, device=self.run.device)
-        normal = partial(torch.randn, generator=self._generator, device=self.run.device)
-        # Evenly over all times, so that batches differ less than if each time was drawn for itself.
-        t = (torch.arange(count, device=self.run.device) + draw(count)) / count
-        return SampleNoise(
-            t.clamp(min=TIME_MIN), normal(samples.z.shape), normal(samples.z_lr.shape),
-            draw(count) < TEXT_DROPOUT[self.part], draw(count) < IMAGE_SHARE,
-        )  # fmt: skip
-
-    def result(self, row: Row, prediction: Tensor, target: Tensor, logsnr: Tensor) -> tuple[str, Tensor]:
-        """The name and the weighted mean of the samples' losses."""
-        losses = sample_losses(prediction, target) * LOSS_WEIGHT(logsnr)
-        return str(row.kind.side), losses.mean()
-
-
-class StageCLoss(Loss):
-    """Of Stage C alone."""
-
-    def __init__(self, run: Run, pools: Pools, stage_c: StageC, step: int) -> None:
-        super().__init__(run, pools, "stage_c", step)
-        self._stage_c = stage_c
-
-    def __call__(self) -> tuple[str, Tensor]:
-        row, samples, noise, held = self.draw()
-        latents = noised(samples.z, noise.t, noise.epsilon, self.target)
-        x = latents.x.to(self.run.dtype)
-        prediction = self._stage_c(x, latents.r, held.clip_text, held.clip_text_pooled, held.clip_img)
-        return self.result(row, prediction, latents.target, latents.logsnr)
-
-
-class GuidanceLoss(Loss):
-    """Of the guidance in a frozen Stage C (paper eq. 5)."""
-
-    def __init__(self, run: Run, pools: Pools, guided: GuidedStageC, step: int) -> None:
-        super().__init__(run, pools, "guidance", step)
-        self._guided = guided
-
-    def __call__(self) -> tuple[str, Tensor]:
-        row, samples, noise, held = self.draw()
-        latents = noise_latents(samples.z, samples.z_lr, noise, self.target)
-        prediction = self._guided(latents, held)
-        return self.result(row, prediction, latents.target, latents.logsnr)
-
-
-def part_of(run: Run, name: str, module: nn.Module) -> Part:
-    """A training of a module in float32, as far as it was got before."""
-    arguments = run.arguments
-    budget = Budget(minutes_of(arguments, name), LR, ema=EMA[name], max_updates=arguments.max_updates)
-    weights = Weights(module, run.dtype, budget.ema)
-    part = Part(name, weights, budget, run.state / f"{name}.safetensors")
-    resumed = part.resume()
-    count = sum(p.numel() for p in weights.master)
-    run.write({"event": f"{name} begins", "parameters": count, "step": weights.step, "resumed": resumed})
-    return part
-
-
-def train_part(run: Run, pools: Pools, part: Part, loss: Loss, name: str, sizes: object) -> None:
-    """Train, with the running means exported as the family's file."""
-    metadata = config_metadata(asdict(sizes))
-
-    def export(tensors: Mapping[str, Tensor], _step: int) -> None:
-        named = {name.removeprefix("guidance."): tensor for name, tensor in tensors.items()}
-        save_tensors(run.output / name, named, metadata)
-
-    def on_log(line: dict[str, object]) -> None:
-        memory = torch.cuda.max_memory_reserved() / 2**30 if run.device.type == "cuda" else 0.0
-        run.write({**line, "scenes": pools.counts(), "memory_gib": round(memory, 1)})
-
-    write = in_dtype(export, torch.float16)
-    part.run(
-        loss, on_log, lambda: write(part.weights.averaged(), part.weights.step), run.stopped, run.smaller
-    )
-
-
-def train_stage_c(run: Run, pools: Pools) -> None:
-    """Stage C, from nothing or from earlier weights."""
-    torch.manual_seed(run.arguments.seed)
-    sizes = stage_c_sizes(run.config)
-    stage_c = trained_module(partial(StageC, **asdict(sizes)), run.start_path(STAGE_C), run.device, "Stage C")
-    part = part_of(run, "stage_c", stage_c)
-    train_part(run, pools, part, StageCLoss(run, pools, stage_c, part.weights.step), STAGE_C, sizes)
-
-
-def train_guidance(run: Run, pools: Pools) -> None:
-    """The guidance, on the running means of Stage C."""
-    torch.manual_seed(run.arguments.seed)
-    sizes = guidance_sizes(run.config)
-    build = partial(Guidance, **asdict(sizes))
-    guidance = trained_module(build, run.start_path(GUIDANCE), run.device, "guidance", guidance_names)
-    stage_c = load_module(
-        partial(StageC, **asdict(stage_c_sizes(run.config))), run.path(STAGE_C), dtype=run.dtype,
-        device=run.device, what="Stage C",
-    )  # fmt: skip
-    guided = GuidedStageC(stage_c, guidance)
-    part = part_of(run, "guidance", guided)
-    train_part(run, pools, part, GuidanceLoss(run, pools, guided, part.weights.step), GUIDANCE, sizes)
-
-
-# --- what comes of it -------------------------------------------------------------------------------
-
-
-def open_pipeline(run: Run) -> UltraPixelPipeline:
-    """The family with the trained weights, in float32 as it is shipped."""
-    config = replace(run.config, generator_checkpoint_path=str(run.path(STAGE_C)), dtype="float32")
-    config_b = load_stage_b(run.arguments.config_b)
-    return UltraPixelPipeline(config, config_b, run.path(GUIDANCE), run.device, resident=True)
-
-
-def make_sheets(run: Run, pipeline: UltraPixelPipeline, settings: Settings) -> None:
-    """The same prompts at 128 x 128 and 512 x 512, and some of them at 1024 x 1024."""
-    cases = held_out_cases(run.arguments.shown, run.arguments.seed)
-    for side, count, batch in (
-        (128, len(cases), 128),
-        (PRESET.height, len(cases), 24),
-        (LARGE, LARGE_SHOWN, 4),
-    ):
-        made = in_batches(pipeline, cases[:count], side, batch, settings)
-        shown = (max(CELL, side), max(CELL, side))
-        cells = [(ImageOps.contain(to_image(pixels), shown), case.prompt) for case, pixels in made]
-        path = run.output / f"sheet_{side}.jpg"
-        save_image(contact_sheet(cells), path, "jpg", {"prompts": [prompt for _, prompt in cells]})
-        run.write({"event": f"wrote {path.name}"})
-        if run.stopped():
-            return
-
-
-def write_figures(run: Run, pipeline: UltraPixelPipeline, settings: Settings) -> None:
-    """The recogniser's figures of held-out scenes, at 512 x 512 also of the enlarged 128 x 128 pictures."""
-    arguments, large = run.arguments, (PRESET.height, PRESET.width)
-    sizes = read_config(arguments.recogniser)
-    recogniser = load_module(
-        partial(Recogniser, **(sizes or {})), arguments.recogniser, dtype=torch.float32, device=run.device,
-        what="recogniser",
-    )  # fmt: skip
-    judge, figures = Judge(recogniser, run.device), []
-    small = View("128", (128, 128))
-    enlarged = View(f"128 enlarged to {large[0]}", large, baseline=True)
-    for side, count, views, batch in (
-        (large[0], arguments.num_large, [View(str(large[0]), large)], 40),
-        (128, arguments.num_large, [enlarged], 200),
-        (128, arguments.num_image, [small], 250),
-    ):
-        cases = held_out_cases(count, arguments.seed)
-        figures += [asdict(m) for m in measured(pipeline, judge, cases, side, views, batch, settings)]
-        (run.output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-        last = figures[-1]
-        short = {key: round(last[key], 3) for key in ("frechet", "patch_frechet")}
-        accuracy = {key: round(share, 3) for key, share in last["accuracy"]["each"].items()}
-        run.write({"event": last["view"]["name"], **accuracy, **short})
-        if run.stopped():
-            return
-
-
-def show(run: Run) -> None:
-    """Sheets and figures of the weights as they are now."""
-    set_up(run.device)
-    settings = Settings(cfg=PRESET.cfg)
-    pipeline = open_pipeline(run)
-    make_sheets(run, pipeline, settings)
-    if not run.stopped():
-        write_figures(run, pipeline, settings)
-
-
-def set_up(device: torch.device) -> None:
-    """What float32 and attention run as on a GPU."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True  # a few sizes, over and over
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape
-
-
-def train(run: Run, drawers: Drawers) -> None:
-    """The trainings that were asked for."""
-    set_up(run.device)
-    pools = open_pools(drawers, run)
-    fill(pools, run)
-    for name, part in (("stage_c", train_stage_c), ("guidance", train_guidance)):
-        if name in run.arguments.parts and not run.stopped():
-            part(run, pools)
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = parse(given)
     check(arguments)
-    drawers = None
-    if TRAININGS & set(arguments.parts):  # before CUDA is used
-        drawers = Drawers([row.kind for row in ROWS], LOW, arguments.workers, first_scene(arguments))
-    with closing(Run(arguments)) as own:
-        if drawers is not None:
-            with closing(drawers):
-                train(own, drawers)
-        if "figures" in arguments.parts and not own.stopped():
-            show(own)
+    from core.tiny_on_gpu import train_and_show  # loads torch, once the flags are read
+
+    train_and_show(arguments)
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)
