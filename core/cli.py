@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from core.config_files import FLOAT16_REFUSED
 from core.images import FORMATS, check_format, prepare_folder, read_image_metadata
+from core.launch import fail
 from core.paths import at_home, located
 from core.presets import DEFAULT, EMBEDDED, PRESETS
 from core.printable import say, unbroken
@@ -49,22 +50,17 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        fail("interrupted", 130)
     except (ValueError, OSError) as error:
-        _fail(f"error: {error}", 2)
+        fail(f"error: {error}", 2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         cause = str(error).splitlines()[0]
-        _fail(
+        fail(
             f"error: the device's memory is full ({cause}): ask for a smaller picture, without --resident",
             2,
         )
-
-
-def _fail(message: str, code: int) -> None:
-    sys.stderr.write(message + "\n")
-    sys.exit(code)
 
 
 # --- flags ----------------------------------------------------------------------------------------

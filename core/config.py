@@ -26,6 +26,7 @@ from core.sizes import (
 from gdf.names import LOSS_WEIGHT_NAMES, check_name
 
 MIN_CONTROL_SIZE = 16  # px
+SHARES = ("pictures_at_once", "grad_accum_steps")  # of a batch, either of which may be left open
 
 T = TypeVar("T")
 Dtype = Literal["bfloat16", "float32"]
@@ -138,22 +139,24 @@ class RunConfig:
 
     experiment_id: str  # name of the run's folder
     checkpoint_path: str  # folder for checkpoints
-    output_path: str  # folder for sample pictures
+    output_path: str | None = None  # folder for sample pictures; None: samples in the run's folder
     webdataset_path: str | None = None  # folder (or shards) of training pictures
     scenes: SceneData | None = None  # instead of webdataset_path
     tmp_prompt: str | None = None  # the caption of all pictures, instead of their own
     empty_captions: bool = False  # pictures without a caption are trained on with none, else they are broken
     pretrained_path: str | None = None  # trained weights to start from
     export_path: str | None = None  # where the trained weights go; None: into the run's folder
+    overwrite_export: bool = False  # replace there what this run did not write
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of their matrices in that file
     lr: float = 1e-4
     lr_end: float | None = None  # at the last update, along a cosine; None: lr stays
-    batch_size: int = 4  # pictures per update: processes x pictures each x grad_accum_steps
+    batch_size: int = 16  # pictures per update, over all processes; rounded up where it does not divide
+    pictures_at_once: int | None = 1  # in each process, one forward and backward; None: all its pictures
+    grad_accum_steps: int | None = None  # instead of pictures_at_once, where it fits: this many such parts
     image_size: int | tuple[int, ...] = (1024, 2048, 2560, 3072, 3584, 3840, 4096, 4608)
     multi_aspect_ratio: tuple[str, ...] = (  # width/height, each also inverted
         "1/1", "1/2", "1/3", "2/3", "3/4", "1/5", "2/5", "3/5", "4/5", "1/6", "5/6", "9/16",
     )  # fmt: skip
-    grad_accum_steps: int = 2
     updates: int = 40000
     backup_every: int = 5000  # updates between checkpoints that are kept
     save_every: int = 500  # updates between checkpoints to resume from, and samples
@@ -174,7 +177,8 @@ class RunConfig:
     tracker: Literal["auto", "tensorboard", "wandb", "none"] = "auto"  # auto: TensorBoard where installed
 
     def __post_init__(self) -> None:
-        _require_positive(self, "lr", "batch_size", "image_size", "grad_accum_steps", "updates")
+        _require_positive(self, "lr", "batch_size", "image_size", "updates")
+        _require_positive(self, *(n for n in SHARES if getattr(self, n) is not None))
         _require_positive(self, "backup_every", "save_every", "loss_weight_shift")
         check_name("loss weight", self.loss_weight, LOSS_WEIGHT_NAMES)
         if self.adaptive_loss_weight and self.loss_weight != "constant":

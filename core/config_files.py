@@ -43,6 +43,11 @@ OTHER_NAMES = {
     "mixed_precision": "dtype", "ema_decay": "ema", "dataloader_num_workers": "num_workers",
     "output_dir": "checkpoint_path",
 }  # fmt: skip
+# What a key on the command line replaces in the file: what would contradict it, or hide it.
+REPLACES = {
+    "webdataset_path": "scenes", "scenes": "webdataset_path", "prior_path": "prior_scenes",
+    "prior_scenes": "prior_path", "image_size": "image_size_schedule", "pictures_at_once": "grad_accum_steps",
+}  # fmt: skip
 FLOAT16_REFUSED = "float16 gives black pictures or NaN in Stage B and C"
 # Written, so always from the working directory; other keys that end in _path are read.
 OUTPUT_PATHS = ("checkpoint_path", "output_path", "cache_path", "export_path", "export_effnet_path")
@@ -141,7 +146,15 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{path}: the file must hold 'key: value' lines, not {_show(values)}")
     for override in overrides:
         _apply(values, override)
+    _drop_replaced(values, {override.partition("=")[0].strip().partition(".")[0] for override in overrides})
     return values
+
+
+def _drop_replaced(values: dict[str, Any], given: set[str]) -> None:
+    """Leave out what keys `given` on the command line replace; two that are both given there stay."""
+    for key in given & REPLACES.keys():
+        if values[key] is not None and REPLACES[key] not in given:
+            values.pop(REPLACES[key], None)
 
 
 def _parse(text: str, source: str) -> Any:

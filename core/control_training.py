@@ -190,27 +190,36 @@ def make_sampler(run: Run, networks: Networks, example: Batch) -> Callable[[int]
 def make_export(run: Run) -> Callable[[Mapping[str, Tensor], int], None]:
     """Writes the ControlNet, with its sizes and its filter, as inference/test_controlnet.py takes it."""
     config = run.config
+    path = run.export_path(f"{config.controlnet_filter}.safetensors")
     size = config.control_size or CONTROL_SIZE
     metadata = config_metadata(asdict(controlnet_sizes(config)))
     metadata |= config_metadata({"filter": config.controlnet_filter, "control_size": size}, METADATA_KEY)
 
     def export(tensors: Mapping[str, Tensor], _step: int) -> None:
         named = {name.removeprefix("control."): value for name, value in tensors.items()}
-        save_tensors(run.export_path(f"{config.controlnet_filter}.safetensors"), named, metadata)
+        save_tensors(path, named, metadata)
 
     return export
 
 
 def build(run: Run) -> Recipe:
     """The ControlNet's recipe."""
+    export = make_export(run)
     networks = load_networks(run.config, run.device)
     if run.config.compile:
         compile_blocks(networks.controlled.stage_c)
     example = next(run.batches(None))[0]
     return Recipe(
         networks.controlled, run.batches, make_loss(run, networks), make_sampler(run, networks, example),
-        make_export(run),
+        export, use=how_to_use(run),
     )  # fmt: skip
+
+
+def how_to_use(run: Run) -> str:
+    """The command that makes a picture under the ControlNet."""
+    mask = ("--mask", "MASK") if run.config.controlnet_filter == "inpainting" else ()
+    source = ("--canny_source_url", "PICTURE", *mask)
+    return run.inference_command("test_controlnet.py", "--control_file", *run.exports.files, *source)
 
 
 def check(config: ControlTrainConfig) -> None:

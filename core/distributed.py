@@ -15,10 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from core import launch
 from modules.blocks import AttnBlock, ResBlock
 from modules.unet import CascadeUNet
 
-USE_CPU = "ACCELERATE_USE_CPU"  # where a training runs, not how
+WAY_OUT = "start them with torchrun, or unset WORLD_SIZE to train in one"
 BESIDE_FORWARD = ("keys_values", "prepare", "predict", "predict_with_features")  # methods that use weights
 
 
@@ -26,8 +27,30 @@ def ignore_accelerate_variables() -> None:
     """Forget what the environment would set in accelerate, such as a number of micro-batches by which it
     divides losses: how a training goes, its configuration says. Call it before an Accelerator is made.
     """
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name != USE_CPU]:
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
+
+
+def join(**settings: Any) -> Accelerator:
+    """accelerate's handle on all processes that were started together, on their GPUs or the CPU.
+
+    `settings` are further ones of it. ValueError where fewer processes come together than were started, since
+    each of them would train on its own, into the same folder.
+    """
+    started, gpus = launch.processes(), torch.accelerator.device_count()
+    if started > 1 and "RANK" not in os.environ:
+        raise ValueError(f"the environment speaks of {started} processes, but not of RANK: {WAY_OUT}")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 0 < gpus < here:
+        raise ValueError(f"{here} processes were started on a machine with {gpus} GPUs: start {gpus} of them")
+    try:
+        accelerator = Accelerator(cpu=gpus == 0, **settings)
+    except torch.distributed.DistError as error:
+        raise ValueError(f"{started} processes could not be joined: {str(error).splitlines()[0]}") from None
+    if accelerator.num_processes != started:
+        joined = accelerator.num_processes
+        raise ValueError(f"the environment speaks of {started} processes, of which {joined} met: {WAY_OUT}")
+    return accelerator
 
 
 def distribute(module: nn.Module, accelerator: Accelerator, shard: bool) -> nn.Module:

@@ -214,7 +214,7 @@ def make_sampler(run: Run, networks: Networks, example: Batch) -> Callable[[int]
 
 def make_export(run: Run) -> Callable[[Mapping[str, Tensor], int], None]:
     """Writes the guidance as inference/test_t2i.py --pretrained_path takes it, in either layout."""
-    config = run.config
+    config, path = run.config, run.export_path(EXPORT)
     metadata = config_metadata(asdict(guidance_sizes(config)))
     res_blocks = sum(map(sum, stage_c_sizes(config).blocks))
 
@@ -222,21 +222,22 @@ def make_export(run: Run) -> Callable[[Mapping[str, Tensor], int], None]:
         named = {name.removeprefix("guidance."): value for name, value in tensors.items()}
         if config.export_layout == "published":
             named = to_published_guidance(named, res_blocks)
-        save_tensors(run.export_path(EXPORT), named, metadata)
+        save_tensors(path, named, metadata)
 
     return export
 
 
 def build(run: Run) -> Recipe:
     """The guidance's recipe."""
+    export = make_export(run)
     networks = load_networks(run.config, run.device)
     if run.config.compile:
         compile_blocks(networks.stage_c)  # the trainer compiles what it trains
     example = next(run.batches(None))[0]
     return Recipe(
         GuidedStageC(networks.stage_c, networks.guidance), batches_of(run, networks.encoders),
-        make_loss(run, networks),
-        make_sampler(run, networks, example), make_export(run),
+        make_loss(run, networks), make_sampler(run, networks, example), export,
+        use=run.inference_command("test_t2i.py", "--pretrained_path", *run.exports.files),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from core.data.sources import names_shards
 from core.guidance_training import draw_noise, noise_latents
 from core.images import save_image
 from core.layouts import guidance_names
+from core.lora_files import PEFT_CONFIG, PEFT_WEIGHTS
 from core.lora_names import PEFT
 from core.lora_reading import read_lora
 from core.personalization import (
@@ -136,10 +138,16 @@ def make_sampler(run: Run, networks: Networks, example: Batch) -> Callable[[int]
     return sample
 
 
-def make_export(run: Run, networks: Networks) -> Callable[[Mapping[str, Tensor], int], None]:
+def export_path(run: Run) -> Path:
+    """Where the LoRA goes: a file, or the folder of peft's layout."""
+    if run.config.lora_layout == PEFT:
+        return run.export_folder(EXPORT_PEFT, (PEFT_WEIGHTS, PEFT_CONFIG))
+    return run.export_path(EXPORT)
+
+
+def make_export(run: Run, networks: Networks, path: Path) -> Callable[[Mapping[str, Tensor], int], None]:
     """Writes the LoRA with its tokens, as inference/test_personalized.py --pretrained_path_lora takes it."""
     config = run.config
-    path = run.export_path(EXPORT_PEFT if config.lora_layout == PEFT else EXPORT)
 
     def export(tensors: Mapping[str, Tensor], _step: int) -> None:
         lora = lora_file(tensors, config, networks.rows)
@@ -151,13 +159,20 @@ def make_export(run: Run, networks: Networks) -> Callable[[Mapping[str, Tensor],
 def build(run: Run) -> Recipe:
     """The recipe of a LoRA and its tokens."""
     check_captions(run.data.index, run.config)
+    path = export_path(run)
     networks = load_networks(run.config, run.device)
     _, largest = phases(run.config)[-1]
     example = next(phase_batches(run, largest))[0].subject
     return Recipe(
         networks.module, partial(scheduled_batches, run), make_loss(run, networks.encoders),
-        make_sampler(run, networks, example), make_export(run, networks),
+        make_sampler(run, networks, example), make_export(run, networks, path), use=how_to_use(run, path),
     )  # fmt: skip
+
+
+def how_to_use(run: Run, path: Path) -> str:
+    """The command that makes pictures with the LoRA and the guidance that it was trained with."""
+    guidance = ("--pretrained_path", run.config.ultrapixel_path or "none")
+    return run.inference_command("test_personalized.py", *guidance, "--lora", path)
 
 
 def check(config: PersonalizedTrainConfig) -> None:

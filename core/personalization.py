@@ -210,10 +210,16 @@ def phase_batches(
 
 
 def scheduled_batches(run: Run, position: Mapping[str, Any] | None) -> Iterator[tuple[Shown, dict[str, Any]]]:
-    """The run's batches from a position on, endlessly; each part of the schedule begins its data anew."""
-    schedule = phases(run.config)
-    starts = [start * run.config.grad_accum_steps for start, _ in schedule]
-    count, inner = (0, None) if position is None else (position["count"], position["inner"])
+    """The run's batches from a position on, endlessly; each part of the schedule begins its data anew.
+
+    A position counts batches, of which an update has `steps`: another number of processes may change that.
+    """
+    schedule, steps = phases(run.config), run.config.grad_accum_steps
+    starts = [start * steps for start, _ in schedule]
+    count, inner = 0, None
+    if position is not None:
+        count = position["count"] * steps // position.get("steps", steps)  # without: of an older checkpoint
+        inner = position["inner"]
     while True:
         number = bisect_right(starts, count) - 1
         end = starts[number + 1] if number + 1 < len(starts) else math.inf
@@ -221,7 +227,7 @@ def scheduled_batches(run: Run, position: Mapping[str, Any] | None) -> Iterator[
         with closing(phase_batches(run, schedule[number][1], start)) as batches:
             for batch, inner in batches:
                 count += 1
-                yield batch, {"count": count, "inner": inner}
+                yield batch, {"count": count, "inner": inner, "steps": steps}
                 if count == end:
                     break
 

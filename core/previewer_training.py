@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,12 @@ from torch.nn import functional as F
 from core.checkpoint import load_module
 from core.config import PreviewerTrainConfig, effnet_sizes, previewer_sizes
 from core.data.loader import Batch
+from core.exports import Export
 from core.images import save_image
 from core.preview import preview_row, sheet
 from core.random_keys import generator_of
 from core.trainer import Recipe, StepLoss
-from core.training import Run, export_parts, train, trained_module
+from core.training import Run, as_keys, export_parts, train, trained_module
 from core.training_encoders import encode_latent
 from gdf.diffusion import sample_losses
 from modules.effnet import EfficientNetEncoder, imagenet_normalise
@@ -88,21 +88,22 @@ def make_sampler(run: Run, networks: PreviewerTraining, example: Batch) -> Calla
     return sample
 
 
-def make_export(run: Run) -> Callable[[Mapping[str, Tensor], int], None]:
-    """Writes the previewer and, where it is trained along, the encoder."""
-    config = run.config
-    effnet_path = Path(config.export_effnet_path or run.folder / EXPORT_EFFNET)
-    files = {"previewer.": (run.export_path(EXPORT), previewer_sizes(config))}
-    if config.effnet_checkpoint_path is None:
-        files["effnet."] = (effnet_path, effnet_sizes(config))
-    return export_parts(files)
+def make_export(run: Run) -> tuple[Export, str]:
+    """Writes the previewer and, where it is trained along, the encoder; and how both are used."""
+    path = run.export_path(EXPORT)
+    files, keys = {"previewer.": (path, previewer_sizes(run.config))}, {"previewer_checkpoint_path": path}
+    if run.config.effnet_checkpoint_path is None:
+        path = keys["effnet_checkpoint_path"] = run.export_path(EXPORT_EFFNET, "export_effnet_path")
+        files["effnet."] = (path, effnet_sizes(run.config))
+    return export_parts(files), as_keys(**keys)
 
 
 def build(run: Run) -> Recipe:
     """The previewer's recipe."""
+    export, use = make_export(run)
     networks = make_networks(run.config, run.device)
     sampler = make_sampler(run, networks, next(run.batches(None))[0])
-    return Recipe(networks, run.batches, make_loss(run), sampler, make_export(run))
+    return Recipe(networks, run.batches, make_loss(run), sampler, export, use)
 
 
 def train_previewer(config: PreviewerTrainConfig) -> int:

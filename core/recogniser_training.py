@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
@@ -58,7 +59,7 @@ def make_check(run: Run, recogniser: Recogniser) -> Callable[[int], None]:
 
 def build(run: Run) -> Recipe:
     """The recogniser's recipe."""
-    config = run.config
+    config, path = run.config, run.export_path(EXPORT)
     if config.scenes is None:
         raise ValueError("the recogniser learns from 'scenes', not from webdataset_path")
     run = replace(run, data=LabelledScenes(config.scenes, run.data.sizes, degraded=config.degraded_share))
@@ -67,9 +68,10 @@ def build(run: Run) -> Recipe:
     recogniser = Recogniser(**sizes).to(run.device, memory_format=torch.channels_last)
 
     def export(tensors: Mapping[str, Tensor], _step: int) -> None:
-        save_tensors(run.export_path(EXPORT), tensors, config_metadata(sizes))
+        save_tensors(path, tensors, config_metadata(sizes))
 
-    return Recipe(recogniser, run.batches, make_loss(run), make_check(run, recogniser), export)
+    use = f"python inference/evaluate.py --preset tiny --recogniser {shlex.quote(str(path))}"
+    return Recipe(recogniser, run.batches, make_loss(run), make_check(run, recogniser), export, use)
 
 
 def train_recogniser(config: RecogniserTrainConfig) -> int:

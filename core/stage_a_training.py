@@ -21,7 +21,7 @@ from core.images import save_image
 from core.preview import row_of, sheet
 from core.random_keys import generator_of
 from core.trainer import Recipe, StepLoss
-from core.training import Run, export_parts, train, trained_module
+from core.training import Run, as_keys, export_parts, train, trained_module
 from modules.blocks import channels_first
 from modules.stage_a import StageA
 
@@ -125,16 +125,18 @@ def make_sampler(run: Run, stage_a: StageA, example: Batch) -> Callable[[int], N
 
 def build(run: Run) -> Recipe:
     """Stage A's recipe."""
+    path = run.export_path(EXPORT)
     torch.manual_seed(run.config.seed)
     make = partial(StageA, **asdict(stage_a_sizes(run.config)))
     stage_a = trained_module(make, run.config.pretrained_path, run.device, "Stage A")
     if run.config.decoder_only:
         for part in (stage_a.in_block, stage_a.down_blocks, stage_a.vquantizer):
             part.requires_grad_(False)
-    export = export_parts({"stage_a.": (run.export_path(EXPORT), stage_a_sizes(run.config))})
+    export = export_parts({"stage_a.": (path, stage_a_sizes(run.config))})
     sampler = make_sampler(run, stage_a, next(run.batches(None))[0])
     module = StageATraining(stage_a, run.config.adversarial_weight)
-    return Recipe(module, run.batches, make_loss(run), sampler, export)
+    use = as_keys(stage_a_checkpoint_path=path)
+    return Recipe(module, run.batches, make_loss(run), sampler, export, use)
 
 
 def train_stage_a(config: StageATrainConfig) -> int:

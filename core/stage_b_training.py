@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from core.checkpoint import load_module
 from core.conditioning import TextEncoder, find_text_encoder
 from core.config import StageBTrainConfig, effnet_sizes, stage_a_sizes, stage_b_sizes
 from core.data.loader import Batch
+from core.exports import Export
 from core.images import save_image
 from core.noising import Noised, noised
 from core.passes import NoiseSource, decode_picture, stage_b_pass
@@ -25,7 +25,7 @@ from core.random_keys import generator_of
 from core.resolution import plan
 from core.settings import Settings
 from core.trainer import Recipe, StepLoss
-from core.training import Run, export_parts, train, trained_module
+from core.training import Run, as_keys, export_parts, train, trained_module
 from core.training_encoders import cached, check_cache, fingerprint
 from gdf.diffusion import pyramid_noise, sample_losses
 from gdf.schedules import draw_times
@@ -226,24 +226,25 @@ def _at_compression(images: Tensor, config: StageBTrainConfig) -> Tensor:
     return nn.functional.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
-def make_export(run: Run) -> Callable[[Mapping[str, Tensor], int], None]:
-    """Writes Stage B and, where it is trained along, the encoder."""
-    config = run.config
-    effnet_path = config.export_effnet_path or run.folder / EXPORT_EFFNET
-    files = {"stage_b.": (run.export_path(EXPORT), stage_b_sizes(config))}
-    if config.effnet_checkpoint_path is None:
-        files["effnet."] = (Path(effnet_path), effnet_sizes(config))
-    return export_parts(files)
+def make_export(run: Run) -> tuple[Export, str]:
+    """Writes Stage B and, where it is trained along, the encoder; and how both are used."""
+    path = run.export_path(EXPORT)
+    files, keys = {"stage_b.": (path, stage_b_sizes(run.config))}, {"generator_checkpoint_path": path}
+    if run.config.effnet_checkpoint_path is None:
+        path = keys["effnet_checkpoint_path"] = run.export_path(EXPORT_EFFNET, "export_effnet_path")
+        files["effnet."] = (path, effnet_sizes(run.config))
+    return export_parts(files), as_keys(**keys)
 
 
 def build(run: Run) -> Recipe:
     """Stage B's recipe."""
+    export, use = make_export(run)
     networks = load_networks(run.config, run.device)
     example = next(run.batches(None))[0]
     module = StageBTraining(networks.stage_b, None if networks.finished else networks.effnet, run.config)
     return Recipe(
         module, batches_of(run, networks), make_loss(run, networks), make_sampler(run, networks, example),
-        make_export(run),
+        export, use,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from core.preview import preview_row, sheet, with_latents
 from core.resolution import plan
 from core.settings import Settings
 from core.trainer import Recipe, StepLoss
-from core.training import Run, train, trained_module
+from core.training import Run, as_keys, train, trained_module
 from core.training_encoders import EncodedBatch, Encoders, batches_of, check_cache
 from gdf.diffusion import sample_losses
 from gdf.targets import target_named
@@ -91,16 +91,18 @@ def make_sampler(
 
 def build(run: Run) -> Recipe:
     """Stage C's recipe."""
+    path = run.export_path(EXPORT)
     stage_c, encoders = make_stage_c(run.config, run.device), Encoders.load(run.config, run.device)
     example = next(run.batches(None))[0]
     metadata = config_metadata(asdict(stage_c_sizes(run.config)))
 
     def export(tensors: Mapping[str, Tensor], _step: int) -> None:
-        save_tensors(run.export_path(EXPORT), tensors, metadata)
+        save_tensors(path, tensors, metadata)
 
     return Recipe(
         stage_c, batches_of(run, encoders, with_lr=False), make_loss(run, encoders),
         make_sampler(run, stage_c, encoders, example), export,
+        use=as_keys(generator_checkpoint_path=path),
     )  # fmt: skip
 
 

@@ -25,12 +25,16 @@ from core.data.labelled import Captions, caption_batches, read_captions
 from core.data.scenes import ATTRIBUTES, EXTRA_SUBJECTS, SUBJECTS
 from core.sizes import TextSizes
 from core.trainer import Recipe, StepLoss
-from core.training import Run, train
+from core.training import Run, as_keys, train
 from modules.recogniser import AttributeHeads, accuracies, attribute_losses
 
 log = logging.getLogger(__name__)
 
 EXPORT = "text"  # a folder
+FILES = (
+    "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+)  # fmt: skip
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 READ_CAPTIONS = 4000  # whose words become tokens
 MAX_VOCABULARY = 2000  # tokens; never reached, as merging ends at whole words
@@ -155,29 +159,34 @@ def make_check(
 
 
 def build(run: Run) -> Recipe:
-    """The text encoder's recipe; the tokenizer is written at once."""
+    """The text encoder's recipe."""
     config = run.config
     if config.scenes is None:
         raise ValueError("the text encoder learns from captions of 'scenes', not from webdataset_path")
-    folder = run.export_path(EXPORT)
+    folder = run.export_folder(EXPORT, FILES)
     tokenizer = make_tokenizer(config.scenes, config.seed)
-    tokenizer.save_pretrained(folder / "tokenizer")
     module = TextTraining(make_text_model(config.text_encoder, tokenizer, config.seed)).to(run.device)
     read = partial(tokenize, tokenizer, length=config.text_encoder.length)
     batches = partial(caption_batches, config.scenes, run.loader_settings, loosened=config.loosened_share)
-    export = partial(write_text_encoder, module.model, folder / "text_encoder")
-    return Recipe(module, batches, make_loss(run, read), make_check(run, module, read), export)
+    export = partial(write_text_encoder, module.model, tokenizer, folder)
+    check, use = make_check(run, module, read), as_keys(clip_text_path=folder)
+    return Recipe(module, batches, make_loss(run, read), check, export, use)
 
 
 def write_text_encoder(
-    model: CLIPTextModelWithProjection, folder: Path, tensors: Mapping[str, Tensor], _step: int
+    model: CLIPTextModelWithProjection,
+    tokenizer: CLIPTokenizer,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    _step: int,
 ) -> None:
-    """The encoder's weights in bfloat16, without the classifiers, as transformers reads them."""
+    """The encoder's weights in bfloat16, without the classifiers, and the tokenizer, for transformers."""
+    tokenizer.save_pretrained(folder / "tokenizer")
     named = {name: tensors[f"model.{name}"].bfloat16() for name in model.state_dict()}
     config = copy(model.config)
     config.dtype, config.architectures = torch.bfloat16, [type(model).__name__]
-    config.save_pretrained(folder)
-    save_tensors(folder / "model.safetensors", named, {"format": "pt"})
+    config.save_pretrained(folder / "text_encoder")
+    save_tensors(folder / "text_encoder" / "model.safetensors", named, {"format": "pt"})
 
 
 def train_text_encoder(config: TextTrainConfig) -> int:

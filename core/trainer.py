@@ -98,7 +98,7 @@ class Recipe:
     plain data. `loss(module, batch, keys)` gets the module as wrapped for several processes, and a key per
     sample for its random numbers. `sample(step)` may write pictures, in every process where the weights are
     sharded, else in the main one alone; `export(tensors, step)` all weights of the module (running means
-    where there are).
+    where there are), which `use` says how to use: by a command, or as the key of another training.
     """
 
     module: nn.Module
@@ -106,6 +106,7 @@ class Recipe:
     loss: Callable[[nn.Module, Any, list[tuple[int, ...]]], StepLoss]
     sample: Callable[[int], None] | None = None
     export: Callable[[Mapping[str, Tensor], int], None] | None = None
+    use: str | None = None
 
 
 @dataclass(frozen=True)
@@ -360,8 +361,14 @@ class Trainer:
             return
         stored = {n: tuple(p.shape) for n, p in state["parameters"].items()}
         wanted = {n: tuple(p.shape) for n, p in self._parameters.items()}
-        if stored != wanted or bool(state["ema"]) != bool(self.ema):
+        if stored != wanted:
             raise ValueError(f"{path} is of another training: name another folder, or remove the checkpoints")
+        if bool(state["ema"]) != bool(self.ema):
+            before = "above 0" if state["ema"] else "0"
+            raise ValueError(
+                f"'ema' was {before} when {path} was made, and cannot become {self.settings.ema} now: "
+                "set it as before, or choose another experiment_id"
+            )
         for own, kept in ((self._parameters, "parameters"), (self.ema, "ema"), (self._buffers, "buffers")):
             for name, tensor in own.items():
                 fill(tensor, state[kept][name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -17,19 +18,22 @@ import yaml
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from core import launch
+from core.batch_size import fitted_batch
 from core.checkpoint import Translate, check_file, config_metadata, load_module, save_tensors, save_text
 from core.config import RunConfig
 from core.config_files import as_yaml
 from core.data.loader import Batch, LoaderSettings, Position
 from core.data.sources import Data, open_data, stream
-from core.distributed import ignore_accelerate_variables
-from core.trainer import Recipe, Trainer, TrainSettings, check_batch_size, checkpoints
+from core.distributed import ignore_accelerate_variables, join
+from core.exports import Export, Exports
+from core.presets import EMBEDDED
+from core.trainer import Recipe, Trainer, TrainSettings, checkpoints
 from core.training_log import UpdateBar, save_losses, tracker_named
 from gdf.loss_weights import loss_weight_named
 
 log = logging.getLogger(__name__)
 
-Export = Callable[[Mapping[str, Tensor], int], None]  # of named tensors at an update
 
 CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
 # What cannot change between the parts of a run, since its checkpoints would not fit.
@@ -48,13 +52,19 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.checkpoint_path, config.experiment_id)
 
 
-def check_run(config: RunConfig, files: Iterable[str | None], processes: int) -> Data:
-    """The data, indexed; raises what is wrong with it, the batch size, a file or the folder of the run."""
-    check_batch_size(config.batch_size, processes, config.grad_accum_steps)
+def sheet_folder(config: RunConfig) -> Path:
+    """Where a run's previews go."""
+    if config.output_path is None:
+        return run_folder(config) / "samples"
+    return Path(config.output_path, config.experiment_id)
+
+
+def check_run(config: RunConfig, files: Iterable[str | None]) -> Data:
+    """The data, indexed; raises what is wrong with it, a file or the folders of the run."""
     for path in chain(files, [config.pretrained_path]):
         if path is not None:
             check_file(path)
-    for folder in (run_folder(config), Path(config.output_path)):
+    for folder in (run_folder(config), sheet_folder(config)):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise ValueError(f"{folder} cannot be written to: choose another folder")
@@ -120,6 +130,12 @@ def export_parts(files: Mapping[str, tuple[Path, Any]]) -> Export:
     return export
 
 
+def as_keys(**files: Path) -> str:
+    """How weights are used that a configuration names, by key."""
+    keys = " ".join(f"{key}={shlex.quote(str(path))}" for key, path in files.items())
+    return f"{keys} on the command line of the next training, or in its file and those of inference"
+
+
 def in_dtype(export: Export | None, dtype: torch.dtype) -> Export | None:
     """An export whose matrices are rounded to a number format; vectors stay as they are."""
     if export is None:
@@ -140,6 +156,7 @@ class Run:
     accelerator: Accelerator
     data: Data
     folder: Path
+    exports: Exports
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +168,7 @@ class Run:
         """How this process's part of the data is read."""
         config, accelerator = self.config, self.accelerator
         return LoaderSettings(
-            batch_size=config.batch_size // accelerator.num_processes // config.grad_accum_steps,
+            batch_size=config.pictures_at_once,
             rank=accelerator.process_index, world_size=accelerator.num_processes, seed=config.seed,
             num_workers=config.num_workers, max_broken=config.max_broken,
         )  # fmt: skip
@@ -160,13 +177,31 @@ class Run:
         """The data from a position (a plain dictionary in checkpoints) on."""
         yield from plain_positions(partial(stream, self.data), self.loader_settings, position)
 
-    def export_path(self, name: str) -> Path:
-        """Where trained weights go."""
-        return self.folder / name if self.config.export_path is None else Path(self.config.export_path)
+    def export_path(self, name: str, key: str = "export_path") -> Path:
+        """Where trained weights go: the file that `key` names, or `name` in the run's folder.
+
+        ValueError where another file is there. Call it before anything loads.
+        """
+        given = getattr(self.config, key)
+        return self.exports.claim(self.folder / name if given is None else Path(given), key)
+
+    def export_folder(self, name: str, files: Iterable[str]) -> Path:
+        """The same of weights in several files, for which `export_path` is a folder."""
+        given = self.config.export_path
+        folder = self.folder / name if given is None else Path(given)
+        for file in files:
+            self.exports.claim(folder / file, "export_path")
+        return folder
 
     def sheet_path(self, step: int) -> Path:
         """Where the previews of an update go."""
-        return Path(self.config.output_path, self.config.experiment_id, f"step_{step:08d}.jpg")
+        return sheet_folder(self.config) / f"step_{step:08d}.jpg"
+
+    def inference_command(self, script: str, *flags: str | Path) -> str:
+        """A command that makes a picture with the trained weights, by the run's own configuration."""
+        preset = ("--preset", EMBEDDED) if self.config.model_version == EMBEDDED else ()
+        words = (f"inference/{script}", *preset, "--config_c", self.folder / CONFIG_FILE, *flags)
+        return f'python {shlex.join(map(str, words))} --prompt "..."'
 
 
 def plain_positions(
@@ -187,25 +222,59 @@ def train(
 ) -> int:
     """Run, or go on with, the training that a script describes; `files` are weights that it reads."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    folder = run_folder(config)
-    tracker = tracker_named(config.tracker)
+    config, folder, tracker = fitted_batch(config), run_folder(config), tracker_named(config.tracker)
+    data = check_run(config, files)
     mixed = "bf16" if mixed_precision else "no"
     ignore_accelerate_variables()
-    accelerator = Accelerator(mixed_precision=mixed, log_with=tracker, project_dir=folder)
-    data = check_run(config, files, accelerator.num_processes)
+    accelerator = join(mixed_precision=mixed, log_with=tracker, project_dir=folder)
     accelerator.init_trackers(config.experiment_id, init_kwargs={"wandb": {"dir": str(folder)}})
-    recipe = build(Run(config, accelerator, data, folder))
-    recipe = replace(recipe, export=in_dtype(recipe.export, getattr(torch, config.export_dtype)))
-    trainer = Trainer(recipe, settings_of(config), folder, accelerator)
+    exports = Exports(folder, config.overwrite_export)
+    recipe = build(Run(config, accelerator, data, folder, exports))
+    export = exports.recorded(in_dtype(recipe.export, getattr(torch, config.export_dtype)))
+    trainer = Trainer(replace(recipe, export=export), settings_of(config), folder, accelerator)
     trainer.resume()
     if accelerator.is_main_process:
         save_text(folder / CONFIG_FILE, as_yaml(config))
-        with closing(UpdateBar(accelerator, folder / LOG_FILE, trainer.step, config.updates)) as bar:
-            trainer.run(bar, lambda seen: save_losses(seen, folder, trainer.step))
+    done = trainer.step
+    _run(trainer, config)
+    if accelerator.is_main_process:
+        for sentence in outcome(config.updates, done, trainer.step, exports.files, recipe.use):
+            log.info("%s", sentence)
+    accelerator.end_training()
+    if trainer.step < config.updates and launch.is_first():
+        launch.end_launch()  # it was stopped, and would print a traceback over what was just told
+    return 0
+
+
+def _run(trainer: Trainer, config: RunConfig) -> None:
+    """Train to the last update, or write the weights again where that one is done: a kill may have kept them
+    from being written, and they may be asked for in another place.
+    """
+    if trainer.step >= config.updates:
+        trainer.save()
+        trainer.run()
+    elif trainer.accelerator.is_main_process:
+        log_file = trainer.folder / LOG_FILE
+        with closing(UpdateBar(trainer.accelerator, log_file, trainer.step, config.updates)) as bar:
+            trainer.run(bar, lambda seen: save_losses(seen, trainer.folder, trainer.step))
     else:
         trainer.run()
-    accelerator.end_training()
-    return 0
+
+
+def outcome(updates: int, before: int, after: int, files: Iterable[Path], use: str | None) -> list[str]:
+    """What a training that did updates `before` to `after` tells at its end: lines of text."""
+    if before >= updates:
+        lines = [f"nothing was left to do: updates is {updates}, and {before} are done"]
+    elif after < updates:
+        lines = [f"stopped after update {after} of {updates}"]
+    else:
+        lines = [f"update {updates} of {updates} is done"]
+    written = [str(path) for path in files if path.exists()]
+    if written:
+        lines.append(f"the weights lie in {', '.join(written)}")
+        lines += [] if use is None else [f"to use them: {use}"]
+    way = "the same command again" if after < updates else f"the same command with updates above {after}"
+    return [*lines, f"to go on: {way}"]
 
 
 def settings_of(config: RunConfig) -> TrainSettings:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TypeVar, get_type_hints
 
+from core import launch
+from core.batch_size import describe_batch, fitted_batch
 from core.cli import Help, home_path
 from core.config import RunConfig
 from core.config_files import as_yaml, load, nearest_key
@@ -16,7 +18,7 @@ DRY_RUN = "dry_run"
 
 
 def read_command(cls: type[Config], description: str) -> Config:
-    """The configuration of a training script's command line; --dry_run prints it and ends the script."""
+    """The configuration of a training script's command line; --dry_run prints it, resolved, and ends it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     group = parser.add_argument_group("configuration")
     group.add_argument("config", type=home_path, help="a YAML file such as configs/training/t2i.yaml")
@@ -25,12 +27,15 @@ def read_command(cls: type[Config], description: str) -> Config:
     )
     group.add_argument(f"--{DRY_RUN}", action="store_true", help="print the resolved configuration and stop")
     words = sys.argv[1:]
-    arguments, unknown = parser.parse_known_intermixed_args(words)
-    if unknown:
-        parser.error(_explain_flag(words, unknown[0], [*get_type_hints(cls)]))
+    with launch.told_once():
+        arguments, unknown = parser.parse_known_intermixed_args(words)
+        if unknown:
+            parser.error(_explain_flag(words, unknown[0], [*get_type_hints(cls)]))
     config = load(cls, arguments.config, arguments.overrides)
     if arguments.dry_run:
-        sys.stdout.write(as_yaml(config))
+        fitted = fitted_batch(config)
+        if launch.is_main():
+            sys.stdout.write(f"{as_yaml(fitted)}# {describe_batch(fitted, launch.processes())}\n")
         parser.exit()
     return config
 

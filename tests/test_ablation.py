@@ -45,9 +45,7 @@ from ablation import (  # noqa: E402
 GUIDED = {variant.name: variant for variant in VARIANTS if variant.guided}
 SIZES = GuidanceSizes(ind=32, ch=16, n_head=2, head_dim=8, n_groups=4, f_dim=16)
 SIDE, PICTURES = 64, 2
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-}  # fmt: skip
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
 def make(variant: Variant) -> Guidance:

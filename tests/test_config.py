@@ -25,6 +25,7 @@ from core.config import (
     TrainConfig,
     effnet_sizes,
     guidance_sizes,
+    phases,
     previewer_sizes,
     stage_b_sizes,
     stage_c_sizes,
@@ -46,7 +47,7 @@ STAGE_C = {"model_version": "3.6B", "generator_checkpoint_path": "c.safetensors"
 STAGE_B = {
     "model_version": "700M", "generator_checkpoint_path": "b.safetensors", "stage_a_checkpoint_path": "a"
 }  # fmt: skip
-TRAIN = {**STAGE_C, "experiment_id": "x", "checkpoint_path": "c", "output_path": "o", "webdataset_path": "d"}
+TRAIN = {**STAGE_C, "experiment_id": "x", "checkpoint_path": "c", "webdataset_path": "d"}
 EACH = [(StageCConfig, STAGE_C), (StageBConfig, STAGE_B), (TrainConfig, TRAIN)]
 
 
@@ -87,7 +88,7 @@ def test_the_training_file_is_the_published_recipe_and_an_inference_file_too() -
     buckets = json.loads((REFERENCE / "buckets.json").read_text())
     assert list(config.image_size) == buckets["image_size"]
     assert list(config.multi_aspect_ratio) == buckets["ratios"]
-    assert (config.lr, config.batch_size, config.grad_accum_steps, config.updates) == (1e-4, 4, 2, 40000)
+    assert (config.lr, config.batch_size, config.grad_accum_steps, config.updates) == (1e-4, 16, None, 40000)
     inference = load_stage_c(path)
     assert type(inference) is StageCConfig
     assert inference == load_stage_c(ROOT / "configs/inference/stage_c_3b.yaml")
@@ -265,6 +266,29 @@ def test_training_data_is_named_by_one_of_two_keys(tmp_path: Path) -> None:
     for values in (rest, {**TRAIN, "scenes": {"count": 3}}):
         assert "one of 'webdataset_path' and 'scenes'" in fail(TrainConfig, write(tmp_path, values))
     assert load(TrainConfig, write(tmp_path, {**rest, "scenes": {"count": 3}})).scenes.count == 3
+
+
+def test_data_on_the_command_line_replace_those_of_the_file(tmp_path: Path) -> None:
+    rest = {key: value for key, value in TRAIN.items() if key != "webdataset_path"}
+    drawn = write(tmp_path, {**rest, "scenes": {"count": 3}})
+    for overrides in (["webdataset_path=mine"], ["scenes=null", "webdataset_path=mine"]):
+        config = load(TrainConfig, drawn, overrides)
+        assert (config.webdataset_path, config.scenes) == ("mine", None)
+    both = fail(TrainConfig, drawn, "webdataset_path=mine", "scenes.count=5")
+    assert "one of 'webdataset_path' and 'scenes'" in both
+    assert load(TrainConfig, drawn, ["webdataset_path=null"]).scenes.count == 3
+    for override in ("scenes.count=5", "scenes={count: 5}"):
+        config = load(TrainConfig, write(tmp_path, TRAIN), [override])
+        assert (config.webdataset_path, config.scenes.count) == (None, 5)
+
+
+def test_what_is_told_in_another_way_on_the_command_line_replaces_the_files(tmp_path: Path) -> None:
+    values = {**TRAIN, "prior_scenes": {"count": 3}, "grad_accum_steps": 2}
+    path = write(tmp_path, {**values, "image_size_schedule": [[0, [64]]]})
+    config = load(PersonalizedTrainConfig, path, ["prior_path=x", "image_size=96", "pictures_at_once=4"])
+    assert (config.prior_path, config.prior_scenes, phases(config)) == ("x", None, ((0, (96,)),))
+    assert (config.pictures_at_once, config.grad_accum_steps) == (4, None)
+    assert load(PersonalizedTrainConfig, path, ["grad_accum_steps=4"]).pictures_at_once == 1
 
 
 def test_a_loss_weight_is_a_known_one_and_not_adaptive(tmp_path: Path) -> None:

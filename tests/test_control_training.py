@@ -48,7 +48,7 @@ def run(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess
     }  # fmt: skip
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, SCRIPT, str(path), *overrides]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
 

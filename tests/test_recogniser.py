@@ -105,7 +105,7 @@ def test_a_run_writes_a_file_that_loads(tmp_path: Path) -> None:
         "updates=2", "batch_size=4", "num_workers=0",
         "recogniser={c_hidden: [8, 8, 8, 8], blocks: [0, 1, 0, 0], c_features: 8}",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(CONFIG), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

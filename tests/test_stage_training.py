@@ -47,7 +47,7 @@ def train(script: str, folder: Path, name: str, config: dict, *overrides: str) -
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     command = [sys.executable, str(ROOT / "train" / script), str(path), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / name
@@ -173,7 +173,7 @@ def test_a_signal_to_all_processes_saves_and_stops(folder: Path, number: signal.
     values |= {"experiment_id": name, "checkpoint_path": str(folder), "output_path": str(folder / "samples")}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, str(ROOT / "train" / "train_stage_a.py"), str(folder / f"{name}.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
@@ -183,6 +183,12 @@ def test_a_signal_to_all_processes_saves_and_stops(folder: Path, number: signal.
     os.killpg(process.pid, number)  # as a terminal's Ctrl-C does, workers included
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors[-2000:]
+    told = [line for line in errors.splitlines() if line.startswith(("stopped", "the weights", "to "))]
+    weights, done = folder / name / "stage_a.safetensors", len(losses(folder / name))
+    assert told[0] == f"stopped after update {done} of 100000"
+    assert told[1] == f"the weights lie in {weights}" and weights.exists()
+    assert f"stage_a_checkpoint_path={weights}" in told[2]
+    assert told[3] == "to go on: the same command again"
     assert [int(path.stem[5:]) for path in (folder / name).glob("step_*.pt")] == [len(losses(folder / name))]
 
 
@@ -202,7 +208,7 @@ def test_a_crash_ends_the_data_workers_too(folder: Path) -> None:
     values = {**COMMON, "stage_a": STAGE_A, "num_workers": 1, "experiment_id": "crash"}
     values |= {"checkpoint_path": str(folder), "output_path": str(folder / "samples")}
     (folder / "crash.yaml").write_text(yaml.safe_dump(values))
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT}:{ROOT / 'train'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'train'}"}
     command = [sys.executable, "-c", CRASH, str(folder / "crash.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
     assert done.returncode == 1 and "RuntimeError: broken" in done.stderr

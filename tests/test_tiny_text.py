@@ -68,7 +68,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"checkpoint_path={folder / 'run'}", f"output_path={folder}", f"export_path={folder / 'models'}",
         "updates=2", "batch_size=4", "text_encoder={width: 32, layers: 1, heads: 2, hidden: 32, length: 40}",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(CONFIG), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import ROOT
 from PIL import Image
+from training_lesson import arguments, torchrun
 
 from core.checkpoint import read_tensors, save_tensors
 from modules.effnet import EfficientNetEncoder
@@ -48,18 +49,15 @@ def config_file(family_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
-def train(config: Path, folder: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> str:
-    done = run(config, folder, *overrides, launcher=launcher)
+def train(config: Path, folder: Path, *overrides: str) -> str:
+    done = run(config, folder, *overrides)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def run(
-    config: Path, folder: Path, *overrides: str, launcher: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    paths = [f"checkpoint_path={folder / 'checkpoints'}", f"output_path={folder / 'samples'}"]
-    command = [sys.executable, *launcher, SCRIPT, str(config), *paths, *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+def run(config: Path, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, SCRIPT, *arguments(config, folder, overrides)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
 
 
@@ -102,8 +100,11 @@ def test_run_again_it_continues_as_the_same_training(config_file: Path, whole: P
 
 
 def test_two_processes_train_like_one(config_file: Path, whole: Path, tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port=29533")
-    train(config_file, tmp_path, launcher=launcher)  # both in two micro-batches, of 1 instead of 2 pictures
+    done = torchrun(
+        SCRIPT, *arguments(config_file, tmp_path, ())
+    )  # in micro-batches of 1 instead of 2 pictures
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("update 4 of 4 is done") == 1
     for name in ("loss", "grad_norm"):
         assert figures(tmp_path, name) == pytest.approx(figures(whole, name), rel=1e-3)
     two, one = (
@@ -127,7 +128,7 @@ def test_bfloat16_trains_and_samples(config_file: Path, tmp_path: Path) -> None:
 
 def test_its_weights_make_a_picture(whole: Path, family_folder: Path, tmp_path: Path) -> None:
     path = whole / "checkpoints" / "t2i" / "ultrapixel_t2i.safetensors"
-    config_c, config_b = (str(family_folder / f"stage_{stage}.yaml") for stage in "cb")
+    config_c, config_b = path.with_name("config.yaml"), family_folder / "stage_b.yaml"
     flags = {"pretrained_path": path, "config_c": config_c, "config_b": config_b, "height": 64, "width": 64,
              "steps": 1, "steps_b": 1, "prompt": "x", "output_dir": tmp_path}  # fmt: skip
     command = [sys.executable, str(ROOT / "inference" / "test_t2i.py")]
@@ -140,7 +141,7 @@ def test_its_weights_make_a_picture(whole: Path, family_folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("batch_size=5", "batch_size 5"),
+        ("batch_size=0", "'batch_size'"),
         ("webdataset_path=nowhere", "nowhere"),
         ("generator_checkpoint_path=nowhere.safetensors", "nowhere.safetensors"),
         ("effnet_checkpoint_path=", "effnet_checkpoint_path"),
@@ -160,4 +161,5 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_a_dry_run_prints_the_configuration(config_file: Path, tmp_path: Path) -> None:
     printed = train(config_file, tmp_path, "lr=5e-5", "--dry_run")
     assert yaml.safe_load(printed)["lr"] == 5e-5
+    assert "pictures per update: 4, per process: 4, at once: 2" in printed
     assert not (tmp_path / "checkpoints").exists()

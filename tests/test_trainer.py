@@ -92,6 +92,14 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         train(tmp_path, updates=4, width=5)
 
 
+@pytest.mark.parametrize(("then", "now"), [(0.5, 0.0), (0.0, 0.5)])
+def test_other_running_means_are_told_by_their_key(tmp_path: Path, then: float, now: float) -> None:
+    train(tmp_path, updates=2, ema=then)
+    with pytest.raises(ValueError, match=f"'ema' was .*step_00000002.pt .*cannot become {now}"):
+        train(tmp_path, updates=4, ema=now)
+    train(tmp_path, updates=4, ema=then)
+
+
 @pytest.mark.parametrize(("batch", "processes", "accumulation"), [(6, 4, 1), (8, 3, 2), (2, 2, 2)])
 def test_a_batch_that_does_not_divide_is_told(batch: int, processes: int, accumulation: int) -> None:
     with pytest.raises(ValueError, match=f"batch_size {batch} .*multiple of {processes * accumulation}"):

@@ -37,6 +37,7 @@ def train(
     lr_end: float | None = None,
     stop: int | None = None,
     loss_weight: LossWeight | None = None,
+    ema: float = 0.9,
 ) -> None:
     """Fit a linear map to twice its input; the samples follow from their keys, the data from the position.
 
@@ -48,7 +49,7 @@ def train(
     settings = TrainSettings(
         lr=0.05, updates=updates, batch_size=BATCH, grad_accum_steps=grad_accum_steps,
         warmup_updates=warmup_updates, lr_end=lr_end, save_every=save_every, keep=keep,
-        backup_every=backup_every, ema=0.9,
+        backup_every=backup_every, ema=ema,
         adaptive_loss_weight=loss_weight is None, loss_weight=loss_weight or constant,
     )  # fmt: skip
     per_process = BATCH // accelerator.num_processes // grad_accum_steps

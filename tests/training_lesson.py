@@ -132,7 +132,8 @@ def exit_code(main: Callable[[], int], config: Path, folder: Path, *overrides: s
     """A script's exit code, run in this process on the CPU."""
     AcceleratorState._reset_state(reset_partial_state=True)
     words = ["script", *arguments(config, folder, overrides)]
-    with mock.patch.object(sys, "argv", words), mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true"):
+    no_gpu = mock.patch.object(torch.accelerator, "device_count", return_value=0)
+    with mock.patch.object(sys, "argv", words), no_gpu:
         try:
             run(main)
         except SystemExit as end:
@@ -147,11 +148,19 @@ def train(main: Callable[[], int], config: Path, folder: Path, *overrides: str) 
 
 
 def torchrun(*words: str, processes: int = PROCESSES) -> subprocess.CompletedProcess[str]:
-    """A script in several processes."""
+    """A script in several processes, as a user starts it: nothing is set in the environment.
+
+    Where there are GPUs, they are hidden, as these processes are more than them.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.is_available() else {}
     return subprocess.run(
-        [*command, *words], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=400
+        [*command, *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **hidden},
+        timeout=400,
     )
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from core.batch_size import fit_batch
 from core.cli import Help, home_path, run
 from core.config import TrainConfig
 from core.config_files import load
@@ -27,6 +28,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--output", type=home_path, default="outputs/check_data", help="folder for buckets.png and broken.txt"
     )
+    group.add_argument("--processes", type=int, default=1, help="that will train, for thin buckets")
     group.add_argument("--decode", action="store_true", help="decode every picture: slow, finds all damage")
     return parser.parse_intermixed_args(arguments)
 
@@ -50,7 +52,8 @@ def main() -> int:
     broken = sorted((entry.name, entry.reason) for entry in entries if isinstance(entry, Broken))
     lines = [f"{name}: {reason}" for name, reason in broken]
     left_out = sum((Counter(entry.counts) for entry in entries if isinstance(entry, LeftOut)), Counter())
-    tell(arguments.folder, found, lines, left_out, max(1, config.batch_size // config.grad_accum_steps))
+    fitted, _ = fit_batch(config, arguments.processes)
+    tell(arguments.folder, found, lines, left_out, arguments.processes * fitted.pictures_at_once)
     write(Path(arguments.output), Counter(entry.bucket for entry in found), lines)
     say(f"written: {Path(arguments.output, 'buckets.png')} and broken.txt", sys.stdout)
     reasons = [reason for _, reason in broken]

@@ -1,0 +1,103 @@
+"""A script as one of several processes, as torchrun starts them: who tells what, and how all of them end."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+
+PATIENCE = 20.0  # seconds that other processes leave to the first one to tell the same error
+COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of torchrun and accelerate; of MPI
+LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate")
+
+
+def processes() -> int:
+    """How many processes the launcher started, on all machines; 1 without a launcher."""
+    return next((_number(name, 1) for name in COUNTS if name in os.environ), 1)
+
+
+def is_main() -> bool:
+    """Whether this process is the first of all, which alone tells what all would tell."""
+    return _number("RANK", 0) == 0
+
+
+def is_first() -> bool:
+    """Whether this is the first process on this machine."""
+    return _number("LOCAL_RANK", 0) == 0
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End with a message on standard error and an exit code, and the launch with it.
+
+    Where all processes of a machine fail, the first one's message alone is shown; where another one fails
+    alone, its own, a little later.
+    """
+    if not is_first():
+        _leave_it_to_the_first(code)
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+    end_launch()
+    sys.exit(code)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Within it, what all processes print alike, as argparse does before it ends a script, is shown once."""
+    hidden = io.StringIO()
+    try:
+        if is_first():
+            yield
+        else:
+            with redirect_stdout(hidden), redirect_stderr(hidden):
+                yield
+    except SystemExit as end:
+        if end.code and is_first():
+            end_launch()
+        raise
+
+
+def end_launch() -> None:
+    """End the launcher that started this process, and what else it started; nothing without a launcher.
+
+    torchrun answers every exit code but 0 with a traceback and a table of its own, in which one sentence is
+    lost, and nothing that a process returns keeps it from that. A signal that it does not handle ends it
+    without a word, and with an exit code that is not 0.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not hasattr(signal, "SIGUSR1"):
+        return
+    with suppress(psutil.Error):
+        launcher = psutil.Process(os.getppid())
+        if not any(Path(part).name in LAUNCHERS for part in launcher.cmdline()):
+            return
+        others = [process for process in launcher.children() if process.pid != os.getpid()]
+        launcher.send_signal(signal.SIGUSR1)
+        for process in others:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _leave_it_to_the_first(code: int) -> None:
+    """Wait for the end that the first process brings; returns if it brings none."""
+    launcher, patient_until = os.getppid(), time.monotonic() + PATIENCE
+    while time.monotonic() < patient_until:
+        if os.getppid() != launcher:
+            sys.exit(code)
+        time.sleep(0.05)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"the environment variable {name} is {text!r}, not a number: unset it, or use torchrun"
+        ) from None

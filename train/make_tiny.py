@@ -1,0 +1,116 @@
+"""Train the whole embedded family from nothing: python train/make_tiny.py, or make tiny
+
+One training after the other runs in runs/tiny, and what each is for is copied into models/tiny when it is
+done, where the next ones read it. Running it again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from core.checkpoint import replacing
+from core.cli import run
+from core.trainer import CHECKPOINT
+
+ROOT = Path(__file__).parents[1]
+CONFIGS, MODELS = ROOT / "configs" / "tiny", ROOT / "models" / "tiny"
+TIMES = "times.json"  # seconds of each training, over all calls, beside the runs
+
+
+@dataclass(frozen=True)
+class Part:
+    """A training: its script, its file in configs/tiny, and which of its files go where in models/tiny."""
+
+    script: str
+    config: str
+    results: tuple[tuple[str, str], ...] = ()
+
+
+def same(*names: str) -> tuple[tuple[str, str], ...]:
+    """Results that keep their names."""
+    return tuple((name, name) for name in names)
+
+
+TEXT = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json",
+        "text_encoder/model.safetensors")  # fmt: skip
+PARTS = (
+    Part("train_text_encoder", "train_text_encoder", tuple((f"text/{name}", name) for name in TEXT)),
+    Part("train_recogniser", "train_recogniser", same("recogniser.safetensors")),
+    Part(
+        "train_recogniser", "train_image_encoder", (("recogniser.safetensors", "image_encoder.safetensors"),)
+    ),
+    Part("train_stage_a", "train_stage_a"),
+    Part("train_stage_a", "train_stage_a_finish", same("stage_a.safetensors")),
+    Part("train_previewer", "train_encoder"),
+    Part("train_stage_b", "train_stage_b", same("effnet_encoder.safetensors")),
+    Part("train_stage_b", "train_stage_b_finish", same("stage_b.safetensors")),
+    Part("train_previewer", "train_previewer", same("previewer.safetensors")),
+    Part("train_stage_c", "train_stage_c"),
+    Part("train_stage_c", "train_stage_c_finish", same("stage_c.safetensors")),
+    Part("train_t2i", "train_t2i", same("ultrapixel_t2i.safetensors")),
+    Part(
+        "train_personalized",
+        "train_personalized",
+        (("lora.safetensors", "lora_striped_balloon.safetensors"),),
+    ),
+    Part(
+        "train_ultrapixel_control", "train_control", (("canny.safetensors", "controlnet_canny.safetensors"),)
+    ),
+)
+
+
+def make(part: Part) -> None:
+    """Run a training to its end and copy its results; ValueError where it stopped before."""
+    path = CONFIGS / f"{part.config}.yaml"
+    values = yaml.safe_load(path.read_text("utf-8"))
+    folder = ROOT / values["checkpoint_path"] / values["experiment_id"]
+    last, started = folder / CHECKPOINT.format(values["updates"]), time.monotonic()
+    new = not last.exists()
+    code = train(part.script, path)
+    took = add_time(folder.parent / TIMES, part.config, time.monotonic() - started if new else 0.0)
+    if code or not last.exists():
+        raise ValueError(f"{path} is not trained to its end: the same command again goes on with it")
+    for source, target in part.results:
+        with replacing(MODELS / target) as temporary:
+            shutil.copyfile(folder / source, temporary)
+    print(f"{part.config}: {took / 60:.1f} minutes", flush=True)
+
+
+def train(script: str, config: Path) -> int:
+    """Run a training script; its exit code, once it has saved where this script is stopped."""
+    with subprocess.Popen([sys.executable, f"train/{script}.py", str(config)], cwd=ROOT) as process:
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the training by itself
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        return process.wait()
+
+
+def add_time(path: Path, name: str, seconds: float) -> float:
+    """Add to the time that a training took, which a file keeps; the sum."""
+    times = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    times[name] = times.get(name, 0.0) + seconds
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(times, indent=2) + "\n", "utf-8")
+    return times[name]
+
+
+def main() -> int:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    for part in PARTS:
+        make(part)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
