@@ -41,7 +41,7 @@ def fit_batch(config: Config, processes: int) -> tuple[Config, list[str]]:
 
 
 def fitted_batch(config: Config) -> Config:
-    """The configuration with the numbers of `fit_batch` for all processes; warns of what it changed, once."""
+    """The configuration as `fit_batch` fits it to all processes; what it changed is a warning, shown once."""
     config, changes = fit_batch(config, launch.processes())
     if launch.is_main():
         for sentence in changes:

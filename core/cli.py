@@ -10,6 +10,7 @@ import argparse
 import re
 import secrets
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from core.config_files import FLOAT16_REFUSED
 from core.images import FORMATS, check_format, prepare_folder, read_image_metadata
-from core.launch import fail
+from core.launch import fail, processes
 from core.paths import at_home, located
 from core.presets import DEFAULT, EMBEDDED, PRESETS
 from core.printable import say, unbroken
@@ -45,7 +46,10 @@ DRAW_SEED, SEEDS = -1, 2**31  # --seed -1 draws one below SEEDS
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main: a user's mistake is one sentence on standard error and exit code 2."""
+    """Run a script's main: a user's mistake is one sentence on standard error and exit code 2.
+
+    Of several processes one tells the error of all, of whatever kind it is.
+    """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         sys.exit(main() or 0)
@@ -53,9 +57,11 @@ def run(main: Callable[[], int | None]) -> None:
         fail("interrupted", 130)
     except (ValueError, OSError) as error:
         fail(f"error: {error}", 2)
-    except RuntimeError as error:
+    except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
+            if processes() == 1:
+                raise
+            fail(traceback.format_exc().rstrip(), 1)
         cause = str(error).splitlines()[0]
         fail(
             f"error: the device's memory is full ({cause}): ask for a smaller picture, without --resident",

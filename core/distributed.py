@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -53,13 +54,17 @@ def join(**settings: Any) -> Accelerator:
     return accelerator
 
 
-def distribute(module: nn.Module, accelerator: Accelerator, shard: bool) -> nn.Module:
+def distribute(
+    module: nn.Module, accelerator: Accelerator, shard: bool, some_unused: bool = False
+) -> nn.Module:
     """The module as all processes train it: wrapped for equal copies (DDP), or sharded in place (FSDP2).
 
-    Blocks are sharded one by one, so that one at a time is whole. Weights are gathered in float32 and cast by
-    autocast: FSDP's own mixed precision would round the inputs too, and bfloat16 destroys a timestep.
+    `some_unused`: parameters are, in some updates, so that DDP must not wait for their gradients. Blocks are
+    sharded one by one, so that one at a time is whole. Weights are gathered in float32 and cast by autocast:
+    FSDP's own mixed precision would round the inputs too, and bfloat16 destroys a timestep.
     """
     if not shard or accelerator.num_processes == 1:
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
         return accelerator.prepare_model(module)
     module.to(accelerator.device)
     plain_forward = module.forward

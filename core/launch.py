@@ -69,9 +69,10 @@ def end_launch() -> None:
 
     torchrun answers every exit code but 0 with a traceback and a table of its own, in which one sentence is
     lost, and nothing that a process returns keeps it from that. A signal that it does not handle ends it
-    without a word, and with an exit code that is not 0.
+    without a word, and with an exit code that is not 0. A launcher that is to start anew is left to do so.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not hasattr(signal, "SIGUSR1"):
+    restarts = _number("TORCHELASTIC_MAX_RESTARTS", 0) - _number("TORCHELASTIC_RESTART_COUNT", 0)
+    if "TORCHELASTIC_RUN_ID" not in os.environ or restarts > 0 or not hasattr(signal, "SIGUSR1"):
         return
     with suppress(psutil.Error):
         launcher = psutil.Process(os.getppid())

@@ -136,7 +136,8 @@ def build(run: Run) -> Recipe:
     sampler = make_sampler(run, stage_a, next(run.batches(None))[0])
     module = StageATraining(stage_a, run.config.adversarial_weight)
     use = as_keys(stage_a_checkpoint_path=path)
-    return Recipe(module, run.batches, make_loss(run), sampler, export, use)
+    waits = module.discriminator is not None and run.config.adversarial_start > 0
+    return Recipe(module, run.batches, make_loss(run), sampler, export, use, some_unused=waits)
 
 
 def train_stage_a(config: StageATrainConfig) -> int:

@@ -107,6 +107,7 @@ class Recipe:
     sample: Callable[[int], None] | None = None
     export: Callable[[Mapping[str, Tensor], int], None] | None = None
     use: str | None = None
+    some_unused: bool = False  # parameters of the module, in some updates
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class Trainer:
         self.position: Any = None
         if settings.compile:
             compile_blocks(recipe.module)
-        self.module = distribute(recipe.module, accelerator, settings.shard)
+        self.module = distribute(recipe.module, accelerator, settings.shard, recipe.some_unused)
         named = dict(recipe.module.named_parameters())
         self._parameters = {n: p for n, p in named.items() if p.requires_grad}
         self._frozen = wholes({n: p for n, p in named.items() if not p.requires_grad})

@@ -85,6 +85,8 @@ def _check_continues(config: RunConfig) -> None:
                 f"the checkpoints in {folder} are of a run with another '{key}' (see {path}): choose another "
                 "experiment_id, or remove them"
             )
+    if then.get("ema") and now["ema"] and then["ema"] != now["ema"]:
+        log.warning("'ema' was %s in this run and is %s from here on", then["ema"], now["ema"])
 
 
 def _read_written(path: Path, last: str) -> dict[str, Any] | None:

@@ -144,7 +144,8 @@ TORCHRUN = """
 import os, subprocess, sys, time
 workers = []
 for rank in "01":
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "RANK": rank, "LOCAL_RANK": rank}
+    started = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+    environment = {**os.environ, **started}
     workers.append(subprocess.Popen([sys.executable, *sys.argv[1:]], env=environment))
 while all(worker.poll() is None for worker in workers):
     time.sleep(0.05)
@@ -158,6 +159,9 @@ launch.PATIENCE = float(sys.argv[1])
 if sys.argv[2] == "flag":
     with launch.told_once():
         argparse.ArgumentParser("script").error("unknown flag")
+if sys.argv[2] == "crash":
+    from core.cli import run
+    run(lambda: 1 / 0)
 if sys.argv[2] == "all" or not launch.is_first():
     launch.fail("error: broken", 2)
 time.sleep(60)
@@ -187,6 +191,20 @@ def test_the_first_process_tells_an_error_of_all_and_ends_the_launcher(launched:
 def test_an_error_of_another_process_alone_is_told_too(launched: Launch) -> None:
     done = launched("0.2", "one")
     assert (done.stderr, done.stdout, done.returncode) == ("error: broken\n", "", -signal.SIGUSR1)
+
+
+def test_a_crash_of_all_is_told_once_too(launched: Launch) -> None:
+    done = launched("60", "crash")
+    assert done.stderr.count("Traceback") == done.stderr.count("ZeroDivisionError: ") == 1
+    assert (done.stdout, done.returncode) == ("", -signal.SIGUSR1)
+
+
+def test_a_launcher_that_is_to_start_anew_is_left_to_do_so(
+    launched: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert launched("60", "all").stdout == "a table of torch's\n"
 
 
 def test_what_argparse_tells_is_told_once_too(launched: Launch) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -34,7 +38,7 @@ import draw_examples  # noqa: E402
 import train_personalized  # noqa: E402
 from training_memory import Job, allocator_growth, estimate, prepare  # noqa: E402
 
-from core import lora_training  # noqa: E402
+from core import lora_training, personalization  # noqa: E402
 from core.checkpoint import load_module  # noqa: E402
 from core.conditioning import Conditions, TextEncoder  # noqa: E402
 from core.config import LatentGeometry, PersonalizedTrainConfig  # noqa: E402
@@ -146,6 +150,19 @@ def test_run_again_it_continues_as_the_same_training(lesson: Path, whole: Path, 
     assert losses(folder) == losses(whole)
     parts, all_at_once = state(folder, 4), state(whole, 4)
     assert all(torch.equal(parts[name], value) for name, value in all_at_once.items())
+
+
+def test_a_schedule_goes_on_by_updates_in_however_many_parts() -> None:
+    """As of a run that goes on with another number of processes."""
+    config = SimpleNamespace(image_size_schedule=((0, (48,)), (2, (96,))), grad_accum_steps=4)
+
+    def sizes(_run: object, sizes: tuple[int], _start: object = None) -> Iterator[tuple[int, None]]:
+        yield from repeat((sizes[0], None))
+
+    with mock.patch.object(personalization, "phase_batches", sizes):
+        position = {"count": 2, "inner": None, "steps": 2}  # after one update of two parts
+        seen = islice(personalization.scheduled_batches(SimpleNamespace(config=config), position), 6)
+        assert [size for size, _ in seen] == [48] * 4 + [96] * 2
 
 
 def test_two_processes_train_like_one(lesson: Path, tmp_path: Path) -> None:

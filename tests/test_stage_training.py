@@ -18,6 +18,7 @@ from conftest import ROOT
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training_lesson import start_torchrun
 
 from core.checkpoint import load_module, read_config, read_tensors
 from core.stage_a_training import COMMITMENT, RECONSTRUCTION, StageATraining
@@ -190,6 +191,23 @@ def test_a_signal_to_all_processes_saves_and_stops(folder: Path, number: signal.
     assert f"stage_a_checkpoint_path={weights}" in told[2]
     assert told[3] == "to go on: the same command again"
     assert [int(path.stem[5:]) for path in (folder / name).glob("step_*.pt")] == [len(losses(folder / name))]
+
+
+def test_ctrl_c_stops_several_processes_which_tell_once_where_the_weights_lie(folder: Path) -> None:
+    """Of a training whose discriminator waits, and has no gradients before its turn."""
+    values = {**COMMON, "stage_a": STAGE_A, "adversarial_start": 3, "updates": 100_000, "save_every": 100_000}
+    values |= {"experiment_id": "two", "checkpoint_path": str(folder)}
+    (folder / "two.yaml").write_text(yaml.safe_dump(values))
+    script, log = str(ROOT / "train" / "train_stage_a.py"), folder / "two" / "log.jsonl"
+    with start_torchrun(script, str(folder / "two.yaml")) as process:
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 4):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Traceback" not in errors, errors[-2000:]
+    assert errors.count(f"stopped after update {len(losses(folder / 'two'))} of") == 1
+    assert errors.count(f"the weights lie in {folder / 'two' / 'stage_a.safetensors'}\n") == 1
+    load(StageA, folder / "two" / "stage_a.safetensors")
 
 
 CRASH = """

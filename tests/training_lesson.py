@@ -147,21 +147,24 @@ def train(main: Callable[[], int], config: Path, folder: Path, *overrides: str) 
     return folder / "checkpoints" / "run"
 
 
-def torchrun(*words: str, processes: int = PROCESSES) -> subprocess.CompletedProcess[str]:
+def start_torchrun(*words: str) -> subprocess.Popen[str]:
     """A script in several processes, as a user starts it: nothing is set in the environment.
 
     Where there are GPUs, they are hidden, as these processes are more than them.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.is_available() else {}
-    return subprocess.run(
-        [*command, *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
+    return subprocess.Popen(
+        [*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env={**os.environ, **hidden},
-        timeout=400,
-    )
+    )  # fmt: skip
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    """What such a script printed, and its exit code."""
+    with start_torchrun(*words) as process:
+        output, errors = process.communicate(timeout=400)
+    return subprocess.CompletedProcess(words, process.returncode, output, errors)
 
 
 # --- what a run leaves ----------------------------------------------------------------------------

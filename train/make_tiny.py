@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from core.checkpoint import replacing
 from core.cli import run
-from core.trainer import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, MODELS = ROOT / "configs" / "tiny", ROOT / "models" / "tiny"
@@ -74,15 +73,14 @@ def make(part: Part) -> None:
     path = CONFIGS / f"{part.config}.yaml"
     values = yaml.safe_load(path.read_text("utf-8"))
     folder = ROOT / values["checkpoint_path"] / values["experiment_id"]
-    last, started = folder / CHECKPOINT.format(values["updates"]), time.monotonic()
-    new = not last.exists()
+    before, started = done(folder), time.monotonic()
     code = train(part.script, path)
-    took = add_time(folder.parent / TIMES, part.config, time.monotonic() - started if new else 0.0)
-    if code or not last.exists():
+    seconds = time.monotonic() - started if done(folder) > before else 0.0
+    took = add_time(folder.parent / TIMES, part.config, seconds)
+    if code or done(folder) < values["updates"]:
         raise ValueError(f"{path} is not trained to its end: the same command again goes on with it")
     for source, target in part.results:
-        with replacing(MODELS / target) as temporary:
-            shutil.copyfile(folder / source, temporary)
+        copy(folder / source, MODELS / target)
     print(f"{part.config}: {took / 60:.1f} minutes", flush=True)
 
 
@@ -94,12 +92,25 @@ def train(script: str, config: Path) -> int:
         return process.wait()
 
 
+def done(folder: Path) -> int:
+    """The last update that a run saved; 0 before the first."""
+    return max((int(path.stem.removeprefix("step_")) for path in folder.glob("step_*.pt")), default=0)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
 def add_time(path: Path, name: str, seconds: float) -> float:
     """Add to the time that a training took, which a file keeps; the sum."""
     times = json.loads(path.read_text("utf-8")) if path.exists() else {}
     times[name] = times.get(name, 0.0) + seconds
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(times, indent=2) + "\n", "utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(times, indent=2) + "\n", "utf-8")
     return times[name]
 
 
