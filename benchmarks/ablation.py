@@ -18,7 +18,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,6 +44,7 @@ from core.pipeline import DTYPES, ControlEntries, Job, Observer, UltraPixelPipel
 from core.presets import EMBEDDED, PRESETS
 from core.resolution import Plan, guidance_strength, plan
 from core.settings import TRAINING_R, Settings
+from core.sizes import GuidanceSizes
 from core.trainer import CHECKPOINT, Recipe, StepLoss
 from core.training import Run, run_folder, train
 from core.training_encoders import fingerprint
@@ -52,8 +52,7 @@ from gdf.diffusion import sample_losses
 from gdf.samplers import Step, denoiser, sample, sampler_named, steps
 from gdf.schedules import cosine
 from gdf.targets import target_named
-from modules.blocks import xavier_linears
-from modules.guidance import Guidance, GuidanceBlock, GuidanceFeatures
+from modules.guidance import Guidance, GuidanceFeatures
 from modules.stage_c import StageC, StageCConditions
 
 RECOGNISER = TINY / "recogniser.safetensors"
@@ -77,7 +76,7 @@ class Variant:
     label: str
     guided: bool = True
     lr_time: float | None = TRAINING_R  # of the low-resolution features; None: that of the guided step
-    implicit: bool = True  # the coordinate network; else bilinear upsampling and a convolution
+    upsampling: str = "implicit"  # one of modules.guidance.UPSAMPLINGS
     scale_aware: bool = True
 
     @property
@@ -92,8 +91,8 @@ VARIANTS = (
     Variant("own_t", "features at the step's own t", lr_time=None),
     Variant("t_05", "features at t = 0.5", lr_time=0.5),
     Variant("full", "full: t = 0.05, implicit, scale-aware"),
-    Variant("bilinear", "bilinear + convolution", implicit=False, scale_aware=False),
-    Variant("bilinear_scale", "bilinear + convolution, scale-aware", implicit=False),
+    Variant("bilinear", "bilinear + convolution", upsampling="bilinear", scale_aware=False),
+    Variant("bilinear_scale", "bilinear + convolution, scale-aware", upsampling="bilinear"),
     Variant("implicit", "implicit, not scale-aware", scale_aware=False),
 )
 
@@ -111,31 +110,21 @@ class ConstantScale(nn.Module):
         return self.scale, self.shift
 
 
-class BilinearBlock(GuidanceBlock):
-    """A guidance block that upsamples bilinearly and adds a convolution, not the coordinate network."""
-
-    def __init__(self, block: GuidanceBlock) -> None:
-        nn.Module.__init__(self)  # the coordinate network's parameters are not made
-        c = block.output_layer.out_channels
-        self.convolution = nn.Conv2d(c, c, 3, padding=1)
-        xavier_linears(self.convolution)
-        self.toout, self.mapp_t = block.toout, block.mapp_t
-        self.norm, self.hr_norm = block.norm, block.hr_norm
-
-    def upsample(self, g: Tensor, size: tuple[int, int]) -> Tensor:
-        """The feature g (B, C, h, w) at size (H, W): (B, C, H, W)."""
-        u = F.interpolate(g, size=size, mode="bilinear", align_corners=False)
-        return self.convolution(u) + u
+def make_guidance(variant: Variant, sizes: GuidanceSizes) -> Guidance:
+    """A variant's guidance, without weights."""
+    guidance = Guidance(**asdict(replace(sizes, upsampling=variant.upsampling)))
+    if not variant.scale_aware:
+        for block in (*guidance.down, *guidance.up):
+            block.hr_norm = ConstantScale()
+    return guidance
 
 
-def as_variant(guidance: Guidance, variant: Variant) -> Guidance:
-    """The guidance with a variant's parts instead of its own; all others stay as they are."""
-    for blocks in (guidance.down, guidance.up):
-        for i, block in enumerate(blocks):
-            if not variant.scale_aware:
-                block.hr_norm = ConstantScale()
-            if not variant.implicit:
-                blocks[i] = BilinearBlock(block)
+def start(variant: Variant, full: Guidance, sizes: GuidanceSizes) -> Guidance:
+    """A variant's guidance with the initial values of the full one, wherever it has the same parameter."""
+    guidance = make_guidance(variant, sizes)
+    guidance.init_weights()
+    shared = set(guidance.state_dict()) & set(full.state_dict())
+    guidance.load_state_dict({name: full.state_dict()[name] for name in shared}, strict=False)
     return guidance
 
 
@@ -155,7 +144,7 @@ def make_recipe(variant: Variant, run: Run) -> Recipe:
         held = drop_conditions(encoded.conditions, empty, noise).to(run.device, dtype)
         return StepLoss(sample_losses(module(latents, held), latents.target), latents.logsnr)
 
-    guidance = as_variant(networks.guidance, variant).to(run.device)
+    guidance = start(variant, networks.guidance, guidance_sizes(run.config)).to(run.device)
     return Recipe(GuidedStageC(networks.stage_c, guidance), run.batches, loss)
 
 
@@ -175,7 +164,7 @@ def trained(variant: Variant, config: TrainConfig) -> Guidance:
         raise KeyboardInterrupt  # the trainer saved and left its loop
     state = torch.load(last, map_location="cpu", weights_only=True)
     tensors = {**state["parameters"], **state["buffers"], **state["ema"]}
-    guidance = as_variant(Guidance(**asdict(guidance_sizes(config))), variant)
+    guidance = make_guidance(variant, guidance_sizes(config))
     guidance.load_state_dict({name.removeprefix("guidance."): value for name, value in tensors.items()})
     return guidance.eval()
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeVar
 
 from core.data.scenes import ATTRIBUTES
@@ -359,9 +359,14 @@ def stage_c_sizes(config: StageCConfig) -> StageCSizes:
 
 
 def guidance_sizes(config: StageCConfig) -> GuidanceSizes:
-    """The guidance's sizes: those given, else the version's, else the published ones at Stage C's width."""
-    own = config.guidance or (_family(config).guidance if config.stage_c is None else None)
-    return own or GuidanceSizes(ind=stage_c_sizes(config).c_hidden[0])
+    """The guidance's sizes: those given, else the version's, else the published ones at Stage C's width.
+
+    A value that is given as published counts as left out, so `{upsampling: bilinear}` fits every version.
+    """
+    family = _family(config).guidance if config.stage_c is None else None
+    base = family or GuidanceSizes(ind=stage_c_sizes(config).c_hidden[0])
+    given, published = asdict(config.guidance or GuidanceSizes()), asdict(GuidanceSizes())
+    return replace(base, **{name: value for name, value in given.items() if value != published[name]})
 
 
 def stage_b_sizes(config: StageBConfig) -> StageBSizes:

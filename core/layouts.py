@@ -80,8 +80,8 @@ def identify(shapes: Mapping[str, Sequence[int]]) -> str:
 
     if any("lora" in name for name in shapes):
         return LORA
-    if any(name.endswith(".wtokens") for name in shapes):
-        return _versioned("guidance for Stage C", size(".input_layer.weight", 1), STAGE_C_VERSIONS)
+    if any(name.endswith(".toout.0.weight") for name in shapes):
+        return _versioned("guidance for Stage C", size(".toout.2.weight"), STAGE_C_VERSIONS)
     if size("clip_txt_mapper.weight"):
         return _versioned("Stage C", size("down_blocks.0.0.depthwise.weight"), STAGE_C_VERSIONS)
     if size("effnet_mapper.0.weight"):

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from core.checkpoint import load_module
 from core.conditioning import find_text_encoder, stack
-from core.config import PersonalizedTrainConfig, guidance_sizes, phases, stage_c_sizes
+from core.config import PersonalizedTrainConfig, phases, stage_c_sizes
 from core.data.loader import Batch
 from core.data.sources import names_shards
 from core.guidance_training import draw_noise, noise_latents
 from core.images import save_image
-from core.layouts import guidance_names
 from core.lora_files import PEFT_CONFIG, PEFT_WEIGHTS
 from core.lora_names import PEFT
 from core.lora_reading import read_lora
@@ -33,7 +32,7 @@ from core.personalization import (
     scheduled_batches,
     write_trained,
 )
-from core.pipeline import DTYPES, load_previewer
+from core.pipeline import DTYPES, load_guidance, load_previewer
 from core.preview import preview_row, sample_latents, sheet, with_latents
 from core.resolution import plan
 from core.settings import Settings
@@ -42,7 +41,6 @@ from core.training import Run, train
 from core.training_encoders import Encoders
 from gdf.diffusion import sample_losses
 from gdf.targets import target_named
-from modules.guidance import Guidance
 from modules.stage_c import StageC
 
 EXPORT = "lora.safetensors"
@@ -72,10 +70,7 @@ def load_networks(config: PersonalizedTrainConfig, device: torch.device) -> Netw
     stage_c.gradient_checkpointing = config.gradient_checkpointing
     guidance = None
     if config.ultrapixel_path is not None:
-        guidance = load_module(
-            partial(Guidance, **asdict(guidance_sizes(config))), config.ultrapixel_path, dtype=dtype,
-            device=device, what="guidance", translate=guidance_names,
-        )  # fmt: skip
+        guidance = load_guidance(config, config.ultrapixel_path, dtype, device)
     encoders = Encoders.load(config, device)
     text = encoders.text.to(device)
     rows = add_new_tokens(text, config)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from core.checkpoint import check_file, load_module
+from core.checkpoint import check_file, load_module, read_config
 from core.conditioning import Conditions, TextCondition, TextEncoder, conditions, find_text_encoder, stack
 from core.config import (
     ControlConfig,
@@ -45,11 +45,12 @@ from core.passes import (
 from core.paths import located
 from core.resolution import Plan, guidance_strength, plan
 from core.settings import Job, Settings
+from core.sizes import GuidanceSizes
 from gdf.samplers import Estimate, Step
 from gdf.targets import target_named
 from modules.controlnet import ControlNet
 from modules.effnet import EfficientNetEncoder
-from modules.guidance import Guidance
+from modules.guidance import UPSAMPLINGS, Guidance
 from modules.previewer import Previewer
 from modules.stage_a import StageA
 from modules.stage_b import StageB
@@ -133,12 +134,7 @@ class UltraPixelPipeline:
         )
         self.guidance = None
         if guidance_path is not None:
-            build_guidance = partial(Guidance, **asdict(guidance_sizes(config_c)))
-            self.guidance = offloaded(
-                lambda: load_module(
-                    build_guidance, guidance_path, dtype=dtype_c, what="guidance", translate=guidance_names
-                )
-            )
+            self.guidance = offloaded(lambda: load_guidance(config_c, guidance_path, dtype_c))
         build_b = partial(StageB, **asdict(stage_b_sizes(config_b)))
         self.stage_b = stage(build_b, config_b.generator_checkpoint_path, dtype_b, "Stage B")
         # In bfloat16 neighbouring shades of the picture would fall together, so Stage A stays in float32.
@@ -244,6 +240,11 @@ class UltraPixelPipeline:
         """
         check_loras(loras, self.config_c)
         self._loras.wanted = tuple(loras)
+
+    @property
+    def guidance_sizes(self) -> GuidanceSizes:
+        """The sizes of its guidance's file, which there must be."""
+        return sizes_of_guidance(self.config_c, self._guidance_path)
 
     def files(self) -> dict[str, str]:
         """The weight files of the job, by what they hold; the text encoder may be a folder or a hub id."""
@@ -473,6 +474,30 @@ def load_encoder(config: StageCConfig, what_for: str) -> EfficientNetEncoder:
     build = partial(EfficientNetEncoder, **asdict(effnet_sizes(config)))
     path = config.effnet_checkpoint_path
     return load_module(build, path, dtype=torch.float32, what="EfficientNet encoder")
+
+
+def sizes_of_guidance(config: StageCConfig, path: str | Path) -> GuidanceSizes:
+    """The sizes of a guidance file for a Stage C configuration; how it upsamples, its metadata tells.
+
+    ValueError if that is unknown. A file that is not there yet is taken for one as configured.
+    """
+    sizes = guidance_sizes(config)
+    stored = (read_config(path) or {}) if Path(path).exists() else {}
+    upsampling = stored.get("upsampling", sizes.upsampling)
+    if upsampling not in UPSAMPLINGS:
+        raise ValueError(
+            f"{path}: its guidance upsamples by {upsampling!r}, which is not known here: "
+            f"{', '.join(UPSAMPLINGS)} are"
+        )
+    return replace(sizes, upsampling=upsampling)
+
+
+def load_guidance(
+    config: StageCConfig, path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Guidance:
+    """The guidance of a file, for a Stage C configuration."""
+    build = partial(Guidance, **asdict(sizes_of_guidance(config, path)))
+    return load_module(build, path, dtype=dtype, device=device, what="guidance", translate=guidance_names)
 
 
 def load_previewer(config: StageCConfig, device: torch.device | str) -> Previewer:

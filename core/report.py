@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from core.checkpoint import file_sha256
-from core.config import guidance_sizes, stage_a_sizes, stage_b_sizes, stage_c_sizes
+from core.config import stage_a_sizes, stage_b_sizes, stage_c_sizes
 from core.config_files import as_yaml
 from core.estimate import (
     StageEstimate,
@@ -52,7 +52,7 @@ def estimate_stages(pipeline: UltraPixelPipeline, sizes: Plan, settings: Setting
     halves_c, halves_b = (1 + both for both in needs_unconditional(settings))
     count_c = parameter_count(partial(StageC, **asdict(c)))
     if pipeline.guidance is not None:
-        count_c += parameter_count(partial(Guidance, **asdict(guidance_sizes(pipeline.config_c))))
+        count_c += parameter_count(partial(Guidance, **asdict(pipeline.guidance_sizes)))
     count_b = parameter_count(partial(StageB, **asdict(b)))
     count_a = parameter_count(partial(StageA, **asdict(a)))
     with torch.device("meta"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Upsampling = Literal["implicit", "bilinear"]  # of the guidance: modules.guidance.UPSAMPLINGS
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class GuidanceSizes:
     head_dim: int = 32
     n_groups: int = 64  # weight tokens per layer of the coordinate MLP
     f_dim: int = 1024  # width of the coordinate MLP
+    upsampling: Upsampling = "implicit"  # how the features get to the high resolution
 
 
 @dataclass(frozen=True)

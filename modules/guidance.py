@@ -9,7 +9,7 @@ target size alone is done once per picture (`Guidance.prepare`); each step only 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -166,19 +166,50 @@ class ScaleAwareNorm(nn.Module):
 class GuidanceBlock(nn.Module):
     """One site's guidance G(x, g, r) (figure 5): `prepare` does what depends on g and the size alone.
 
+    A kind of it upsamples the feature g in its own way: `UPSAMPLINGS`.
+    """
+
+    def add_fusion(self, ind: int) -> None:
+        """Make the fusion's layers for ind channels of x and g; they follow those of the upsampling."""
+        self.toout = nn.Sequential(nn.Linear(2 * ind, ind // 4), nn.GELU(), nn.Linear(ind // 4, ind))
+        self.mapp_t = TimestepBlock(ind, C_R)
+        self.norm = ChannelNorm()
+        self.hr_norm = ScaleAwareNorm(ind)
+
+    def init_weights(self) -> None:
+        """Initial values for training from nothing."""
+        xavier_linears(self)
+
+    def upsample(self, g: Tensor, size: tuple[int, int]) -> Tensor:
+        """The feature g (B, C, h, w) at size (H, W): (B, C, H, W)."""
+        raise NotImplementedError
+
+    def prepare(self, g: Tensor, size: tuple[int, int]) -> PreparedSite:
+        """Steps 1 to 5, the upsampled feature's half of the fusion and the scale-aware normalisation."""
+        u = pixels_last(self.upsample(g, size))
+        ind = u.shape[-1]
+        hidden = F.linear(u, self.toout[0].weight[:, :ind], self.toout[0].bias)
+        return PreparedSite(hidden, *self.hr_norm.affine(*size))
+
+    def fuse(self, x: Tensor, r_embed: Tensor, site: PreparedSite) -> Tensor:
+        """G (B, C, H, W) for x of the same shape and the embedding (B, 64) of r (eqs. 2 to 4)."""
+        hidden = F.linear(pixels_last(x), self.toout[0].weight[:, x.shape[1] :]) + site.hidden
+        y = channels_first(self.toout[2](F.gelu(hidden)))
+        y = self.norm(self.mapp_t(y, r_embed))
+        return torch.addcmul(site.shift, y, site.scale).to(x.dtype)
+
+    def forward(self, x: Tensor, g: Tensor, r_embed: Tensor) -> Tensor:
+        return self.fuse(x, r_embed, self.prepare(g, tuple(x.shape[-2:])))
+
+
+class ImplicitBlock(GuidanceBlock):
+    """Upsamples by a coordinate network whose weights a transformer predicts from g (figure 4).
+
     ind: channels C of x and g; ch: width of the tokens and of the upsampled feature, equal to f_dim, the
     width of the coordinate network; n_groups: weight tokens per layer of that network.
     """
 
-    def __init__(
-        self,
-        ind: int = 2048,
-        ch: int = 1024,
-        n_head: int = 32,
-        head_dim: int = 32,
-        n_groups: int = 64,
-        f_dim: int = 1024,
-    ) -> None:
+    def __init__(self, ind: int, ch: int, n_head: int, head_dim: int, n_groups: int, f_dim: int) -> None:
         super().__init__()
         if not ch == f_dim == n_head * head_dim:
             raise ValueError(
@@ -200,14 +231,11 @@ class GuidanceBlock(nn.Module):
             {k: nn.Sequential(nn.LayerNorm(f_dim), nn.Linear(f_dim, i)) for k, (i, _) in sizes.items()}
         )
         self.output_layer = nn.Conv2d(ch, ind, 1)
-        self.toout = nn.Sequential(nn.Linear(2 * ind, ind // 4), nn.GELU(), nn.Linear(ind // 4, ind))
-        self.mapp_t = TimestepBlock(ind, C_R)
-        self.norm = ChannelNorm()
-        self.hr_norm = ScaleAwareNorm(ind)
+        self.add_fusion(ind)
 
     def init_weights(self) -> None:
         """Initial values for training from nothing."""
-        xavier_linears(self)
+        super().init_weights()
         nn.init.normal_(self.wtokens)
         nn.init.normal_(self.tokenizer.posemb)
         for base in self.base_params.values():
@@ -238,22 +266,27 @@ class GuidanceBlock(nn.Module):
         u = channels_first((hidden @ weight + bias).unflatten(1, size))  # (B, ch, H, W)
         return self.output_layer(u) + F.interpolate(g, size=size, mode="nearest")
 
-    def prepare(self, g: Tensor, size: tuple[int, int]) -> PreparedSite:
-        """Steps 1 to 5, the upsampled feature's half of the fusion and the scale-aware normalisation."""
-        u = pixels_last(self.upsample(g, size))
-        ind = u.shape[-1]
-        hidden = F.linear(u, self.toout[0].weight[:, :ind], self.toout[0].bias)
-        return PreparedSite(hidden, *self.hr_norm.affine(*size))
 
-    def fuse(self, x: Tensor, r_embed: Tensor, site: PreparedSite) -> Tensor:
-        """G (B, C, H, W) for x of the same shape and the embedding (B, 64) of r (eqs. 2 to 4)."""
-        hidden = F.linear(pixels_last(x), self.toout[0].weight[:, x.shape[1] :]) + site.hidden
-        y = channels_first(self.toout[2](F.gelu(hidden)))
-        y = self.norm(self.mapp_t(y, r_embed))
-        return torch.addcmul(site.shift, y, site.scale).to(x.dtype)
+class BilinearBlock(GuidanceBlock):
+    """Upsamples bilinearly and adds a convolution (section 4.3, the ablation of table 3)."""
 
-    def forward(self, x: Tensor, g: Tensor, r_embed: Tensor) -> Tensor:
-        return self.fuse(x, r_embed, self.prepare(g, tuple(x.shape[-2:])))
+    def __init__(self, ind: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(ind, ind, 3, padding=1)
+        self.add_fusion(ind)
+
+    def upsample(self, g: Tensor, size: tuple[int, int]) -> Tensor:
+        """The feature g (B, C, h, w) at size (H, W): (B, C, H, W)."""
+        u = F.interpolate(g, size=size, mode="bilinear", align_corners=False)
+        return self.convolution(u) + u
+
+
+# How the features get to the size of the high-resolution pass: each makes a site's block from the sizes
+# (ind, ch, n_head, head_dim, n_groups, f_dim).
+UPSAMPLINGS: dict[str, Callable[[int, int, int, int, int, int], GuidanceBlock]] = {
+    "implicit": ImplicitBlock,
+    "bilinear": lambda ind, *_: BilinearBlock(ind),
+}
 
 
 @dataclass(frozen=True)
@@ -270,7 +303,10 @@ class PreparedGuidance:
 
 
 class Guidance(nn.Module):
-    """The added parameters: a guidance block per down level and per up level of Stage C (under 3 % of it)."""
+    """The added parameters: a guidance block per down level and per up level of Stage C (under 3 % of it).
+
+    ValueError for an upsampling that is not one of `UPSAMPLINGS`.
+    """
 
     def __init__(
         self,
@@ -281,11 +317,13 @@ class Guidance(nn.Module):
         n_groups: int = 64,
         f_dim: int = 1024,
         levels: int = 2,
+        upsampling: str = "implicit",
     ) -> None:
         super().__init__()
-        down, up = (
-            [GuidanceBlock(ind, ch, n_head, head_dim, n_groups, f_dim) for _ in range(levels)] for _ in "du"
-        )
+        if upsampling not in UPSAMPLINGS:
+            raise ValueError(f"the upsampling {upsampling!r} is not one of {', '.join(UPSAMPLINGS)}")
+        make, sizes = UPSAMPLINGS[upsampling], (ind, ch, n_head, head_dim, n_groups, f_dim)
+        down, up = ([make(*sizes) for _ in range(levels)] for _ in "du")
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
 
     def init_weights(self) -> None:

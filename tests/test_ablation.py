@@ -35,10 +35,10 @@ from ablation import (  # noqa: E402
     VARIANTS,
     OwnTimePipeline,
     Variant,
-    as_variant,
     main,
     names,
     parse,
+    start,
     trained,
 )
 
@@ -52,7 +52,7 @@ def make(variant: Variant) -> Guidance:
     torch.manual_seed(0)
     guidance = Guidance(**asdict(SIZES))
     guidance.init_weights()
-    return as_variant(guidance, variant)
+    return start(variant, guidance, SIZES)
 
 
 def guide(guidance: Guidance, size: tuple[int, int]) -> Tensor:
@@ -74,7 +74,7 @@ def test_a_variant_trains_all_its_parameters_from_the_common_start(variant: Vari
     guide(guidance, (6, 8)).square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in guidance.parameters())
     names = " ".join(name for name, _ in guidance.named_parameters())
-    assert ("wtokens" in names) == variant.implicit == ("convolution" not in names)
+    assert ("wtokens" in names) == (variant.upsampling == "implicit") == ("convolution" not in names)
     assert ("hr_norm" in names) == variant.scale_aware
 
 

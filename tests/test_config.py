@@ -173,6 +173,16 @@ def test_sizes_given_in_the_file_win_over_the_version(tmp_path: Path) -> None:
     assert guidance_sizes(replace(config, guidance=None)).ind == 32
 
 
+def test_the_upsampling_alone_keeps_the_versions_sizes(tmp_path: Path) -> None:
+    values = {**STAGE_C, "guidance": {"upsampling": "bilinear"}}
+    for version in ("tiny", "1B", "3.6B"):
+        config = load(StageCConfig, write(tmp_path, {**values, "model_version": version}))
+        plain = replace(config, guidance=None)
+        assert guidance_sizes(config) == replace(guidance_sizes(plain), upsampling="bilinear")
+    with pytest.raises(ConfigError, match="must be one of implicit, bilinear, not 'cubic'"):
+        load(StageCConfig, write(tmp_path, {**STAGE_C, "guidance": {"upsampling": "cubic"}}))
+
+
 @pytest.mark.parametrize("text", ["5e-5", "5.0e-5", "0.00005", "'5e-5'"])
 def test_every_way_to_write_a_small_number_works(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, TRAIN)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_pipeline
+from random_family import Family
 from torch import Tensor
 
+from core.checkpoint import config_metadata, save_tensors
 from core.offload import Offloaded
 from core.passes import NoiseSource, needs_unconditional
 from core.pipeline import Job, Progress, UltraPixelPipeline
 from core.settings import Settings
+from modules.guidance import Guidance
 
 QUICK = Settings(steps=2, steps_b=2)
 
@@ -62,6 +65,32 @@ def test_guidance_and_its_noise_condition_change_the_picture(family_folder: Path
     assert not torch.equal(plain, make(unguided, JOB))
     assert not torch.equal(plain, make(guided, JOB, replace(QUICK, guidance_r="last_step")))
     assert torch.equal(plain, make(guided, JOB, replace(QUICK, guidance_r=0.05)))
+
+
+def write_bilinear(family_folder: Path, path: Path, upsampling: str = "bilinear") -> None:
+    """Random guidance that upsamples bilinearly; its metadata says `upsampling`."""
+    torch.manual_seed(0)
+    sizes = replace(Family().guidance, upsampling="bilinear")
+    guidance = Guidance(**asdict(sizes))
+    guidance.init_weights()
+    metadata = config_metadata({**asdict(sizes), "upsampling": upsampling})
+    save_tensors(path, guidance.state_dict(), metadata)
+
+
+def test_how_the_guidance_upsamples_is_told_by_its_file(family_folder: Path, tmp_path: Path) -> None:
+    write_bilinear(family_folder, tmp_path / "guidance.safetensors")
+    configs = family_folder / "stage_c.yaml", family_folder / "stage_b.yaml"
+    bilinear = UltraPixelPipeline.from_config(*configs, tmp_path / "guidance.safetensors")
+    assert bilinear.guidance_sizes.upsampling == "bilinear"
+    assert not torch.equal(make(bilinear, JOB), make(random_pipeline(family_folder), JOB))
+
+
+def test_an_upsampling_of_another_program_is_named(family_folder: Path, tmp_path: Path) -> None:
+    write_bilinear(family_folder, tmp_path / "guidance.safetensors", upsampling="cubic")
+    configs = family_folder / "stage_c.yaml", family_folder / "stage_b.yaml"
+    pipeline = UltraPixelPipeline.from_config(*configs, tmp_path / "guidance.safetensors")
+    with pytest.raises(ValueError, match="upsamples by 'cubic', which is not known here: implicit, bilinear"):
+        make(pipeline, JOB)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm", "dpmpp_2m"])

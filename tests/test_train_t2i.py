@@ -17,7 +17,7 @@ from conftest import ROOT
 from PIL import Image
 from training_lesson import arguments, torchrun
 
-from core.checkpoint import read_tensors, save_tensors
+from core.checkpoint import read_config, read_tensors, save_tensors
 from modules.effnet import EfficientNetEncoder
 
 SCRIPT = str(ROOT / "train" / "train_t2i.py")
@@ -163,3 +163,10 @@ def test_a_dry_run_prints_the_configuration(config_file: Path, tmp_path: Path) -
     assert yaml.safe_load(printed)["lr"] == 5e-5
     assert "pictures per update: 4, per process: 4, at once: 2" in printed
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_bilinear_guidance_is_trained_and_its_file_says_so(config_file: Path, tmp_path: Path) -> None:
+    train(config_file, tmp_path, "guidance.upsampling=bilinear", "updates=1", "save_every=1")
+    exported = tmp_path / "checkpoints" / "t2i" / "ultrapixel_t2i.safetensors"
+    assert read_config(exported)["upsampling"] == "bilinear"
+    assert "up.1.convolution.weight" in read_tensors(exported)
