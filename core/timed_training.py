@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint import read_metadata, read_tensors, save_tensors
-from core.trainer import CLIP_NORM, EMA_WARMUP, TrainSettings, learning_rate
+from core.trainer import CLIP_NORM, EMA_WARMUP
 
 log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.99)  # a few thousand updates are too few for the usual 0.999
-POINTS = 10_000  # of a training's time, between which the rate is not told apart
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,10 @@ class Budget:
 
     def rate(self, share: float) -> float:
         """The learning rate after this share of the time."""
-        settings = TrainSettings(
-            self.lr, POINTS, batch_size=1, warmup_updates=round(self.warmup * POINTS), lr_end=self.lr_end
-        )
-        return learning_rate(settings, int(share * POINTS))
+        if share < self.warmup:
+            return self.lr * share / self.warmup
+        over = min(1.0, (share - self.warmup) / (1 - self.warmup))
+        return self.lr_end + (self.lr - self.lr_end) * (1 + math.cos(math.pi * over)) / 2
 
 
 class Weights:

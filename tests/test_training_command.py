@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from core.config import TrainConfig
-from core.training import read_command
+from core.training_command import read_command
 
 CONFIG = str(ROOT / "configs" / "tiny" / "train_t2i.yaml")
 
