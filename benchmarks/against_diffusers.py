@@ -5,6 +5,7 @@ Prints seconds of ours and theirs (fastest of several runs in turn), their ratio
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def stage_a(width: int, blocks: int, side: int, runs: int) -> None:
 
 @torch.no_grad()
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.manual_seed(0)
     print(f"{'':<44}{'ours':>11}{'diffusers':>11}")
     stage_c(64, 4, ((2, 4), (4, 2)), 24, 15)

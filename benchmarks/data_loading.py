@@ -7,6 +7,7 @@ on two cores, is 4: then loading beside the training takes at most a fifth of th
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Iterator
 from itertools import islice
@@ -67,6 +68,7 @@ def training(folder: Path) -> Iterator[float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_pictures(folder)

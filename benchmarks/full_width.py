@@ -6,6 +6,7 @@ at 1280) as safetensors and as torch archives, and runs inference/test_t2i.py on
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ def picture(folder: Path, output: Path) -> np.ndarray:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "models")
         write_family(folder, FULL_WIDTH)

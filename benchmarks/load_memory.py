@@ -1,7 +1,8 @@
 """Peak memory of loading: python benchmarks/load_memory.py [--folder DIR]
 
-Writes Stage C at the published width but with few blocks, as safetensors and as torch archives, loads each in
-a fresh process and prints the growth of resident memory at its peak over the model's own bytes. Linux only.
+Writes Stage C at the published width but with few blocks, as safetensors, also in float8 with scales, and as
+torch archives, loads each in a fresh process and prints the growth of resident memory at its peak over the
+model's own bytes. Linux only.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from core.checkpoint import load_module, save_archive, save_tensors
 from modules.stage_c import StageC
 
 build = partial(StageC, blocks=((1, 2), (2, 1)))
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 BOUND = 1.15  # for safetensors files
 
 CASES = (  # the file, its dtype, the model's
     ("safetensors", "fp32", "bf16"),
     ("safetensors", "bf16", "bf16"),
     ("safetensors", "fp32", "fp32"),
+    ("safetensors", "fp8", "bf16"),
     ("archive", "fp32", "bf16"),
     ("archive", "bf16", "bf16"),
 )
@@ -43,7 +45,10 @@ def resident_bytes(field: str) -> int:
 def write(path: Path, kind: str, dtype: torch.dtype) -> None:
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
-    weights = {name: torch.rand(shape, dtype=dtype) for name, shape in shapes.items()}
+    weights = {name: torch.rand(shape).to(dtype) for name, shape in shapes.items()}
+    if dtype == DTYPES["fp8"]:
+        scaled = [name for name in weights if name.endswith(".weight")]
+        weights |= {name.replace(".weight", ".scale_weight"): torch.ones(()) for name in scaled}
     if kind == "safetensors":
         save_tensors(path, weights, {})
     else:

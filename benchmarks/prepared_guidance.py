@@ -6,6 +6,8 @@ width, with few blocks, for latents 2 x 2 and 4 x 4 times the low-resolution one
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from timing import compare
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ def networks() -> tuple[StageC, Guidance]:
 
 @torch.no_grad()
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.manual_seed(0)
     stage_c, guidance = networks()
     conditions = stage_c.prepare(torch.randn(2, 77, 1280), torch.randn(2, 1, 1280), torch.randn(2, 1, 768))

@@ -6,7 +6,7 @@ latent pixels at a stride of 24. WIDTH is Stage A's: 64 by default, 384 the publ
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 from timing import seconds
@@ -34,7 +34,12 @@ def overlapping_windows(stage_a: StageA, latent: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def main(width: int) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "width", metavar="WIDTH", nargs="?", type=int, default=64, help="(default: %(default)s)"
+    )
+    width = parser.parse_args().width
     torch.manual_seed(0)
     stage_a = StageA(c_hidden=width).eval()
     for parameter in stage_a.parameters():
@@ -51,4 +56,4 @@ def main(width: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 64)
+    main()

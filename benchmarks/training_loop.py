@@ -7,6 +7,7 @@ hold up the training for at most one such step per 100 MB.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -88,6 +89,7 @@ def measure_saves(folder: Path, accelerator: Accelerator) -> tuple[float, float]
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     accelerator = Accelerator(cpu=True)
     with tempfile.TemporaryDirectory() as temporary:
         step, share = measure_steps(Path(temporary, "steps"), accelerator)

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import struct
 import zipfile
 import zlib
@@ -18,18 +19,20 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from core.combined import is_combined
 from core.layouts import UNKNOWN, describe_mismatch, identify
+from core.mapped import map_safetensors
+from core.published import describe_absent, fetching, published_at
+from core.quantised import dequantise, is_quantised, split_scales
 
 PathLike = str | os.PathLike[str]
 Content = Literal["safetensors", "zip", "pickle"]
 Translate = Callable[[Iterable[str]], Mapping[str, str]]  # a file's names -> own names of those to keep
 Shapes = Mapping[str, tuple[int, ...]]
 
-FETCH_AGAIN = "delete it and fetch it again, for instance with models/download.py"
 SNIFFED_BYTES = 512
 HASHED_BYTES = 1 << 22  # read at once
 MAPPED_BYTES = 1 << 25  # of a file that are read before its pages are let go,
@@ -54,7 +57,7 @@ def _content(path: Path) -> Content:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a weight file: name the file in it")
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist: correct the path, or fetch it with models/download.py")
+        raise CheckpointError(describe_absent({path: "weights"}))
     with path.open("rb") as stream:
         head = stream.read(SNIFFED_BYTES)
     if head[8:9] == b"{":
@@ -63,42 +66,33 @@ def _content(path: Path) -> Content:
         return "zip"
     if head.startswith(b"\x80"):
         return "pickle"
-    raise CheckpointError(f"{path} {_explain_content(head)}")
+    raise CheckpointError(f"{path} {_explain_content(head)}{_fetch_again(path)}")
 
 
 def _explain_content(head: bytes) -> str:
+    """What a file is that holds no weights, as the beginning of what helps."""
     if not head:
-        return f"is empty: {FETCH_AGAIN}"
+        return "is empty: "
     if head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith((b"<!doctype", b"<html")):
         return (
-            "is an HTML page, a web page was saved instead of the weights: "
-            "use the /resolve/ link, or models/download.py"
+            "is an HTML page, a web page was saved instead of the weights, whose link has /resolve/ in it: "
         )
     if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the weights: run `git lfs pull` there, or use models/download.py"
-    return f"is neither a safetensors file nor a torch archive: {FETCH_AGAIN}"
+        return "is a Git LFS pointer, not the weights: run `git lfs pull` there, or "
+    return "is neither a safetensors file nor a torch archive: "
 
 
-@contextmanager
-def _open_safetensors(path: Path) -> Iterator[safe_open]:
+def _fetch_again(path: Path) -> str:
+    """What helps where a file is not whole."""
+    file = published_at(path)
+    return f"delete it and {'get it again' if file is None else f'run {fetching([file])}'}"
+
+
+def _map_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        size, announced = path.stat().st_size, _announced_bytes(path)
-        cause = f"is damaged ({error})"
-        if size < announced:
-            cause = f"is cut short, {size} bytes of the {announced} that its header announces"
-        raise CheckpointError(f"{path} {cause}: {FETCH_AGAIN}") from None
-
-
-def _announced_bytes(path: Path) -> int:
-    """How large a safetensors file should be: eight bytes, the header they measure, and the data it lists."""
-    with path.open("rb") as stream:
-        header_end = 8 + int.from_bytes(stream.read(8), "little")
-        header = stream.read(min(header_end - 8, path.stat().st_size))
-    ends = re.findall(rb'"data_offsets":\s*\[\d+,\s*(\d+)\]', header)
-    return header_end + max(map(int, ends), default=0)
+        return map_safetensors(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}: {_fetch_again(path)}") from None
 
 
 def _is_mapped(path: Path, content: Content) -> bool:
@@ -109,7 +103,7 @@ def _is_mapped(path: Path, content: Content) -> bool:
 def _load_archive(path: Path, content: Content) -> object:
     """What torch.save wrote, tensors mapped where the format allows it; nothing in the file is executed."""
     if content == "zip" and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is cut short, a torch archive without its end: {FETCH_AGAIN}")
+        raise CheckpointError(f"{path} is cut short, a torch archive without its end: {_fetch_again(path)}")
     try:
         if _is_mapped(path, content):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -123,7 +117,9 @@ def _load_archive(path: Path, content: Content) -> object:
         ) from None
     except (EOFError, LookupError, RuntimeError, ValueError, struct.error) as error:
         cause = str(error).partition("\n")[0] or "it ends too early"
-        raise CheckpointError(f"{path} is cut short or no torch archive ({cause}): {FETCH_AGAIN}") from None
+        raise CheckpointError(
+            f"{path} is cut short or no torch archive ({cause}): {_fetch_again(path)}"
+        ) from None
 
 
 def file_sha256(path: PathLike) -> str:
@@ -147,16 +143,28 @@ def _sha256(path: Path, size: int, modified: int) -> str:  # noqa: ARG001  both 
 
 def check_file(path: PathLike) -> None:
     """Raise CheckpointError unless this is a complete weight file of whatever network; reads little of it."""
-    _open_tensors(Path(path))
+    _open_weights(Path(path))
+
+
+def check_files(files: Mapping[PathLike, str]) -> None:
+    """Raise CheckpointError for what is wrong with one of several files; given is what each holds, by path.
+
+    All that do not exist are named at once.
+    """
+    absent = {path: what for path, what in files.items() if not Path(path).exists()}
+    if absent:
+        raise CheckpointError(describe_absent(absent))
+    for path in files:
+        check_file(path)
 
 
 def read_metadata(path: PathLike) -> dict[str, str]:
-    """The metadata of a safetensors file, {} for a torch archive; CheckpointError if it is neither."""
+    """The metadata of a safetensors file, {} for a torch archive; CheckpointError if it is neither.
+
+    What is not a text in the file is JSON.
+    """
     path = Path(path)
-    if _content(path) != "safetensors":
-        return {}
-    with _open_safetensors(path) as file:
-        return file.metadata() or {}
+    return _map_safetensors(path)[1] if _content(path) == "safetensors" else {}
 
 
 def read_config(path: PathLike, key: str = "config") -> dict | None:
@@ -168,38 +176,62 @@ def read_config(path: PathLike, key: str = "config") -> dict | None:
         raise CheckpointError(f"{path}: its metadata entry {key!r} is not JSON ({error})") from None
 
 
-def iter_tensors(path: PathLike) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a file, one after the other, for files that should not lie in memory at once.
-
-    A tensor may be a view of the file: copy what is kept. Names come without `module.` where all have it.
-    Raises CheckpointError for anything that is no complete weight file.
-    """
-    path = Path(path)
-    yield from _drain(path, _open_tensors(path))
+def read_shapes(path: PathLike) -> Shapes:
+    """Shapes of a file's tensors, none of which is read. Errors as `open_tensors`."""
+    return _shapes(_open_weights(Path(path))[0])
 
 
 def read_tensors(
-    path: PathLike, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: PathLike,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    without: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """All tensors of a file, floating-point ones in `dtype`, if given. Errors as `iter_tensors`."""
+    """The tensors of a file, floating-point ones in `dtype`, if given; quantised ones as they are meant.
+
+    Those whose names begin as in `without` are left out. Errors as `open_tensors`.
+    """
     path = Path(path)
-    return _copies(path, _open_tensors(path), dtype, device)
+    tensors, scales = _open_weights(path)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(without)}
+    copies = {}
+    for name, tensor, scale in _drain(path, tensors, scales):
+        own = torch.float32 if is_quantised(tensor, scale) else tensor.dtype
+        wanted = dtype if dtype and own.is_floating_point else own
+        copies[name] = _checked_copy(path, name, tensor, scale, wanted, device)
+    return copies
+
+
+def open_tensors(path: PathLike) -> dict[str, Tensor]:
+    """The tensors of a file as they stand in it, mapped and not yet read where the format allows it.
+
+    Copy what is kept. Names come without `module.` where all have it.
+    Raises CheckpointError for anything that is no complete weight file.
+    """
+    path = Path(path)
+    content = _content(path)
+    if content == "safetensors":
+        tensors = _map_safetensors(path)[0]
+    else:
+        tensors = _unwrap(path, _load_archive(path, content))
+    prefixed = all(name.startswith("module.") for name in tensors)
+    return {name.removeprefix("module.") if prefixed else name: t.detach() for name, t in tensors.items()}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _open_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped and not yet read where the format allows it."""
-    content = _content(path)
-    if content == "safetensors":
-        with _open_safetensors(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-    else:
-        tensors = _unwrap(path, _load_archive(path, content))
-    prefixed = all(name.startswith("module.") for name in tensors)
-    return {name.removeprefix("module.") if prefixed else name: t.detach() for name, t in tensors.items()}
+def _open_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of one network's file, and the scales of those that are quantised, in memory."""
+    tensors = open_tensors(path)
+    if is_combined(tensors):
+        raise CheckpointError(
+            f"{path} is a combined file of ComfyUI, with several networks in it: take it apart with python "
+            f"models/convert.py {shlex.quote(str(path))} --split FOLDER, and use the files in that folder"
+        )
+    weights, scales = split_scales(tensors)
+    return weights, {name: scale.clone() for name, scale in scales.items()}
 
 
 def _unwrap(path: Path, archive: object) -> Mapping[str, Tensor]:
@@ -218,8 +250,10 @@ def _unwrap(path: Path, archive: object) -> Mapping[str, Tensor]:
     return archive
 
 
-def _drain(path: Path, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `_open_tensors`, each forgotten after its turn.
+def _drain(
+    path: Path, tensors: dict[str, Tensor], scales: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """The tensors of `_open_weights` with their scales, each forgotten after its turn.
 
     Pages of a mapped file stay in memory until the mapping goes, so the file is mapped anew now and then.
     """
@@ -229,33 +263,40 @@ def _drain(path: Path, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor
     for name in list(tensors):
         if mapped and read >= budget:
             tensors.clear()
-            tensors.update(_open_tensors(path))
+            tensors.update(open_tensors(path))
             read = 0
         tensor = tensors.pop(name)
         read += tensor.nbytes
-        yield name, tensor
-
-
-def _copies(
-    path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device | str
-) -> dict[str, Tensor]:
-    copies = {}
-    for name, tensor in _drain(path, tensors):
-        wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-        copies[name] = _checked_copy(path, name, tensor, wanted, device)
-    return copies
+        yield name, tensor, scales.get(name)
 
 
 def _checked_copy(
-    path: Path, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str
+    path: Path,
+    name: str,
+    tensor: Tensor,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> Tensor:
-    """A contiguous copy; CheckpointError for NaN or infinity."""
+    """A contiguous copy, of what a quantised tensor means; CheckpointError for NaN or infinity."""
+    copy = torch.empty(tensor.shape, dtype=dtype, device=device)
+    if is_quantised(tensor, scale):
+        try:
+            dequantise(tensor, scale, copy)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from None
+        _check_finite(path, name, copy)
+        return copy
+    _check_finite(path, name, tensor)
+    return copy.copy_(tensor)
+
+
+def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
     # The sum is several times cheaper than `isfinite`, but finite values can overflow it.
     if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise CheckpointError(
-            f"{path}: {name} holds NaN or infinity: {FETCH_AGAIN}, or use an earlier checkpoint"
+            f"{path}: {name} holds NaN or infinity: {_fetch_again(path)}, or use an earlier checkpoint"
         )
-    return torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -281,16 +322,16 @@ def load_module(
     with torch.device("meta"):
         module = build()
     wanted = module.state_dict()
-    tensors = _open_tensors(path)
+    tensors, scales = _open_weights(path)
     shapes = _shapes(tensors)
     names = translate(shapes) if translate else {name: name for name in shapes}
     _check_fit(path, what, shapes, names, _shapes(wanted))
     state = {}
-    for name, tensor in _drain(path, tensors):
+    for name, tensor, scale in _drain(path, tensors, scales):
         if name in names:
             goal = wanted[names[name]]
             copied = dtype if goal.is_floating_point() else goal.dtype
-            state[names[name]] = _checked_copy(path, name, tensor, copied, device)
+            state[names[name]] = _checked_copy(path, name, tensor, scale, copied, device)
     for counter in wanted.keys() - state.keys():
         state[counter] = torch.zeros_like(wanted[counter], device=device)
     module.load_state_dict(state, assign=True)

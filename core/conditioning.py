@@ -5,6 +5,7 @@ from __future__ import annotations
 import modules.torchvision_operators  # noqa: F401  (before torchvision and transformers)
 
 # isort: split
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from typing import TypeVar
 import torch
 from huggingface_hub import constants, snapshot_download
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.transforms import functional as pictures
 from transformers import (
@@ -27,14 +27,28 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from core.checkpoint import read_tensors
+from core.published import fetching, published_at
+
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]  # of the pixels CLIP was trained on, RGB
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MODEL_FILES = ("config.json", WEIGHTS, INDEX, "model-*.safetensors")
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
+PUBLISHED_TEXT = {  # what each file holds
+    "text_encoder/model.safetensors": "text encoder", "text_encoder/config.json": "its sizes",
+    "tokenizer/vocab.json": "tokenizer", "tokenizer/merges.txt": "its merges",
+}  # fmt: skip
+
+
+OTHER_TOWER = {  # how names begin that a file of all of CLIP holds besides
+    CLIPTextModelWithProjection: ("vision_model.", "visual_projection."),
+    CLIPVisionModelWithProjection: ("text_model.", "text_projection."),
+}
 
 
 # --------------------------------------------------------------------------------------------- conditions
@@ -230,34 +244,52 @@ def _locate(source: str, parts: Sequence[str], what: str, allow_download: bool) 
             reason = "it is not in the hub's local cache, and HF_HUB_OFFLINE forbids the download"
         else:
             reason = f"it is not a folder, and the hub does not give it: {_one_line(error)}"
-        message = f"{source}: the {what} cannot be found ({reason}); {_way_out(what)}"
+        message = f"{source}: the {what} cannot be found ({reason}); {_way_out(what, Path(source))}"
         raise FileNotFoundError(message) from None
 
 
-def _way_out(what: str) -> str:
+def absent_text_files(source: str) -> dict[str, str]:
+    """What the published text encoder lacks, if it belongs in the folder `source`: contents by path."""
+    try:
+        find_text_encoder(source)
+    except FileNotFoundError:
+        return {str(path): what for path, what in _absent_published(Path(source)).items()}
+    return {}
+
+
+def _absent_published(root: Path) -> dict[Path, str]:
+    paths = {root / name: what for name, what in PUBLISHED_TEXT.items()}
+    return {path: what for path, what in paths.items() if not path.exists() and published_at(path)}
+
+
+def _way_out(what: str, root: Path) -> str:
     if what == "image encoder":
         return "name its folder, or use the hub id openai/clip-vit-large-patch14 with --allow_download"
-    return "run python models/download.py, or use the hub id stabilityai/stable-cascade with --allow_download"
+    absent = [published_at(path) for path in _absent_published(root)]
+    first = f"run {fetching(absent)}" if absent else "name its folder"
+    return f"{first}, or use the hub id stabilityai/stable-cascade with --allow_download"
 
 
 def _model_folder(root: Path, part: str, what: str) -> Path:
     folder = root / part if (root / part).is_dir() else root
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        missing.append("model.safetensors")
-    return _complete(folder, missing, what)
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        missing.append(WEIGHTS)
+    return _complete(root, folder, missing, what)
 
 
 def _tokenizer_folder(root: Path) -> Path:
     folder = root / "tokenizer" if (root / "tokenizer").is_dir() else root
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
-    return _complete(folder, [] if (folder / "tokenizer.json").is_file() else missing, "tokenizer")
+    return _complete(root, folder, [] if (folder / "tokenizer.json").is_file() else missing, "tokenizer")
 
 
-def _complete(folder: Path, missing: Sequence[str], what: str) -> Path:
+def _complete(root: Path, folder: Path, missing: Sequence[str], what: str) -> Path:
     if missing:
         names = " and ".join(missing)
-        raise FileNotFoundError(f"{folder}: the {what} is incomplete, {names} is missing; {_way_out(what)}")
+        raise FileNotFoundError(
+            f"{folder}: the {what} is incomplete, {names} is missing; {_way_out(what, root)}"
+        )
     return folder
 
 
@@ -271,16 +303,27 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _load_model(cls: type[Model], folder: Path, dtype: torch.dtype) -> Model:
     """The model in `folder`, or a ValueError: transformers itself would draw missing tensors at random."""
     try:
+        config = cls.config_class.from_pretrained(folder, local_files_only=True)
+        tensors = _read_model(folder, dtype, OTHER_TOWER[cls])
         with _quiet_transformers():
             model, report = cls.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder}: {cls.__name__} cannot be loaded ({_one_line(error)})") from None
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"{folder}: {cls.__name__} lacks {len(missing)} tensors, {missing[0]} among them")
     return model.eval().requires_grad_(False)
+
+
+def _read_model(folder: Path, dtype: torch.dtype, without: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a model in one file or, by its index, in several, but for those that begin so."""
+    files = [WEIGHTS]
+    if not (folder / WEIGHTS).is_file():
+        files = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
+    parts = [read_tensors(folder / file, dtype, without=without) for file in files]
+    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 @contextmanager

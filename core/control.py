@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.checkpoint import CheckpointError, iter_tensors, read_config
+from core.checkpoint import CheckpointError, read_config, read_shapes
 from core.config import ControlConfig, ControlFilter, LatentGeometry, check_proj_blocks
 from core.data.folder import NamedBytes
 from core.images import as_rgb, load_image, open_image
@@ -72,7 +72,7 @@ def open_controlnet(config: ControlConfig, stage_c: StageCSizes) -> ControlNetFi
     file = ControlNetFile(path, config.controlnet_filter, size, config.controlnet or published)
     if not Path(path).exists():
         return file
-    shapes = {name: tuple(tensor.shape) for name, tensor in iter_tensors(path)}
+    shapes = read_shapes(path)
     if (found := identify(shapes)) != file.name:
         raise CheckpointError(f"{path} {describe_mismatch(found, file.name)}")
     width = shapes["projections.0.2.weight"][0]

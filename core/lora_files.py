@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from core.checkpoint import PathLike, config_metadata, name_some, save_tensors
+from core.lora_layouts import KOHYA, LAYOUTS, OWN, PEFT, PUBLISHED
 from core.lora_names import (
-    KOHYA,
-    OWN,
     PACKED,
     PARTS,
-    PEFT,
     TEXT,
     TEXT_PROJECTION,
     diffusers_module,
@@ -37,8 +35,6 @@ from core.lora_names import (
 from core.sizes import StageCSizes
 from modules.lora import LoraUpdate
 
-PUBLISHED = "published"
-LAYOUTS = (OWN, PUBLISHED, KOHYA, PEFT)  # that can be written
 NOTES = "lora"  # the metadata entry with alphas and tokens
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOTHING = "the LoRA has no update that is not zero: there is nothing to write"

@@ -12,16 +12,18 @@ from functools import lru_cache
 
 import torch
 
+from core.lora_layouts import KOHYA, OWN, PEFT
 from core.sizes import StageCSizes
 from modules.stage_c import StageC
 
 PACKED = "in_proj_weight"  # queries, keys and values in one matrix: parts 0, 1 and 2 of its rows
 PARTS = (0, 1, 2)
 ATTENTION = ".attn."  # the published filter
-OWN, KOHYA, ONETRAINER, COMFYUI, PEFT = "own", "kohya", "OneTrainer", "ComfyUI", "peft"
+ONETRAINER, COMFYUI, DIFFUSERS = "OneTrainer", "ComfyUI", "diffusers"  # that are only read
 
 DOTTED = {  # what stands before a module's name, and whose layout it is
     "": "original names", "diffusion_model.": COMFYUI, "prior.": ONETRAINER, "base_model.model.": PEFT,
+    "unet.": DIFFUSERS, "transformer.": DIFFUSERS,
 }  # fmt: skip
 FLATTENED = {"lora_unet_": KOHYA, "lora_prior_unet_": "OneTrainer's legacy", "lycoris_": "LyCORIS"}
 
@@ -99,6 +101,14 @@ def diffusers_module(weight: str, part: int | None = None) -> str:
     """The module of a weight in diffusers' StableCascadeUNet."""
     module = original_module(weight, part)
     return module.replace(".attn.to_", ".to_").replace(".attn.out_proj", ".to_out.0")
+
+
+def module_names(target: Target) -> tuple[str, ...]:
+    """The dotted names of a target's module, in diffusers or transformers and in the original."""
+    if target.text:
+        return (target.weight.removesuffix(".weight"),)
+    names = diffusers_module(target.weight, target.part), original_module(target.weight, target.part)
+    return names if target.part is None else (*names, target.weight.replace(PACKED, f"in_proj.{target.part}"))
 
 
 def flattened(module: str) -> str:

@@ -23,14 +23,31 @@ from core.checkpoint import (
     read_tensors,
 )
 from core.layouts import LORA, UNKNOWN, describe_mismatch, identify
+from core.lora_alphas import (
+    Layer,
+    Statement,
+    agreed_alpha,
+    check_alpha,
+    check_plain,
+    is_outdated,
+    stated_by_adapter,
+    stated_by_metadata,
+)
 from core.lora_files import NOTES, PEFT_CONFIG, PEFT_WEIGHTS, LoraFile, LoraTokens
-from core.lora_names import OWN, PARTS, PEFT, Target, published_orders, stage_c_targets, stage_c_weights
+from core.lora_layouts import OWN, PEFT
+from core.lora_names import (
+    PARTS,
+    Target,
+    module_names,
+    published_orders,
+    stage_c_targets,
+    stage_c_weights,
+)
 from core.sizes import STAGE_C_VERSIONS, StageCSizes
 from modules.lora import LoraUpdate
 
 ULTRAPIXEL, STABILITY = "UltraPixel's published", "Stability's"
 IN_FOLDERS = (PEFT_WEIGHTS, "adapter_model.bin", "lora/lora.safetensors")  # the last in OneTrainer's backups
-PEFT_ALPHA = 8  # where peft's configuration names none
 SUPPORTED = "only LoRA matrices are read, no DoRA, LoHa, LoKr, biases or output embeddings"
 
 _MATRIX = re.compile(
@@ -57,7 +74,7 @@ class _Source:
     tokens: LoraTokens | None
     unknown: Sequence[str]  # names of no known form
     notes: Mapping[str, Any]  # the metadata entry `lora`
-    adapter: Mapping[str, Any] | None  # peft's configuration
+    statements: Sequence[Statement]  # of alphas, in peft's configuration and the metadata
 
 
 @dataclass
@@ -88,14 +105,21 @@ def read_lora(path: PathLike, sizes: StageCSizes | None = None) -> LoraFile:
         raise CheckpointError(f"{path} {describe_mismatch(network, LORA)}")
     notes = read_config(file, NOTES)
     try:
-        source = _sort(
-            tensors, {} if notes is None else _braces(notes, f"the metadata entry {NOTES!r}"), file
-        )
+        notes = {} if notes is None else _braces(notes, f"the metadata entry {NOTES!r}")
+        source = _sort(tensors, notes, _read_statements(file))
         lora = _understand(source, sizes)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    kept = {k: text for k, text in read_metadata(file).items() if k != NOTES and not k.startswith(_STALE)}
-    return replace(lora, metadata=kept)
+    return replace(lora, metadata=_kept(read_metadata(file)))
+
+
+def _kept(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The entries that still hold for what is written of a LoRA."""
+    return {
+        entry: text
+        for entry, text in metadata.items()
+        if entry != NOTES and not entry.startswith(_STALE) and not is_outdated(entry, text)
+    }
 
 
 def find_version(sizes: StageCSizes) -> str | None:
@@ -117,7 +141,9 @@ def find_lora_file(path: PathLike) -> Path:
 # --- by the forms of the names --------------------------------------------------------------------
 
 
-def _sort(tensors: Mapping[str, Tensor], notes: Mapping[str, Any], file: Path) -> _Source:
+def _sort(
+    tensors: Mapping[str, Tensor], notes: Mapping[str, Any], statements: Sequence[Statement]
+) -> _Source:
     matrices: dict[str, dict[str, str]] = {}
     token_names, unknown = [], []
     for name in tensors:
@@ -133,7 +159,7 @@ def _sort(tensors: Mapping[str, Tensor], notes: Mapping[str, Any], file: Path) -
     for base in [base for base, kinds in matrices.items() if list(kinds) == ["alpha"]]:
         unknown += matrices.pop(base).values()  # of something else than LoRA
     tokens = _read_tokens({name: tensors[name] for name in token_names}, notes)
-    return _Source(tensors, matrices, tokens, unknown, notes, _read_adapter(file.with_name(PEFT_CONFIG)))
+    return _Source(tensors, matrices, tokens, unknown, notes, statements)
 
 
 def _read_tokens(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> LoraTokens | None:
@@ -174,13 +200,17 @@ def _texts(notes: Mapping[str, Any], key: str, kind: Any) -> tuple[Any, ...] | N
     return tuple(texts)
 
 
-def _read_adapter(path: Path) -> Mapping[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return _braces(json.loads(path.read_text("utf-8")), "it")
-    except ValueError as error:
-        raise ValueError(f"{path.name} is no configuration of peft: {error}") from None
+def _read_statements(file: Path) -> list[Statement]:
+    """What stands of alphas in peft's configuration beside a file, and in its metadata."""
+    statements = stated_by_metadata(read_metadata(file))
+    if (path := file.with_name(PEFT_CONFIG)).is_file():
+        try:
+            config = _braces(json.loads(path.read_text("utf-8")), "it")
+        except ValueError as error:
+            raise ValueError(f"{path.name} is no configuration of peft: {error}") from None
+        statements.insert(0, stated_by_adapter(config, path.name))
+    check_plain(statements)
+    return statements
 
 
 def _braces(value: object, what: str) -> Mapping[str, Any]:
@@ -270,15 +300,17 @@ def _read_update(source: _Source, base: str, target: Target) -> LoraUpdate:
     update = LoraUpdate(down.flatten(1), up.flatten(1))
     if update.rank == 0 or update.up.shape[1] != update.rank:
         raise ValueError(f"the LoRA of {base} is of rank {update.rank} and {update.up.shape[1]}")
-    return replace(update, alpha=_find_alpha(source, base, target, update.rank))
+    return replace(update, alpha=_find_alpha(source, base, target, update, down[0, 0].numel() > 1))
 
 
-def _find_alpha(source: _Source, base: str, target: Target, rank: int) -> float:
-    """From where its layout has it; the published ones mean 1, the others without one the rank."""
+def _find_alpha(source: _Source, base: str, target: Target, update: LoraUpdate, taps: bool) -> float:
+    """From where its layout has it; the published ones mean 1, the others the rank if it is nowhere."""
+    layer = Layer(base, module_names(target), update.rank, target.text, taps)
     if name := source.matrices[base].get("alpha"):
         alpha = source.tensors[name]
         if alpha.numel() != 1:
             raise ValueError(f"the alpha of {base} is no number but of shape {tuple(alpha.shape)}")
+        check_alpha(float(alpha), source.statements, layer, source.matrices)
         return float(alpha)
     if target.layout in (ULTRAPIXEL, STABILITY):
         return 1.0
@@ -287,23 +319,10 @@ def _find_alpha(source: _Source, base: str, target: Target, rank: int) -> float:
         if base not in alphas:
             raise ValueError(f"the metadata entry {NOTES!r} has no alpha of {base}: the file is not complete")
         return _number(alphas[base], f"the alpha of {base}")
-    return _find_peft_alpha(source, base, rank) if target.layout == PEFT else float(rank)
-
-
-def _find_peft_alpha(source: _Source, base: str, rank: int) -> float:
-    if source.adapter is None:
+    stated = agreed_alpha(source.statements, layer, source.matrices)
+    if stated is None and target.layout == PEFT:
         raise ValueError(f"the alpha of a peft adapter is in {PEFT_CONFIG}, which must lie beside it")
-    alpha = source.adapter.get("lora_alpha", PEFT_ALPHA)
-    patterns = _braces(source.adapter.get("alpha_pattern") or {}, "alpha_pattern")
-    for pattern, other in patterns.items():
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", base):  # as peft matches
-                alpha = other
-                break
-        except re.error as error:
-            raise ValueError(f"alpha_pattern in {PEFT_CONFIG} holds {pattern!r}: {error}") from None
-    alpha = _number(alpha, f"lora_alpha in {PEFT_CONFIG}")
-    return alpha * math.sqrt(rank) if source.adapter.get("use_rslora") else alpha
+    return float(update.rank) if stated is None else stated
 
 
 # --- the result -----------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from core.data.loader import Batch, FolderData
 from core.data.sources import Data, open_data, stream
 from core.guidance_training import NoisyLatents, SampleNoise, drop_conditions
 from core.lora_files import LoraFile, LoraTokens, write_lora
-from core.lora_names import KOHYA, stage_c_weights
+from core.lora_layouts import KOHYA
+from core.lora_names import stage_c_weights
 from core.new_tokens import add_tokens, base_rows, mentions, whole_rows
 from core.sizes import StageCSizes
 from core.training import Run, plain_positions

@@ -14,8 +14,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from core.checkpoint import check_file, load_module, read_config
-from core.conditioning import Conditions, TextCondition, TextEncoder, conditions, find_text_encoder, stack
+from core.checkpoint import check_files, load_module, read_config
+from core.conditioning import (
+    Conditions,
+    TextCondition,
+    TextEncoder,
+    absent_text_files,
+    conditions,
+    find_text_encoder,
+    stack,
+)
 from core.config import (
     ControlConfig,
     StageBConfig,
@@ -259,12 +267,15 @@ class UltraPixelPipeline:
         return {**named, "text encoder": self.config_c.clip_text_path}
 
     def check_files(self) -> None:
-        """Raise what is wrong with any of the files, before the first of them is loaded."""
-        for what, path in self.files().items():
-            if what == "text encoder":
-                find_text_encoder(path, self._allow_download)
-            else:
-                check_file(path)
+        """Raise what is wrong with any of the files, before the first of them is loaded.
+
+        All that do not exist are named at once.
+        """
+        files = {path: what for what, path in self.files().items()}
+        text_encoder = self.config_c.clip_text_path
+        del files[text_encoder]
+        check_files(files | absent_text_files(text_encoder))
+        find_text_encoder(text_encoder, self._allow_download)
 
     # --- stages -----------------------------------------------------------------------------------
 

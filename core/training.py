@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from core import launch
 from core.batch_size import fitted_batch
-from core.checkpoint import Translate, check_file, config_metadata, load_module, save_tensors, save_text
+from core.checkpoint import Translate, check_files, config_metadata, load_module, save_tensors, save_text
 from core.config import RunConfig
 from core.config_files import as_yaml
 from core.data.loader import Batch, LoaderSettings, Position
@@ -61,9 +61,12 @@ def sheet_folder(config: RunConfig) -> Path:
 
 def check_run(config: RunConfig, files: Iterable[str | None]) -> Data:
     """The data, indexed; raises what is wrong with it, a file or the folders of the run."""
-    for path in chain(files, [config.pretrained_path]):
-        if path is not None:
-            check_file(path)
+    read = {path: "weights" for path in chain(files, [config.pretrained_path]) if path is not None}
+    if (text_encoder := getattr(config, "clip_text_path", None)) is not None:
+        from core.conditioning import absent_text_files  # loads transformers, which others do not need
+
+        read |= absent_text_files(text_encoder)
+    check_files(read)
     for folder in (run_folder(config), sheet_folder(config)):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -5,9 +5,9 @@ Eight scenes with a striped balloon, which no training of the embedded family sh
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 from PIL import Image
@@ -49,4 +49,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="(default: %(default)s)")
+    main(parser.parse_args().folder)

@@ -1,36 +1,27 @@
 """Convert a LoRA of Stage C between layouts: python models/convert.py IN OUT --to own|published|kohya|peft
 
+or take a combined file of ComfyUI apart: python models/convert.py IN --split FOLDER
+
 python models/convert.py models/lora_cat.safetensors cat.safetensors --to own \
     --token "[roubaobao]" --initialise_from "^cat</w>"                   with its token, which the file lacks
 python models/convert.py models/lora_cat.safetensors comfyui.safetensors --to kohya --leave_out tokens
 python models/convert.py cat.safetensors comfyui.safetensors --to kohya --text_encoder models --dtype float16
                                                                   its tokens as whole rows, for ComfyUI
 python models/convert.py onetrainer.safetensors adapter --to peft        a folder, for diffusers
+python models/convert.py stable_cascade_stage_c.safetensors --split FOLDER
+                                                     Stage C, text encoder and others as files of their own
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
-
-from core.cli import run
-from core.conditioning import TextEncoder
-from core.config import stage_c_sizes
-from core.config_files import load_stage_c
-from core.lora_files import LAYOUTS, LoraFile, LoraTokens, name_tokens, write_lora
-from core.lora_names import KOHYA
-from core.lora_reading import find_version, read_lora
-from core.new_tokens import whole_rows
+from core.lora_layouts import KOHYA, LAYOUTS
 from core.sizes import STAGE_C_VERSIONS, StageCSizes
-from modules.lora import LoraUpdate, check_update
 
-PARTS = {"tokens": {"tokens": None}, "text": {"text_updates": {}}}  # that can be left out
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHOWN = 4  # ranks, alphas and tokens that are listed before the rest is counted
+LEFT_OUT = ("tokens", "text")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,10 +30,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "source", metavar="IN", help="a LoRA in any layout, or a folder of peft or OneTrainer"
+        "source", metavar="IN",
+        help="a LoRA in any layout, or a folder of peft or OneTrainer; with --split, a combined file",
+    )  # fmt: skip
+    parser.add_argument("target", metavar="OUT", nargs="?", help="the file to write, with peft a folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", choices=LAYOUTS, help="layout of OUT; ComfyUI reads kohya's")
+    what.add_argument(
+        "--split", metavar="FOLDER", help="take a combined file of ComfyUI apart, into a folder"
     )
-    parser.add_argument("target", metavar="OUT", help="the file to write, with peft a folder")
-    parser.add_argument("--to", required=True, choices=LAYOUTS, help="layout; ComfyUI reads kohya's")
     parser.add_argument(
         "--version",
         help=f"of Stage C: {', '.join(STAGE_C_VERSIONS)} or a configuration; left out, found from the file",
@@ -52,13 +48,44 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--initialise_from", action="append", metavar="REGEX",
         help="vocabulary entries whose mean a token starts from, '' for none; once for each --token",
     )  # fmt: skip
-    parser.add_argument("--leave_out", nargs="+", choices=tuple(PARTS), default=[], help="what OUT has not")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="number format of OUT; left out, float32")
+    parser.add_argument("--leave_out", nargs="+", choices=LEFT_OUT, default=[], help="what OUT has not")
+    parser.add_argument("--dtype", choices=DTYPES, help="number format of OUT; left out, float32")
     parser.add_argument(
         "--text_encoder", metavar="FOLDER",
         help="turns offsets of tokens into whole rows where OUT holds those, and checks the text's updates",
     )  # fmt: skip
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.to is not None and options.target is None:
+        parser.error("OUT is missing: name the file to write")
+    if options.split is not None and options.target is not None:
+        parser.error(f"with --split the files go into its FOLDER: leave {options.target} out")
+    return options
+
+
+if __name__ == "__main__":
+    parse()  # answers --help and wrong flags before what follows loads torch
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from core.checkpoint import count_tensors, name_some, open_tensors, save_tensors
+from core.cli import run
+from core.combined import take_apart
+from core.conditioning import TextEncoder
+from core.config import stage_c_sizes
+from core.config_files import load_stage_c
+from core.lora_files import LoraFile, LoraTokens, name_tokens, write_lora
+from core.lora_reading import find_version, read_lora
+from core.new_tokens import whole_rows
+from core.published import FILES, fetching
+from modules.lora import LoraUpdate, check_update
+
+EMPTY = {"tokens": {"tokens": None}, "text": {"text_updates": {}}}  # of what is left out
+SHOWN = 4  # ranks, alphas and tokens that are listed before the rest is counted
 
 
 def sizes_of(version: str | None) -> StageCSizes | None:
@@ -120,8 +147,8 @@ def shorten(texts: Sequence[str]) -> str:
     return ", ".join(texts[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
+def convert(options: argparse.Namespace) -> None:
+    """Write a LoRA in another layout."""
     lora = read_lora(options.source, sizes_of(options.version))
     print(f"read    {options.source}: {describe(lora)}")
     if options.token:
@@ -130,10 +157,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.initialise_from:
         raise ValueError("--initialise_from says where a --token starts from: give that too")
     for part in options.leave_out:
-        lora = replace(lora, **PARTS[part])
+        lora = replace(lora, **EMPTY[part])
     lora = fit_to_text_encoder(lora, options.text_encoder, options.to)
-    write_lora(options.target, lora, options.to, DTYPES.get(options.dtype))
+    write_lora(options.target, lora, options.to, options.dtype and getattr(torch, options.dtype))
     print(f"wrote   {options.target}: {describe(read_lora(options.target, lora.sizes))}")
+
+
+def split(source: str, folder: Path) -> None:
+    """Write the networks of a combined file as files of their own; ValueError where one is there already."""
+    parts, others = take_apart(open_tensors(source))
+    if not parts:
+        raise ValueError(f"{source} is no combined file of Stable Cascade: no network is found in it")
+    print(f"read    {source}: {', '.join(part.name for part in parts)}")
+    paths = [folder / part.file for part in parts]
+    paths += [path.with_name("config.json") for path, part in zip(paths, parts, strict=True) if part.config]
+    if there := [str(path) for path in paths if path.exists()]:
+        raise ValueError(f"{', '.join(there)} would be replaced: name another folder, or move them away")
+    for part in parts:
+        path = folder / part.file
+        save_tensors(path, part.tensors, {"format": "pt"})
+        if part.config is not None:
+            path.with_name("config.json").write_text(json.dumps(part.config, indent=2) + "\n", "utf-8")
+        print(f"wrote   {path}: {part.name}, {len(part.tensors)} tensors")
+    if others:
+        print(f"left out: {count_tensors(others)} of no known network ({name_some(others)})")
+    if any(part.file.startswith("text_encoder") for part in parts) and not (folder / "tokenizer").exists():
+        command = fetching([file for file in FILES if file.name.startswith("tokenizer/")])
+        print(f"the tokenizer is not in the file: run {command}, and copy models/tokenizer to {folder}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.split is None:
+        convert(options)
+    else:
+        split(options.source, Path(options.split))
 
 
 if __name__ == "__main__":

@@ -8,74 +8,38 @@ python models/download.py --list               every file, its size and its repo
 """
 
 import argparse
+from collections.abc import Sequence
+
+from core.published import FILES, PRESETS, ModelFile, show_size
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="single files, in place of a preset's")
+    parser.add_argument("--preset", choices=PRESETS, default="small-big", help="(default: %(default)s)")
+    parser.add_argument("--list", action="store_true", help="print every file, its size and where it is from")
+    parser.add_argument("--check", action="store_true", help="check sizes and hashes, without network")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # answers --help and wrong flags before what follows loads the hub's library
+
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-CASCADE = "stabilityai/stable-cascade"
-ULTRAPIXEL = "roubaofeipi/UltraPixel"
-PRESETS = ("small-big", "big-big", "lite")  # Stage C 3.6B and B 700M; 3.6B and 3B; 1B and 700M
-BIG_C = ("small-big", "big-big")
-SMALL_B = ("small-big", "lite")
 MISSING = "is missing"
 SIZE_TOLERANCE = 0.01  # sizes are known to three digits
-
-
-@dataclass(frozen=True)
-class ModelFile:
-    """One published file: its path in the repository is its path in models/."""
-
-    name: str
-    repository: str
-    size: int | None  # bytes; None for small text files
-    presets: tuple[str, ...]  # that need it; none: fetched by name
-    sha256: tuple[str, ...] = ()  # any of these; none known: the file's structure is checked instead
-
-
-FILES = (
-    ModelFile("stage_c_bf16.safetensors", CASCADE, 7_180_000_000, BIG_C,
-              ("dfe24009fc881011f350d08d9d13be13a1a3b3cbfed667435efe0fd419aca099",)),
-    ModelFile("stage_c_lite_bf16.safetensors", CASCADE, 2_060_000_000, ("lite",)),
-    ModelFile("stage_b_bf16.safetensors", CASCADE, 3_130_000_000, ("big-big",)),
-    ModelFile("stage_b_lite_bf16.safetensors", CASCADE, 1_400_000_000, SMALL_B,
-              ("fe92687deefcfb33bb3ec181254b55fe4e434c5084ce9d38815eaa32487ad376",)),
-    ModelFile("stage_a.safetensors", CASCADE, 73_700_000, PRESETS,
-              ("0a3f5a0b618494f81964dc719dbaaa9bd52f207d464d5fbf45442d363e1c0b5a",)),
-    ModelFile("effnet_encoder.safetensors", CASCADE, 81_500_000, PRESETS,
-              ("e23c1fe17ba8cdd6c49a5b292d72502bd4cf729e7de9f2060bb4dcc26737c0a0",)),
-    ModelFile("previewer.safetensors", CASCADE, 16_000_000, PRESETS,
-              ("7d66285b840aaaf69abe809727f0b02657c513dd9376f2f07f3c3ba4fe87f250",)),
-    ModelFile("text_encoder/model.safetensors", CASCADE, 1_390_000_000, PRESETS),
-    ModelFile("text_encoder/config.json", CASCADE, None, PRESETS),
-    ModelFile("tokenizer/vocab.json", CASCADE, None, PRESETS),
-    ModelFile("tokenizer/merges.txt", CASCADE, None, PRESETS),
-    ModelFile("tokenizer/tokenizer_config.json", CASCADE, None, PRESETS),
-    ModelFile("tokenizer/special_tokens_map.json", CASCADE, None, PRESETS),
-    ModelFile("ultrapixel_t2i.safetensors", ULTRAPIXEL, 211_117_679, BIG_C,
-              ("bef96cabf1621405cd6fdc4ee51b3613e68dd593a4bda3306a021e085e73ee60",    # as published: a pickle
-               "3b875e87378f87f5af89902b82eac37ba5efd037a995207e6001e426b9704494")),  # as real safetensors
-    ModelFile("lora_cat.safetensors", ULTRAPIXEL, 6_381_449, (),
-              ("e7fdfdecb11110118d20e9135210e2452ef5edc0a7b3417cc7803061199713a1",    # as published: a pickle
-               "9819a47d70a3b5fceb8d2a6fc185bba76c002fb54308153025b1383067e7d0fd")),  # as real safetensors
-    ModelFile("controlnet/canny.safetensors", CASCADE, 218_000_000, ()),
-    ModelFile("controlnet/inpainting.safetensors", CASCADE, 218_000_000, ()),
-    ModelFile("controlnet/super_resolution.safetensors", CASCADE, 814_000_000, ()),
-)  # fmt: skip
-
-
-def show_size(size: int | None) -> str:
-    """A size as it stands in models/README.md, such as 7.18 GB."""
-    if size is None:
-        return "small text"
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def select(names: Sequence[str], preset: str) -> tuple[ModelFile, ...]:
@@ -186,18 +150,9 @@ def say(error: BaseException | None) -> str:
     return " ".join(str(error).split())
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Fetch the published weights into models/, or check them.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="single files, in place of a preset's")
-    parser.add_argument("--preset", choices=PRESETS, default="small-big")
-    parser.add_argument("--list", action="store_true", help="print every file, its size and where it is from")
-    parser.add_argument("--check", action="store_true", help="check sizes and hashes, without network")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 if all the files wanted are there and right, else 2."""
-    options = parse_arguments(arguments)
+    options = parse(arguments)
     if options.list:
         for file in FILES:
             presets = ", ".join(file.presets) or "by name"

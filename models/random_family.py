@@ -1,13 +1,28 @@
-"""A small family of models with random weights in the published layout: python models/random_family.py FOLDER
+"""Write a small family of models with random weights: python models/random_family.py FOLDER
 
-Writes Stage C, Stage B, Stage A, the previewer, the guidance (as the published pickled archive), a CLIP text
-encoder with a tokenizer of single characters, and the two configurations that name them. Its pictures are
-noise: it is there to run the scripts, not to look at.
+It has the published layout: Stage C, Stage B, Stage A, the previewer, the guidance (as the published pickled
+archive), a CLIP text encoder with a tokenizer of single characters, and the two configurations that name
+them. Its pictures are noise: it is there to run the scripts, not to look at.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="where the files go; it is made if it is not there")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # answers --help and wrong flags before what follows loads torch
+
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +31,7 @@ from torch import nn
 
 import modules.torchvision_operators  # noqa: F401  before transformers
 from core.checkpoint import config_metadata, save_archive, save_tensors
+from core.cli import run
 from core.config import LatentGeometry, StageBConfig, StageCConfig
 from core.config_files import as_yaml
 from core.layouts import to_published_guidance
@@ -108,8 +124,11 @@ def write_configs(folder: Path, family: Family) -> None:
     (folder / "stage_b.yaml").write_text(as_yaml(config_b), "utf-8")
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    folder = parse(arguments).folder
+    write_family(Path(folder), Family())
+    print(f"wrote a family of random weights to {folder}")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python models/random_family.py FOLDER")
-    write_family(Path(sys.argv[1]), Family())
-    print(f"wrote a family of random weights to {sys.argv[1]}")
+    run(main)

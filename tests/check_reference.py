@@ -7,6 +7,7 @@ the largest last. Exits with 1 if any exceeds its bound or an output was not com
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -341,17 +342,17 @@ def check_file(path: Path) -> Iterator[Line]:
         yield Line(path.name, name, error, bound)
 
 
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
-        print(
-            "usage: python tests/check_reference.py DIR, a folder with reference *.safetensors files",
-            file=sys.stderr,
-        )
-        return 2
-    paths = sorted(Path(arguments[0]).glob("*.safetensors"))
-    lines = [line for path in paths for line in check_file(path)]
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="with reference *.safetensors files")
+    folder = parser.parse_args(arguments).folder
+    if not folder.is_dir():
+        parser.error(f"{folder} is no folder: name one with reference *.safetensors files")
+    lines = [line for path in sorted(folder.glob("*.safetensors")) for line in check_file(path)]
     if not lines:
-        print(f"no reference outputs in {arguments[0]}: it should hold *.safetensors files", file=sys.stderr)
+        print(f"no reference outputs in {folder}: it should hold *.safetensors files", file=sys.stderr)
         return 2
     for line in sorted(lines, key=lambda line: line.error):
         print(line)
@@ -359,4 +360,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

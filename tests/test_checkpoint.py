@@ -25,8 +25,8 @@ from core.checkpoint import (
     check_file,
     config_metadata,
     file_sha256,
-    iter_tensors,
     load_module,
+    open_tensors,
     read_config,
     read_metadata,
     read_tensors,
@@ -34,6 +34,7 @@ from core.checkpoint import (
     save_tensors,
 )
 from core.layouts import guidance_names, to_published_guidance
+from core.mapped import DTYPES
 from modules.controlnet import ControlNet
 from modules.effnet import EfficientNetEncoder
 from modules.guidance import Guidance
@@ -42,6 +43,7 @@ from modules.stage_a import StageA
 from modules.stage_b import StageB
 from modules.stage_c import StageC
 
+E8M0 = torch.float8_e8m0fnu  # which safetensors does not write
 LEGACY = {"_use_new_zipfile_serialization": False}
 BLOCKS = ((1, 1), (1, 1))
 
@@ -141,7 +143,7 @@ def test_files_are_read_by_content_not_by_suffix(
     write(tmp_path / name, state)
     check_file(tmp_path / name)
     assert_same(read_tensors(tmp_path / name), state)
-    assert_same({k: t.clone() for k, t in iter_tensors(str(tmp_path / name))}, state)
+    assert_same(read_tensors(str(tmp_path / name)), state)
     assert_same(load_small(tmp_path / name).state_dict(), state)
 
 
@@ -292,6 +294,9 @@ def test_nothing_is_allocated_twice(tmp_path: Path) -> None:
     weights = {f"{i}.weight": torch.ones(1024, 1024) for i in range(50)}
     save_tensors(tmp_path / "safetensors", weights, {})
     save_archive(tmp_path / "archive", weights)
+    scales = {f"{i}.scale_weight": torch.ones(()) for i in range(50)}
+    float8 = {name: weight.to(torch.float8_e4m3fn) for name, weight in weights.items()}
+    save_tensors(tmp_path / "float8", float8 | scales, {})
     script = """
 import sys, torch
 from torch import nn
@@ -308,12 +313,12 @@ for path in sys.argv[1:]:
     del module
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "safetensors", tmp_path / "archive"],
+        [sys.executable, "-c", script, *(tmp_path / name for name in ("safetensors", "archive", "float8"))],
         capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
     growths = [float(line) for line in done.stdout.split()]
-    assert len(growths) == 2 and max(growths) < 100 + 32 + 40
+    assert len(growths) == 3 and max(growths) < 100 + 32 + 40
 
 
 # --- files that are refused -----------------------------------------------------------------------
@@ -328,11 +333,11 @@ def whole_file(tmp_path: Path, write: Callable, size: int = 5000) -> bytes:
 @pytest.mark.parametrize(
     "content, parts",
     [
-        (b"", ["is empty", "models/download.py"]),
-        (b"<!DOCTYPE html><html>", ["a web page was saved instead", "/resolve/", "models/download.py"]),
+        (b"", ["is empty", "delete it and get it again"]),
+        (b"<!DOCTYPE html><html>", ["a web page was saved instead", "/resolve/", "get it again"]),
         (b"\xef\xbb\xbf\n\n <HTML lang=en>", ["a web page was saved instead of the weights"]),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab", ["Git LFS pointer", "git lfs pull"]),
-        (b"weights, honestly", ["neither a safetensors file nor a torch archive", "models/download.py"]),
+        (b"weights, honestly", ["neither a safetensors file nor a torch archive", "get it again"]),
     ],
 )  # fmt: skip
 def test_files_that_are_no_weights(
@@ -344,11 +349,12 @@ def test_files_that_are_no_weights(
     assert message.startswith(str(path))
     for part in parts:
         assert part in message
+    assert "download.py" not in message  # which does not fetch it
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     message = refusal(lambda: load_small(tmp_path / "absent.safetensors"))
-    assert "absent.safetensors does not exist" in message and "models/download.py" in message
+    assert message.endswith("absent.safetensors does not exist: correct the path")
     assert f"{tmp_path} is a folder, not a weight file" in refusal(lambda: load_small(tmp_path))
 
 
@@ -368,6 +374,79 @@ def test_truncated_safetensors(tmp_path: Path, cut: int) -> None:
 def test_damaged_safetensors(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
     (tmp_path / "w").write_bytes(change(whole_file(tmp_path, write_safetensors)))
     assert "w is damaged" in refusal(lambda: check_file(tmp_path / "w"))
+
+
+def with_header(whole: bytes, change: Callable[[dict], object]) -> bytes:
+    """A safetensors file with its header changed, and as long as that then is."""
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    text = json.dumps(header if (changed := change(header)) is None else changed).encode()
+    return len(text).to_bytes(8, "little") + text + whole[end:]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"step": 3, "nested": {"r": [1]}, "none": None, "text": "x"}, None, [1], 7, "text", {"a": True}],
+)
+def test_metadata_that_are_no_texts_are_no_damage(tmp_path: Path, metadata: object) -> None:
+    whole = whole_file(tmp_path, write_safetensors)
+    (tmp_path / "w").write_bytes(with_header(whole, lambda header: {**header, "__metadata__": metadata}))
+    assert_same(read_tensors(tmp_path / "w"), read_tensors(tmp_path / "whole"))
+    found = read_metadata(tmp_path / "w")
+    texts = metadata if isinstance(metadata, dict) else {}
+    assert {key: text if key == "text" else json.loads(text) for key, text in found.items()} == texts
+
+
+def test_a_config_that_is_no_text_is_read(tmp_path: Path) -> None:
+    whole = whole_file(tmp_path, write_safetensors)
+    (tmp_path / "w").write_bytes(
+        with_header(whole, lambda header: {**header, "__metadata__": {"config": {"c_hidden": 3}}})
+    )
+    assert read_config(tmp_path / "w") == {"c_hidden": 3}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda header: header["a"].pop("shape"), "is damaged"),
+        (lambda header: header["a"].update(shape=[-1, 3]), "is damaged"),
+        (lambda header: header["a"].update(shape=[4999]), "is damaged"),
+        (lambda header: header["a"].update(shape="many"), "is damaged"),
+        (lambda header: header["a"].update(dtype="F4"), "number format F4, which is not read"),
+        (lambda header: header["a"].update(dtype=["F32"]), "number format ['F32'], which is not read"),
+        (lambda header: header["b"].update(data_offsets=[0, 12]), "is damaged"),
+        (lambda header: header["b"].update(data_offsets=[0]), "is damaged"),
+        (lambda header: header["b"].update(data_offsets=[20012, 20000]), "is damaged"),
+        (lambda header: header.update(c=3), "is damaged"),
+        (lambda header: header.pop("b"), "is damaged"),
+        (lambda header: {**header, "b": [1]}, "is damaged"),
+    ],
+)
+def test_headers_that_do_not_describe_the_file(tmp_path: Path, change: Callable, message: str) -> None:
+    whole = whole_file(tmp_path, write_safetensors)
+
+    def changed(header: dict) -> dict:
+        result = change(header)
+        return result if isinstance(result, dict) and "a" in result else header
+
+    (tmp_path / "w").write_bytes(with_header(whole, changed))
+    assert message in refusal(lambda: check_file(tmp_path / "w"))
+
+
+def test_every_number_format_is_mapped(tmp_path: Path) -> None:
+    tensors = {
+        str(dtype): torch.tensor([[1, 0], [1, 1]]).to(dtype) for dtype in DTYPES.values() if dtype != E8M0
+    }
+    tensors |= {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.ones(0, 3),
+        "odd": torch.ones(3, dtype=torch.bool),
+    }
+    save_file(tensors, tmp_path / "w")
+    found = open_tensors(tmp_path / "w")
+    for name, tensor in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found[name].to(torch.complex64), tensor.to(torch.complex64))
 
 
 @pytest.mark.parametrize("cut", [40, 1000, -1])
@@ -497,7 +576,7 @@ def manifest_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 def test_another_networks_file_is_called_by_its_name(
     reference_folder: Path, monkeypatch: pytest.MonkeyPatch, given: str, build: Callable, sentence: str
 ) -> None:
-    monkeypatch.setattr(core.checkpoint, "_open_tensors", lambda _: manifest_tensors(reference_folder, given))
+    monkeypatch.setattr(core.checkpoint, "open_tensors", lambda _: manifest_tensors(reference_folder, given))
     message = refusal(lambda: load_module(build, "some/w", dtype=torch.float32, what="the wanted one"))
     assert message.startswith(f"some{os.sep}w {sentence}")
 

@@ -533,8 +533,8 @@ def write_adapter(folder: Path, layers: Sequence[Layer], config: object) -> Path
 @pytest.mark.parametrize(
     "config, alphas",
     [
-        ({"r": 4, "lora_alpha": 6}, (6, 6, 6)),
-        ({"r": 4}, (8, 8, 8)),
+        ({"r": 4, "lora_alpha": 6, "rank_pattern": {"to_out.0": 2}}, (6, 6, 6)),
+        ({"r": 4, "rank_pattern": {"to_out.0": 2}}, (8, 8, 8)),
         ({"lora_alpha": 6, "use_rslora": True}, (6 * 2, 6 * 2, 6 * 2**0.5)),
         ({"lora_alpha": 6, "alpha_pattern": {"to_q": 3, r".*0\.to_out.0": 5, "o_v": 9}}, (3, 6, 6)),
         ({"lora_alpha": 6, "alpha_pattern": {r"down_blocks.*\.to_out.0": 5}}, (6, 6, 5)),
