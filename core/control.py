@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from core.checkpoint import CheckpointError, read_config, read_shapes
 from core.config import ControlConfig, ControlFilter, LatentGeometry, check_proj_blocks
 from core.data.folder import NamedBytes
-from core.images import as_rgb, load_image, open_image
+from core.images import load_image, open_image, upright_parts
 from core.layouts import describe_mismatch, identify
 from core.paths import located
 from core.presets import DEFAULT
@@ -120,12 +120,8 @@ def read_source(place: str | Path, mask: str | Path | None = None) -> Source:
 
 def _with_transparent_hole(content: str | Path | NamedBytes, picture: Image.Image) -> Source:
     with open_image(content) as image:
-        if not image.has_transparency_data:
-            return Source(picture)
-        upright = ImageOps.exif_transpose(image).convert("RGBA")
-    hole = ImageOps.invert(upright.getchannel("A"))
-    upright.putalpha(255)
-    return Source(picture, hole, as_rgb(upright))
+        unmixed, alpha = upright_parts(image, content)
+    return Source(picture) if alpha is None else Source(picture, ImageOps.invert(alpha), unmixed)
 
 
 def fetch(url: str) -> NamedBytes:

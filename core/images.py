@@ -105,10 +105,22 @@ def upright_rgb(image: Image.Image, name: object, ground: str = "white") -> Imag
 
     ValueError, which calls the picture by its name, if it is damaged.
     """
+    rgb, alpha = upright_parts(image, name)
+    return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, ground), alpha)
+
+
+def upright_parts(image: Image.Image, name: object) -> tuple[Image.Image, Image.Image | None]:
+    """The colours of a picture that was just opened, also where they cannot be seen, and its alpha, if any.
+
+    8-bit sRGB, its profile obeyed, and grey, both upright, without metadata. ValueError as in `upright_rgb`.
+    """
     try:
         image.load()
         turn = TURNS.get(orientation(image))
-        return as_rgb(image if turn is None else image.transpose(turn), ground)
+        image = _in_eight_bits(image if turn is None else image.transpose(turn))
+        rgb = _in_srgb(image)
+        rgb.info = {}  # a profile left in it would be written into files and obeyed once more
+        return rgb, image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     except DAMAGED as error:
         raise ValueError(f"{name}: the picture is damaged ({error})") from None
 
@@ -119,17 +131,6 @@ def orientation(image: Image.Image) -> int:
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # PNG's own would read the pixels
     except DAMAGED:
         return 1
-
-
-def as_rgb(image: Image.Image, ground: str = "white") -> Image.Image:
-    """The picture as 8-bit sRGB, its profile obeyed, transparent parts of a colour; without metadata."""
-    image = _in_eight_bits(image)
-    rgb = _in_srgb(image)
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-        rgb = Image.composite(rgb, Image.new("RGB", image.size, ground), alpha)
-    rgb.info = {}  # a profile left in it would be written into files and obeyed once more
-    return rgb
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
