@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeVar
 
+from core.control_types import control_type, training_of
 from core.data.scenes import ATTRIBUTES
 from core.sizes import (
-    CONTROLNETS,
     PUBLISHED,
     STAGE_B_VERSIONS,
     STAGE_C_VERSIONS,
     TINY,
+    TINY_VERSION,
     ControlNetSizes,
     EffnetSizes,
     GuidanceSizes,
@@ -31,7 +32,6 @@ SHARES = ("pictures_at_once", "grad_accum_steps")  # of a batch, either of which
 T = TypeVar("T")
 Dtype = Literal["bfloat16", "float32"]
 Target = Literal["epsilon", "x0", "v", "rectified_flow"]
-ControlFilter = Literal["canny", "inpainting", "super_resolution"]
 
 
 def _require_positive(config: object, *names: str) -> None:
@@ -317,7 +317,7 @@ class RecogniserTrainConfig(RunConfig):
 class ControlConfig:
     """The ControlNet that a configuration of Stage C names beside it; what it leaves out, the file tells."""
 
-    controlnet_filter: ControlFilter = "canny"  # what it sees
+    controlnet_filter: str = "canny"  # what it sees: a name of core.control_types
     controlnet_checkpoint_path: str | None = None  # None: models/controlnet/<controlnet_filter>.safetensors
     control_size: int | None = None  # side (px) of the picture that edges are found in; published: 224
     controlnet: ControlNetSizes | None = None
@@ -325,7 +325,7 @@ class ControlConfig:
     def __post_init__(self) -> None:
         if self.control_size is not None and self.control_size < MIN_CONTROL_SIZE:
             raise ValueError(f"'control_size' must be at least {MIN_CONTROL_SIZE}, not {self.control_size}")
-        seen = CONTROLNETS[self.controlnet_filter].c_in
+        seen = control_type(self.controlnet_filter).sizes.c_in
         if self.controlnet is not None and self.controlnet.c_in != seen:
             raise ValueError(
                 f"'controlnet.c_in' must be {seen} for the filter {self.controlnet_filter}, "
@@ -340,6 +340,7 @@ class ControlTrainConfig(ControlConfig, RunConfig, StageCConfig):
     train_encoder: bool = True  # its backbone too, not the projections alone
 
     def __post_init__(self) -> None:
+        training_of(self.controlnet_filter)  # raises where there is no way
         ControlConfig.__post_init__(self)
         RunConfig.__post_init__(self)
         StageCConfig.__post_init__(self)
@@ -393,7 +394,7 @@ def controlnet_sizes(config: ControlTrainConfig) -> ControlNetSizes:
     """The ControlNet's sizes: those given, else the family's or the published ones at Stage C's width."""
     if config.controlnet is not None:
         return config.controlnet
-    published = CONTROLNETS[config.controlnet_filter]
+    published = control_type(config.controlnet_filter).sizes
     if _family(config) is TINY:
         mode = "effnet" if published.bottleneck_mode == "effnet" else "simple"  # the large one is too large
         return replace(TINY.controlnet, c_in=published.c_in, bottleneck_mode=mode)
@@ -416,7 +417,7 @@ def check_proj_blocks(controlnet: ControlNetSizes, stage_c: StageCSizes) -> None
 
 
 def _family(config: StageBConfig | StageCConfig) -> Sizes:
-    return TINY if config.model_version == "tiny" else PUBLISHED
+    return TINY if config.model_version == TINY_VERSION else PUBLISHED
 
 
 def _published(versions: Mapping[str, T], version: str, key: str) -> T:

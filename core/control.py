@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.checkpoint import CheckpointError, read_config, read_shapes
-from core.config import ControlConfig, ControlFilter, LatentGeometry, check_proj_blocks
+from core.config import ControlConfig, LatentGeometry, check_proj_blocks
+from core.control_types import CONTROL_TYPES, control_type, controlnet_name, no_weights
 from core.data.folder import NamedBytes
 from core.images import load_image, open_image, upright_parts
-from core.layouts import describe_mismatch, identify
+from core.layouts import A_CONTROLNET, control_channels, describe_mismatch, identify
 from core.paths import located
 from core.presets import DEFAULT
 from core.resolution import Size
-from core.sizes import CONTROLNETS, ControlNetSizes, StageCSizes
+from core.sizes import ControlNetSizes, StageCSizes
 from modules.effnet import imagenet_normalise
 
 CONTROL_WEIGHT = DEFAULT.control_weight
@@ -34,6 +35,8 @@ CANNY_THRESHOLDS = (100, 200)
 HOLE_LEVEL = 0.5  # a mask's pixels from this on are the hole
 BLEND_WIDTH = 16  # px inside a hole's edge in which the made picture takes over from the colours around it,
 BLEND_SHARE = 0.75  # but in a small hole this share of the way to its middle
+READY_MODES = {1: "L", 3: "RGB"}  # of pictures that show what is seen, by its channels
+TILE_SCALE = 8  # how much smaller the picture is that is enlarged for `tile`
 SR_SCALE = 2  # how much smaller the picture is that a super resolution's latents are of
 FETCH_SECONDS, FETCH_BYTES = 30, 1 << 26
 FETCH_BLOCK = 1 << 16
@@ -49,31 +52,35 @@ class ControlNetFile:
     """A ControlNet's weights, and how it is used."""
 
     path: str
-    filter: ControlFilter
+    filter: str  # a name of core.control_types
     control_size: int
     sizes: ControlNetSizes
 
     @property
     def name(self) -> str:
         """As errors and `core.layouts.identify` call it."""
-        return f"the {self.filter.replace('_', ' ')} ControlNet"
+        return controlnet_name(self.filter)
 
 
 def open_controlnet(config: ControlConfig, stage_c: StageCSizes) -> ControlNetFile:
     """The ControlNet that a configuration names, with the sizes of its file, for a Stage C of these sizes.
 
     CheckpointError, or ValueError, if the file is of another network, of another ControlNet or of one for
-    another Stage C. A file that is not there yet is taken for a fitting one: it is missed at loading.
+    another Stage C, or if it is not there and of a type that none is published of. A published file that is
+    not there yet is taken for a fitting one: it is missed at loading.
     """
-    default = DEFAULT.control_file.format(control=config.controlnet_filter)
+    name, kind = config.controlnet_filter, control_type(config.controlnet_filter)
+    default = kind.file or DEFAULT.control_file.format(control=name)
     path = located(config.controlnet_checkpoint_path or default)
-    published = replace(CONTROLNETS[config.controlnet_filter], c_proj=stage_c.c_hidden[0])
-    size = config.control_size or CONTROL_SIZE
-    file = ControlNetFile(path, config.controlnet_filter, size, config.controlnet or published)
+    published = replace(kind.sizes, c_proj=stage_c.c_hidden[0])
+    file = ControlNetFile(path, name, config.control_size or CONTROL_SIZE, config.controlnet or published)
     if not Path(path).exists():
+        if kind.file is None:
+            raise ValueError(f"{path} does not exist, and {no_weights(name)}")
         return file
     shapes = read_shapes(path)
-    if (found := identify(shapes)) != file.name:
+    told = read_config(path, METADATA_KEY) or {}
+    if (found := _network(shapes, told.get("filter"), file)) != file.name:
         raise CheckpointError(f"{path} {describe_mismatch(found, file.name)}")
     width = shapes["projections.0.2.weight"][0]
     stored = read_config(path)
@@ -83,8 +90,16 @@ def open_controlnet(config: ControlConfig, stage_c: StageCSizes) -> ControlNetFi
         check_proj_blocks(replace(file.sizes, c_proj=width), stage_c)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    trained = (read_config(path, METADATA_KEY) or {}).get("control_size", CONTROL_SIZE)
-    return replace(file, control_size=config.control_size or trained)
+    return replace(file, control_size=config.control_size or told.get("control_size", CONTROL_SIZE))
+
+
+def _network(shapes: Mapping[str, tuple[int, ...]], told: str | None, asked: ControlNetFile) -> str:
+    """The network of a file; of ControlNets with the channels of the asked one, its metadata tells which."""
+    found = identify(shapes)
+    fits = control_channels(shapes) == control_type(asked.filter).sizes.c_in
+    if fits and (told in CONTROL_TYPES or found == A_CONTROLNET):
+        return controlnet_name(told or asked.filter)
+    return found
 
 
 # --- pictures that are given ----------------------------------------------------------------------
@@ -181,6 +196,13 @@ def with_hole(pictures: Tensor, holes: Tensor) -> Tensor:
     return torch.cat([torch.where(holes > 0, 1.0, pictures), holes], dim=1)
 
 
+def blurred(pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) without their details: reduced by TILE_SCALE, and enlarged to H x W again."""
+    size = pictures.shape[-2:]
+    small = F.interpolate(pictures, size=[max(1, side // TILE_SCALE) for side in size], mode="area")
+    return F.interpolate(small, size=size, mode="bilinear")
+
+
 @torch.no_grad()
 def half_size_latents(pictures: Tensor, encoder: Encoder) -> tuple[Tensor, Tensor]:
     """Latents (B, 16, h, w) of pictures (B, 3, H, W) in [0, 1] at half size, and those (B, 3, H, W).
@@ -252,10 +274,10 @@ def edge_control(
     return Control(found, found[0])
 
 
-def ready_edge_control(drawing: Image.Image, shape: Size, geometry: LatentGeometry) -> Control:
-    """Control by edges that are given as a picture, white on black."""
-    lines = fitted(drawing.convert("L"), control_size(*shape, geometry), shape)
-    return Control(lines[None], lines)
+def ready_control(picture: Image.Image, shape: Size, geometry: LatentGeometry, channels: int) -> Control:
+    """Control by a picture that shows what the ControlNet sees, such as edges, white on black."""
+    seen = fitted(picture.convert(READY_MODES[channels]), control_size(*shape, geometry), shape)
+    return Control(seen[None], seen)
 
 
 def hole_control(source: Source, shape: Size, geometry: LatentGeometry) -> Control:

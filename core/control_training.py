@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from core.checkpoint import config_metadata, load_module, save_tensors
 from core.conditioning import Conditions, find_text_encoder
-from core.config import ControlFilter, ControlTrainConfig, controlnet_sizes, stage_c_sizes
-from core.control import CONTROL_SIZE, METADATA_KEY, Encoder, edges, half_size_latents, with_hole
+from core.config import ControlTrainConfig, controlnet_sizes, stage_c_sizes
+from core.control import CONTROL_SIZE, METADATA_KEY, Encoder, blurred, edges, half_size_latents, with_hole
+from core.control_types import training_of
 from core.data.loader import Batch
 from core.guidance_training import draw_noise, drop_conditions
 from core.images import save_image
@@ -77,22 +78,32 @@ class ControlledStageC(nn.Module):
         return self.stage_c.predict(latents.x.to(dtype), latents.r, held, control=control)
 
 
-def what_is_seen(kind: ControlFilter, control_size: int | None, encoder: Encoder) -> Seen:
-    """The filter of a training, a function of pictures (B, 3, H, W) and of the samples' keys.
+def what_is_seen(name: str, control_size: int | None, encoder: Encoder) -> Seen:
+    """How a type of control sees training pictures: a function of them (B, 3, H, W) and of the samples' keys.
 
-    It gives the ControlNet's input (B, c_in, H, W), and the same to look at (B, 3, H, W).
+    It gives the ControlNet's input (B, c_in, H, W), and the same to look at (B, 3, H, W). ValueError for a
+    type whose input cannot be made of pictures.
     """
 
-    def see(images: Tensor, keys: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        if kind == "canny":
-            found = edges(images, control_size or CONTROL_SIZE)
-            return found, found.expand_as(images)
-        if kind == "inpainting":
-            seen = with_hole(images, random_holes(keys, images.shape[-2], images.shape[-1]).to(images))
-            return seen, seen[:, :3]
-        return half_size_latents(images, encoder)
+    def see_edges(images: Tensor, _keys: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        found = edges(images, control_size or CONTROL_SIZE)
+        return found, found.expand_as(images)
 
-    return see
+    def see_holes(images: Tensor, keys: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        seen = with_hole(images, random_holes(keys, images.shape[-2], images.shape[-1]).to(images))
+        return seen, seen[:, :3]
+
+    match training_of(name):
+        case "edges":
+            return see_edges
+        case "holes":
+            return see_holes
+        case "latents":
+            return lambda images, _keys: half_size_latents(images, encoder)
+        case "reduced":
+            return lambda images, _keys: (blurred(images),) * 2
+        case way:
+            raise ValueError(f"{name}: training has no way {way!r} to make what is seen")
 
 
 def random_holes(keys: Sequence[Sequence[int]], height: int, width: int) -> Tensor:

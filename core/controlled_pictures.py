@@ -15,8 +15,9 @@ from core.control import (
     half_size_control,
     hole_control,
     read_source,
-    ready_edge_control,
+    ready_control,
 )
+from core.control_types import control_type
 from core.images import load_image
 from core.pictures import make_pictures
 from core.pipeline import UltraPixelPipeline, load_encoder
@@ -42,7 +43,7 @@ def control_config(arguments: argparse.Namespace) -> ControlConfig:
 
 
 def control_source(arguments: argparse.Namespace) -> Source:
-    """The picture that controls, or its edges; where it has a hole, sizes that were not asked for are its."""
+    """The picture that controls, or the ready one; where it has a hole, sizes not asked for are its."""
     if arguments.canny_source_url is None:
         return Source(load_image(arguments.control_image))
     mask = arguments.mask or arguments.control_image
@@ -58,15 +59,19 @@ def make_control(
     """What steers the pictures; `size` as in `core.control.edges`."""
     geometry: LatentGeometry = pipeline.config_c.geometry
     shape = (arguments.height, arguments.width)
-    if arguments.control == "inpainting":
-        control = hole_control(source, shape, geometry)
-    elif arguments.control == "super_resolution":
-        encoder = load_encoder(pipeline.config_c, "--control super_resolution")
-        control = half_size_control(source, shape, geometry, encoder)
-    elif arguments.control_image:
-        control = ready_edge_control(source.picture, shape, geometry)
-    else:
-        control = edge_control(source, shape, geometry, size, arguments.keep_aspect)
+    kind = control_type(arguments.control)
+    match kind.inference:
+        case "hole":
+            control = hole_control(source, shape, geometry)
+        case "latents":
+            encoder = load_encoder(pipeline.config_c, f"--control {arguments.control}")
+            control = half_size_control(source, shape, geometry, encoder)
+        case "edges" if not arguments.control_image:
+            control = edge_control(source, shape, geometry, size, arguments.keep_aspect)
+        case "edges" | "ready":
+            control = ready_control(source.picture, shape, geometry, kind.sizes.c_in)
+        case way:
+            raise ValueError(f"{arguments.control}: inference has no way {way!r} to make what is seen")
     return replace(control, weight=arguments.control_weight)
 
 

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
+from core.control_types import CONTROL_TYPES, controlnet_name
+from core.sizes import STAGE_B_VERSIONS, STAGE_C_VERSIONS, TINY_VERSION
+
 UNKNOWN = "unknown weights"
 LORA = "a LoRA"
-STAGE_C_VERSIONS = {2048: "3.6B", 1536: "1B"}  # by the width of its levels
-STAGE_B_VERSIONS = {640: "3B", 576: "700M"}  # by the width of its second level, the first that differs
-CONTROLNETS = {1: "canny", 4: "inpainting", 16: "super resolution"}  # by the channels of the control input
+A_CONTROLNET = "a ControlNet"
+# What is published, by what tells it apart: the width of Stage C's levels and of Stage B's second level, the
+# first that differs, and the channels that a ControlNet sees.
+_STAGE_C = {sizes.c_hidden[0]: name for name, sizes in STAGE_C_VERSIONS.items() if name != TINY_VERSION}
+_STAGE_B = {sizes.c_hidden[1]: name for name, sizes in STAGE_B_VERSIONS.items() if name != TINY_VERSION}
+_CONTROLNETS = {kind.sizes.c_in: controlnet_name(name) for name, kind in CONTROL_TYPES.items() if kind.file}
 
 
 # --- guidance -------------------------------------------------------------------------------------
@@ -75,25 +82,31 @@ def identify(shapes: Mapping[str, Sequence[int]]) -> str:
     "unknown weights" where no network is recognised.
     """
 
-    def size(suffix: str, axis: int = 0) -> int | None:
-        return next((shape[axis] for name, shape in shapes.items() if name.endswith(suffix)), None)
-
+    size = partial(_size, shapes)
     if any("lora" in name for name in shapes):
         return LORA
     if any(name.endswith(".toout.0.weight") for name in shapes):
-        return _versioned("guidance for Stage C", size(".toout.2.weight"), STAGE_C_VERSIONS)
+        return _versioned("guidance for Stage C", size(".toout.2.weight"), _STAGE_C)
     if size("clip_txt_mapper.weight"):
-        return _versioned("Stage C", size("down_blocks.0.0.depthwise.weight"), STAGE_C_VERSIONS)
+        return _versioned("Stage C", size("down_blocks.0.0.depthwise.weight"), _STAGE_C)
     if size("effnet_mapper.0.weight"):
-        return _versioned("Stage B", size("down_blocks.1.0.depthwise.weight"), STAGE_B_VERSIONS)
+        return _versioned("Stage B", size("down_blocks.1.0.depthwise.weight"), _STAGE_B)
     if size("vquantizer.codebook.weight"):
         return "Stage A"
     if size("projections.0.0.weight"):
-        channels = size("backbone.0.0.weight", 1) or size("backbone.0.weight", 1)
-        return f"the {CONTROLNETS[channels]} ControlNet" if channels in CONTROLNETS else "a ControlNet"
+        return _CONTROLNETS.get(control_channels(shapes), A_CONTROLNET)
     if size("mapper.1.running_mean"):
         return "the EfficientNet encoder"
     return "the previewer" if size("blocks.2.running_mean") else UNKNOWN
+
+
+def control_channels(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """The channels of what a ControlNet sees, of the shapes of its tensors; None of other networks'."""
+    return _size(shapes, "backbone.0.0.weight", 1) or _size(shapes, "backbone.0.weight", 1)
+
+
+def _size(shapes: Mapping[str, Sequence[int]], suffix: str, axis: int = 0) -> int | None:
+    return next((shape[axis] for name, shape in shapes.items() if name.endswith(suffix)), None)
 
 
 def _versioned(network: str, width: int | None, versions: Mapping[int, str]) -> str:
@@ -106,7 +119,7 @@ def describe_mismatch(given: str, wanted: str) -> str:
     """Why one network's file cannot be used for another, both as `identify` calls them, and the way out."""
     network, version = given.rpartition(" ")[::2]
     wanted_network, wanted_version = wanted.rpartition(" ")[::2]
-    known = {*STAGE_C_VERSIONS.values(), *STAGE_B_VERSIONS.values()}
+    known = {*_STAGE_C.values(), *_STAGE_B.values()}
     if network == wanted_network and {version, wanted_version} <= known:
         return (
             f"is {given}, but the {wanted_version} model was asked for: "

@@ -152,10 +152,11 @@ TINY = Sizes(
     ),
 )  # fmt: skip
 
+TINY_VERSION = "tiny"  # of the embedded family; the others are published
 STAGE_C_VERSIONS: dict[str, StageCSizes] = {
     "3.6B": StageCSizes(),
     "1B": StageCSizes(c_cond=1536, c_hidden=(1536, 1536), nhead=(24, 24), blocks=((4, 12), (12, 4))),
-    "tiny": TINY.stage_c,
+    TINY_VERSION: TINY.stage_c,
 }
 STAGE_B_VERSIONS: dict[str, StageBSizes] = {
     "3B": StageBSizes(
@@ -164,10 +165,5 @@ STAGE_B_VERSIONS: dict[str, StageBSizes] = {
     "700M": StageBSizes(
         (320, 576, 1152, 1152), (-1, 9, 18, 18), ((2, 4, 14, 4), (4, 14, 4, 2)), ((1, 1, 1, 1), (2, 2, 2, 2))
     ),
-    "tiny": TINY.stage_b,
-}
-CONTROLNETS: dict[str, ControlNetSizes] = {  # the published ones, by what they see
-    "canny": ControlNetSizes(),
-    "inpainting": ControlNetSizes(c_in=4),
-    "super_resolution": ControlNetSizes(c_in=16, bottleneck_mode="large"),
+    TINY_VERSION: TINY.stage_b,
 }

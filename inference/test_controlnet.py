@@ -7,11 +7,10 @@ small picture that is to be made large; the guidance carries that to the high re
 from __future__ import annotations
 
 import argparse
-from typing import get_args
 
 from core.cli import home_path, parse_with_preset, picture_parser, prompts_of, run, settings_of
-from core.config import ControlFilter
 from core.config_files import load_control
+from core.control_types import CONTROL_TYPES, control_type, no_weights
 from core.presets import DEFAULT
 
 CONFIG_C = "configs/training/cfg_control_lr.yaml"
@@ -30,7 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--control",
-        choices=get_args(ControlFilter),
+        choices=tuple(CONTROL_TYPES),
         help="by what (default: the configuration's, else canny)",
     )
     group.add_argument(
@@ -56,11 +55,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--mask", type=home_path,
         help="inpainting: a picture of its size, white where it is filled (default: what is transparent)",
     )  # fmt: skip
-    group.add_argument("--control_image", type=home_path, help="edges, or a mask, as a picture that is ready")
+    group.add_argument(
+        "--control_image", type=home_path,
+        help="what is seen, as a picture that is ready: edges, a mask, or, for depth and tile, always",
+    )  # fmt: skip
     parsed = parse_with_preset(parser, arguments, OWN)
     stored = load_control(parsed.config_c)
     parsed.control = parsed.control or stored.controlnet_filter
-    if parsed.control == "inpainting" and parsed.from_image is None:
+    if control_type(parsed.control).inference == "hole" and parsed.from_image is None:
         parser.set_defaults(height=None, width=None)
         asked = parser.parse_args(arguments)
         parsed.height, parsed.width = asked.height, asked.width
@@ -70,16 +72,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def check_flags(arguments: argparse.Namespace) -> None:
     """ValueError for flags that are missing, or do not go with what controls."""
     prompts_of(arguments)  # raises if there is none
-    kind, source, ready = arguments.control, arguments.canny_source_url, arguments.control_image
-    if source is None and not (kind == "canny" and ready):
-        ways = ", or its edges: --control_image FILE" if kind == "canny" else ""
-        raise ValueError(f"{kind} needs a picture: --control_source FILE_OR_URL{ways}")
-    if arguments.mask and kind != "inpainting":
-        raise ValueError(f"--mask is for inpainting, and {kind} was asked for: add --control inpainting")
-    if ready and (kind == "super_resolution" or arguments.mask or (kind == "canny" and source)):
+    name, source, ready = arguments.control, arguments.canny_source_url, arguments.control_image
+    way = control_type(name).inference
+    if way == "ready":
+        check_ready(arguments)
+    elif source is None and not (way == "edges" and ready):
+        ways = ", or its edges: --control_image FILE" if way == "edges" else ""
+        raise ValueError(f"{name} needs a picture: --control_source FILE_OR_URL{ways}")
+    if arguments.mask and way != "hole":
+        raise ValueError(f"--mask is for inpainting, and {name} was asked for: add --control inpainting")
+    if ready and (way == "latents" or arguments.mask or (way == "edges" and source)):
         raise ValueError(
             "--control_image is for edges instead of --control_source, or for inpainting instead of --mask"
         )
+
+
+def check_ready(arguments: argparse.Namespace) -> None:
+    """ValueError where a type of control that takes a ready picture has none, or another one."""
+    name, own_file = arguments.control, arguments.control_file
+    if arguments.canny_source_url is not None:
+        raise ValueError(f"{name} takes a ready picture: --control_image FILE instead of --control_source")
+    if arguments.control_image is None:
+        unnamed = control_type(name).file is None and (own_file is None or "{control}" in own_file)
+        also = f"; and {no_weights(name)}" if unnamed else ""
+        raise ValueError(f"{name} needs a ready picture: --control_image FILE{also}")
 
 
 def main(given: list[str] | None = None) -> int:

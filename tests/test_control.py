@@ -29,6 +29,7 @@ from core.control import (
     Kept,
     Source,
     blend,
+    blurred,
     control_size,
     edge_control,
     edges,
@@ -38,13 +39,15 @@ from core.control import (
     hole_control,
     open_controlnet,
     read_source,
-    ready_edge_control,
+    ready_control,
     with_hole,
 )
+from core.control_training import what_is_seen
+from core.control_types import CONTROL_TYPES, control_type
 from core.images import load_image, to_image
 from core.pipeline import Job, UltraPixelPipeline
 from core.settings import Settings
-from core.sizes import CONTROLNETS, TINY, ControlNetSizes, StageCSizes
+from core.sizes import TINY, ControlNetSizes, StageCSizes
 from modules.controlnet import ControlNet
 from modules.effnet import imagenet_normalise
 
@@ -100,6 +103,22 @@ def test_super_resolution_sees_latents_of_half_the_picture() -> None:
     assert torch.equal(small, halved.repeat_interleave(2, -1).repeat_interleave(2, -2))
     assert latents.shape == (1, 3, 4, 8)
     assert torch.equal(latents[:, :, ::2, ::2], imagenet_normalise(halved)[:, :, ::4, ::4])
+
+
+def test_tile_sees_a_picture_without_its_details() -> None:
+    board = (torch.arange(64) % 2).float().expand(2, 3, 64, 64)
+    assert torch.allclose(blurred(board), torch.full((2, 3, 64, 64), 0.5))
+    halves = (torch.arange(64) >= 32).float().expand(1, 3, 64, 64)
+    assert torch.equal(blurred(halves).round(), halves)
+    assert blurred(torch.rand(1, 3, 5, 90)).shape == (1, 3, 5, 90)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_ready_picture_is_seen_as_it_is(channels: int) -> None:
+    picture = noise_picture(96, 96)
+    control = ready_control(picture, (512, 512), GEOMETRY, channels)
+    assert control.seen.shape == (1, channels, 96, 96)
+    assert torch.equal(control.shown, pixels(picture) if channels == 3 else control.seen[0])
 
 
 @pytest.mark.parametrize(
@@ -393,11 +412,62 @@ def test_a_controlnet_for_something_else_is_told(tmp_path: Path, sizes, filter: 
         open_controlnet(replace(config, controlnet_filter=filter), FAMILY.stage_c)
 
 
+@pytest.mark.parametrize(
+    ("channels", "told", "asked", "message"),
+    [
+        (3, "depth", "depth", None),
+        (3, "tile", "tile", None),
+        (3, None, "depth", None),  # of others, who do not tell
+        (1, "canny", "canny", None),
+        (3, "tile", "depth", "is the tile ControlNet, but the depth ControlNet was asked for"),
+        (3, "pose", "depth", "is the pose ControlNet, but the depth ControlNet"),
+        (3, "tile", "canny", "is a ControlNet, but the canny ControlNet"),
+        (1, "canny", "depth", "is the canny ControlNet, but the depth ControlNet"),
+        (1, "depth", "canny", "is the depth ControlNet, but the canny ControlNet"),
+    ],
+)
+def test_types_of_as_many_channels_are_told_apart_by_what_their_files_say(
+    tmp_path: Path, channels: int, told: str | None, asked: str, message: str | None
+) -> None:
+    told_there = {"filter": told, "control_size": 96} if told else {"control_size": 96}
+    config = write_controlnet(tmp_path / "c.safetensors", replace(SIZES, c_in=channels), told_there)
+    config = replace(config, controlnet_filter=asked)
+    if message is None:
+        assert open_controlnet(config, FAMILY.stage_c).name == f"the {asked} ControlNet"
+        return
+    with pytest.raises(CheckpointError, match=message):
+        open_controlnet(config, FAMILY.stage_c)
+
+
+@pytest.mark.parametrize("name", ["depth", "tile"])
+def test_a_type_without_published_weights_says_so(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"no ControlNet for {name} is shipped.*--control_file FILE"
+    ) as error:
+        open_controlnet(ControlConfig(controlnet_filter=name), FAMILY.stage_c)
+    assert ("train_ultrapixel_control" in str(error.value)) == (name == "tile")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        control_type,
+        lambda name: ControlConfig(controlnet_filter=name),
+        lambda name: what_is_seen(name, None, lambda x: x),
+    ],
+)
+def test_an_unknown_type_is_told_with_the_known_ones(ask) -> None:
+    with pytest.raises(
+        ValueError, match="'pose' is not one of canny, inpainting, super_resolution, depth, t"
+    ):
+        ask("pose")
+
+
 def test_a_published_file_of_another_width_or_another_network_is_told(
     family_folder: Path, tmp_path: Path
 ) -> None:
     config = write_controlnet(
-        tmp_path / "c.safetensors", replace(SIZES, proj_blocks=CONTROLNETS["canny"].proj_blocks)
+        tmp_path / "c.safetensors", replace(SIZES, proj_blocks=CONTROL_TYPES["canny"].sizes.proj_blocks)
     )
     with pytest.raises(ValueError, match="of width 64, but the configured one has 1536"):
         open_controlnet(config, StageCSizes(c_hidden=(1536, 1536)))
@@ -407,15 +477,17 @@ def test_a_published_file_of_another_width_or_another_network_is_told(
 
 
 def test_configurations_name_stage_c_and_its_controlnet_together() -> None:
-    for kind, sizes in CONTROLNETS.items():
+    for kind, known in CONTROL_TYPES.items():
+        if known.file is None:
+            continue
         path = ROOT / "configs" / "inference" / f"controlnet_c_3b_{kind}.yaml"
         assert load_stage_c(path).model_version == "3.6B"
         control = load_control(path)
         assert control.controlnet_filter == kind and kind in control.controlnet_checkpoint_path
-        assert open_controlnet(control, StageCSizes()).sizes == sizes
+        assert open_controlnet(control, StageCSizes()).sizes == known.sizes
     path = ROOT / "configs" / "training" / "cfg_control_lr.yaml"
     assert load_stage_c(path).model_version == "3.6B"
-    assert controlnet_sizes(load(ControlTrainConfig, path)) == CONTROLNETS["canny"]
+    assert controlnet_sizes(load(ControlTrainConfig, path)) == CONTROL_TYPES["canny"].sizes
     tiny = load(ControlTrainConfig, ROOT / "configs" / "tiny" / "train_control.yaml")
     assert controlnet_sizes(tiny) == TINY.controlnet
 
@@ -424,7 +496,8 @@ def test_configurations_name_stage_c_and_its_controlnet_together() -> None:
     ("override", "part"),
     [
         ("controlnet.c_in=4", "'controlnet.c_in' must be 1 for the filter canny, not 4"),
-        ("controlnet_filter=depth", "canny, inpainting, super_resolution"),
+        ("controlnet_filter=pose", "'pose'.* canny, inpainting, super_resolution, depth, tile"),
+        ("controlnet_filter=depth", "a ControlNet for depth cannot be trained here: what it sees"),
         ("control_size=3", "at least 16, not 3"),
         ("model_version=1B", "width 2048.* 1536"),
         ("controlnet.proj_blocks=[64]", "0 to 63"),
@@ -459,7 +532,7 @@ def test_control_steers_by_what_it_sees_and_its_weight(pipeline: UltraPixelPipel
     steered = make(pipeline, control)
     assert not torch.equal(steered, free)
     assert torch.equal(make(pipeline, replace(control, weight=0.0)), free)
-    ready = ready_edge_control(to_image(control.shown.expand(3, -1, -1)), (96, 128), GEOMETRY)
+    ready = ready_control(to_image(control.shown.expand(3, -1, -1)), (96, 128), GEOMETRY, 1)
     assert (ready.seen - control.seen).abs().max() < 0.01
     other = edge_control(Source(noise_picture(96, 128, seed=1)), (96, 128), GEOMETRY, 96)
     assert not torch.equal(make(pipeline, other), steered)

@@ -20,8 +20,9 @@ from core.checkpoint import load_module, read_tensors
 from core.conditioning import Conditions
 from core.config import ControlConfig, ControlTrainConfig
 from core.config_files import load
-from core.control import edges, open_controlnet
+from core.control import blurred, edges, open_controlnet
 from core.control_training import ControlledStageC, check, random_holes, what_is_seen
+from core.control_types import CONTROL_TYPES
 from core.guidance_training import draw_noise
 from core.noising import noised
 from core.sizes import TINY, ControlNetSizes, StageCSizes
@@ -152,7 +153,7 @@ def test_holes_depend_on_the_samples_keys_alone() -> None:
 def test_each_filter_gives_what_its_controlnet_sees() -> None:
     images = torch.rand(4, 3, 64, 96)
     shapes = {}
-    for kind in ("canny", "inpainting", "super_resolution"):
+    for kind in (name for name, known in CONTROL_TYPES.items() if known.training):
         seen, shown = what_is_seen(kind, 64, lambda x: x.mean(1, keepdim=True).expand(-1, 16, -1, -1))(
             images, KEYS
         )
@@ -160,4 +161,11 @@ def test_each_filter_gives_what_its_controlnet_sees() -> None:
         assert shown.shape == images.shape
         if kind == "canny":
             assert torch.equal(seen, edges(images, 64))
-    assert shapes == {"canny": 1, "inpainting": 4, "super_resolution": 16}
+        if kind == "tile":
+            assert torch.equal(seen, blurred(images)) and torch.equal(seen, shown)
+    assert shapes == {"canny": 1, "inpainting": 4, "super_resolution": 16, "tile": 3}
+
+
+def test_what_cannot_be_made_of_pictures_is_not_trained() -> None:
+    with pytest.raises(ValueError, match="a ControlNet for depth cannot be trained here"):
+        what_is_seen("depth", None, lambda x: x)

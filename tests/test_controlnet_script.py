@@ -34,6 +34,7 @@ import test_controlnet as script  # noqa: E402
 import tiny_control as benchmark  # noqa: E402
 
 Run = Callable[..., Path]
+READY = {"control": "depth", "control_image": "picture.png", "canny_source_url": None}
 
 
 def write_controlnet(path: Path, sizes: ControlNetSizes) -> None:
@@ -48,7 +49,7 @@ def write_controlnet(path: Path, sizes: ControlNetSizes) -> None:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ControlNets with random weights for the random family, and pictures."""
     folder = tmp_path_factory.mktemp("control")
-    for name, c_in in (("canny", 1), ("inpainting", 4), ("super_resolution", 16)):
+    for name, c_in in (("canny", 1), ("inpainting", 4), ("super_resolution", 16), ("depth", 3), ("tile", 3)):
         sizes = ControlNetSizes(c_in, c_proj=64, proj_blocks=(0, 2, 5), bottleneck_mode="simple")
         write_controlnet(folder / f"{name}.safetensors", sizes)
     picture = Image.open(EXAMPLE).convert("RGB").resize((150, 120))
@@ -128,6 +129,17 @@ def test_ready_edges_and_a_weight_of_zero(run: Run, weights: Path, tmp_path: Pat
     assert not np.array_equal(pixels(free), pixels(steered))
 
 
+@pytest.mark.parametrize("kind", ["depth", "tile"])
+def test_a_ready_picture_controls(run: Run, weights: Path, tmp_path: Path, kind: str) -> None:
+    given = {"control": kind, "canny_source_url": None, "control_image": weights / "picture.png"}
+    for weight in (0.0, 5.0):
+        run(output_dir=tmp_path / str(weight), control_weight=weight, **given)
+    (free,), (steered,) = (pictures(tmp_path / name) for name in ("0.0", "5.0"))
+    assert not np.array_equal(pixels(free), pixels(steered))
+    assert Image.open(steered.with_name(f"{steered.stem}_control.png")).mode == "RGB"
+    assert read_image_metadata(steered)["control"] == kind
+
+
 def test_a_small_picture_is_enlarged(run: Run, family_folder: Path, tmp_path: Path) -> None:
     stored = yaml.safe_load((family_folder / "stage_c.yaml").read_text("utf-8"))
     encoder = {"effnet_checkpoint_path": str(ROOT / "models/tiny/effnet_encoder.safetensors")}
@@ -153,6 +165,13 @@ def test_a_small_picture_is_enlarged(run: Run, family_folder: Path, tmp_path: Pa
         ({"control": "inpainting"}, ["needs a hole"]),
         ({"control": "super_resolution"}, ["effnet_checkpoint_path"]),
         ({"mask": "mask.png"}, ["--mask is for inpainting"]),
+        ({"control": "depth"}, ["depth takes a ready picture: --control_image FILE"]),
+        ({**READY, "control_image": None}, ["depth needs a ready picture: --control_image"]),
+        ({**READY, "control_file": None}, ["no ControlNet for depth is shipped", "--control_file FILE"]),
+        ({**READY, "control_file": None, "preset": "tiny", "config_c": None, "config_b": None},
+         ["controlnet_depth.safetensors does not exist", "no ControlNet for depth is shipped"]),
+        ({**READY, "mask": "mask.png"}, ["--mask is for inpainting"]),
+        ({**READY, "control_file": "canny.safetensors"}, ["is the canny ControlNet, but the depth"]),
         ({"control_image": "mask.png"}, ["--control_image is for edges instead"]),
         ({"control_size": 4}, ["control_size", "at least 16"]),
         ({"control_file": "inpainting.safetensors"}, ["is the inpainting ControlNet, but the canny"]),

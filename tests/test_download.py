@@ -20,6 +20,8 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from core.control_types import CONTROL_TYPES
+
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "tests/reference/manifests"
 
@@ -36,6 +38,11 @@ download = import_script()
 
 
 # ------------------------------------------------------------------------------- the table and the documents
+
+
+def test_published_types_have_their_files_in_the_list_of_downloads() -> None:
+    listed = {f"models/{file.name}" for file in download.FILES if file.name.startswith("controlnet/")}
+    assert listed == {kind.file for kind in CONTROL_TYPES.values() if kind.file}
 
 
 @pytest.mark.parametrize("document", ["README.md", "models_checklist.txt"])
