@@ -64,7 +64,8 @@ def run(main: Callable[[], int | None]) -> None:
             fail(traceback.format_exc().rstrip(), 1)
         cause = str(error).splitlines()[0]
         fail(
-            f"error: the device's memory is full ({cause}): ask for a smaller picture, without --resident",
+            f"error: the device's memory is full ({cause}): make a smaller picture, without --resident; for a "
+            "training, set a smaller image_size, pictures_at_once=1 and gradient_checkpointing=true",
             2,
         )
 
@@ -248,7 +249,7 @@ def parse_with_preset(
     found = parser.parse_args(arguments)
     if getattr(found, "seed", None) == DRAW_SEED:
         found.seed = secrets.randbelow(SEEDS)
-        sys.stderr.write(f"seed {found.seed} was drawn\n")
+        say(f"seed {found.seed} was drawn", sys.stderr)
     return found
 
 

@@ -129,7 +129,7 @@ def make_pictures(
     """
     plan(arguments.height, arguments.width, pipeline.config_c.geometry)  # raises what is wrong with the size
     for sentence in doubts(jobs, settings):
-        sys.stderr.write(f"warning: {sentence}\n")
+        say(f"warning: {sentence}", sys.stderr)
     if arguments.dry_run:
         say(describe_plan(pipeline, jobs, settings), sys.stdout)
         return 0

@@ -21,6 +21,7 @@ from core.cli import (
     run,
     settings_of,
 )
+from core.printable import say
 
 CONFIG_C = "configs/training/lora_personalization.yaml"  # has the token of the published file, which lacks it
 
@@ -65,7 +66,7 @@ def main(given: Sequence[str] | None = None) -> int:
     loras = load_loras(arguments.lora, pipeline.config_c)
     pipeline.set_loras(loras)
     for sentence in uncalled(loras, list(dict.fromkeys(job.prompt for job in jobs))):
-        print(f"warning: {sentence}", file=sys.stderr)
+        say(f"warning: {sentence}", sys.stderr)
     return make_pictures(arguments, pipeline, jobs, settings, (*MODEL_FLAGS, "lora"))
 
 

@@ -65,7 +65,7 @@ def test_every_flag_has_a_text_a_group_and_its_default(path: Path, monkeypatch: 
         parsers.append(parser)
         raise SystemExit
 
-    for name in ("parse_args", "parse_intermixed_args", "parse_known_intermixed_args"):
+    for name in ("parse_known_args", "parse_known_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, name, keep)
     monkeypatch.setattr(sys, "argv", [str(path)])
     with pytest.raises(SystemExit):
