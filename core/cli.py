@@ -64,8 +64,8 @@ def run(main: Callable[[], int | None]) -> None:
             fail(traceback.format_exc().rstrip(), 1)
         cause = str(error).splitlines()[0]
         fail(
-            f"error: the device's memory is full ({cause}): make a smaller picture, without --resident; for a "
-            "training, set a smaller image_size, pictures_at_once=1 and gradient_checkpointing=true",
+            f"error: the device's memory is full ({cause}): make a smaller picture, without --resident; for "
+            "a training, set a smaller image_size, pictures_at_once=1 and gradient_checkpointing=true",
             2,
         )
 
