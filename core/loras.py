@@ -39,17 +39,17 @@ class WeightedLora:
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """A path and a weight from FILE or FILE:WEIGHT; ValueError for a weight that is no number."""
+    """Where a file lies, and a weight, from FILE or FILE:WEIGHT; ValueError for one that is no number."""
     path, colon, number = text.rpartition(":")
     drive = len(path) == 1 and path.isalpha()
     if not colon or Path(text).exists() or "/" in number or "\\" in number:
-        return text, 1.0
+        return located(text), 1.0
     try:
         weight = float(number)
     except ValueError:
         weight = math.nan
     if math.isfinite(weight) and path:
-        return path, weight
+        return located(path), weight
     if drive:
         return text, 1.0
     raise ValueError(f"the weight {number!r} in {text!r} is no number: write FILE, or FILE:0.8")
@@ -61,8 +61,7 @@ def load_loras(texts: Sequence[str], config: StageCConfig) -> list[WeightedLora]
     ValueError or OSError names the file that cannot be used, and why.
     """
     loras = []
-    for given, weight in map(split_weight, texts):
-        path = located(given)
+    for path, weight in map(split_weight, texts):
         lora = _name_from(read_lora(path, stage_c_sizes(config)), config, path)
         loras.append(WeightedLora(lora, weight, path))
     return loras
