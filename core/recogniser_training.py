@@ -70,7 +70,10 @@ def build(run: Run) -> Recipe:
     def export(tensors: Mapping[str, Tensor], _step: int) -> None:
         save_tensors(path, tensors, config_metadata(sizes))
 
-    use = f"python inference/evaluate.py --preset tiny --recogniser {shlex.quote(str(path))}"
+    command = "inference/evaluate.py --preset tiny --recogniser"
+    if config.recogniser.c_embedding:
+        command = "train/train_tiny_on_gpu.py --image_encoder"
+    use = f"python {command} {shlex.quote(str(path))}"
     return Recipe(recogniser, run.batches, make_loss(run), make_check(run, recogniser), export, use)
 
 
