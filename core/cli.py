@@ -1,4 +1,4 @@
-"""What the scripts' command lines share: flags, one-sentence errors, progress bars, the closing table.
+"""What the scripts' command lines share: flags, one-sentence errors, the closing table.
 
 It loads no torch, so that --help and a wrong flag are answered at once: what computes is imported by the
 scripts once their flags are read.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import secrets
 import sys
 import traceback
 import warnings
@@ -17,21 +16,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
+from core.arguments import DRAW_SEED, first_seed
 from core.config_files import FLOAT16_REFUSED
+from core.devices import device_named
 from core.images import FORMATS, check_format, prepare_folder, read_image_metadata
 from core.launch import fail, processes
 from core.paths import at_home, located
 from core.presets import DEFAULT, EMBEDDED, PRESETS
-from core.printable import say, unbroken
+from core.printable import say
 from core.settings import PUBLISHED_STEPS, TRAINING_R, Job, Settings
 from gdf.names import SAMPLER_NAMES
 
 if TYPE_CHECKING:
-    import torch
-
-    from core.pipeline import Progress, StageUse, UltraPixelPipeline
+    from core.pipeline import StageUse, UltraPixelPipeline
 
 DTYPE_NAMES = {
     "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32",
@@ -39,7 +36,6 @@ DTYPE_NAMES = {
 FLOAT16_NAMES = ("fp16", "float16", "half")
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype")  # what tells which models made a picture
 FACTS = ("versions", "weights")  # in pictures, besides the values of flags
-DRAW_SEED, SEEDS = -1, 2**31  # --seed -1 draws one below SEEDS
 
 
 # --- running a script -----------------------------------------------------------------------------
@@ -107,24 +103,6 @@ def guidance_r(text: str) -> float | str:
         return text if text == "last_step" else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor last_step") from None
-
-
-def device_named(text: str | None) -> torch.device:
-    """The asked device, or the GPU where there is one; ValueError for one that is not there."""
-    import torch
-
-    if text is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise ValueError(f"unknown device {text!r}: use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"the device {text!r} is not supported: use cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise ValueError(f"the device {text!r} is not there ({found} CUDA devices found): use --device cpu")
-    return device
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -248,7 +226,7 @@ def parse_with_preset(
         parser.set_defaults(**{name: value for name, value in stored.items() if hasattr(known, name)})
     found = parser.parse_args(arguments)
     if getattr(found, "seed", None) == DRAW_SEED:
-        found.seed = secrets.randbelow(SEEDS)
+        found.seed = first_seed(found.seed)
         say(f"seed {found.seed} was drawn", sys.stderr)
     return found
 
@@ -319,39 +297,7 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-# --- while it runs, and at the end ----------------------------------------------------------------
-
-
-class ProgressBars:
-    """A progress bar per stage, with all its pictures' steps; use it as the pipeline's observer."""
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._jobs = list(jobs)
-        self._bars: dict[str, tqdm] = {}
-
-    def __call__(self, progress: Progress) -> None:
-        with unbroken(sys.stderr):
-            self._advance(progress)
-
-    def _advance(self, progress: Progress) -> None:
-        bar = self._bars.get(progress.stage)
-        if bar is None:
-            total = progress.steps * len(self._jobs)
-            bar = self._bars[progress.stage] = tqdm(total=total, desc=progress.stage.ljust(24), unit="step")
-        bar.update()
-
-    def say(self, text: str) -> None:
-        """Write a line to standard output, beside which the bars stay whole."""
-        with unbroken(sys.stderr):
-            for bar in self._bars.values():
-                bar.clear()
-        say(text, sys.stdout)
-
-    def close(self) -> None:
-        """End all bars, from above: one that ended earlier would move those below it."""
-        with unbroken(sys.stderr):
-            for bar in self._bars.values():
-                bar.close()
+# --- at the end ----------------------------------------------------------------------------------
 
 
 def usage_table(uses: Sequence[StageUse]) -> str:

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 
 from core.cli import MODEL_FLAGS, make_jobs, make_pipeline
-from core.config import ControlConfig, LatentGeometry
+from core.config import ControlConfig
 from core.config_files import load_control
-from core.control import (
-    Control,
-    Source,
-    edge_control,
-    half_size_control,
-    hole_control,
-    read_source,
-    ready_control,
-)
-from core.control_types import control_type
+from core.control import Control, Source, read_source
 from core.images import load_image
 from core.pictures import make_pictures
 from core.pipeline import UltraPixelPipeline, load_encoder
-from core.settings import Job, Settings
+from core.settings import Settings
+from core.steering import Steering, with_suffix
 
-SUFFIX = " high quality"  # to every prompt, as published
 # Pictures know the source by its first name, --canny_source_url, so that those of today can be repeated.
 CONTROL_FLAGS = (
     "control", "control_file", "control_weight", "control_size", "keep_aspect", "canny_source_url", "mask",
@@ -57,27 +49,12 @@ def make_control(
     arguments: argparse.Namespace, pipeline: UltraPixelPipeline, source: Source, size: int
 ) -> Control:
     """What steers the pictures; `size` as in `core.control.edges`."""
-    geometry: LatentGeometry = pipeline.config_c.geometry
+    ready = arguments.control_image is not None
+    weight, keep_aspect = arguments.control_weight, arguments.keep_aspect
+    steering = Steering(arguments.control, source, size, weight, keep_aspect, ready)
     shape = (arguments.height, arguments.width)
-    kind = control_type(arguments.control)
-    match kind.inference:
-        case "hole":
-            control = hole_control(source, shape, geometry)
-        case "latents":
-            encoder = load_encoder(pipeline.config_c, f"--control {arguments.control}")
-            control = half_size_control(source, shape, geometry, encoder)
-        case "edges" if not arguments.control_image:
-            control = edge_control(source, shape, geometry, size, arguments.keep_aspect)
-        case "edges" | "ready":
-            control = ready_control(source.picture, shape, geometry, kind.sizes.c_in)
-        case way:
-            raise ValueError(f"{arguments.control}: inference has no way {way!r} to make what is seen")
-    return replace(control, weight=arguments.control_weight)
-
-
-def with_suffix(job: Job) -> Job:
-    """The job with the suffix on its prompt, once."""
-    return replace(job, prompt=job.prompt.removesuffix(SUFFIX) + SUFFIX)
+    encoder = partial(load_encoder, pipeline.config_c, f"--control {arguments.control}")
+    return steering.control(shape, pipeline.config_c.geometry, encoder)
 
 
 def make_controlled_pictures(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -21,10 +21,10 @@ from core.data.labelled import CLASSES
 from core.data.scenes import ATTRIBUTES
 from core.evaluation import Case, Evaluation, Judge, Measured, RoundTrip, View, held_out_cases
 from core.images import prepare_folder, safe_stem, save_image, to_image
+from core.made import WeightHashes
 from core.paths import PROJECT, located
 from core.pipeline import UltraPixelPipeline, load_encoder
 from core.preview import contact_sheet
-from core.report import WeightHashes
 from core.resolution import Size, plan
 from core.settings import Job, Settings
 from modules.recogniser import Recogniser

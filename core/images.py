@@ -247,6 +247,16 @@ def check_format(format: str, height: int, width: int) -> None:
         )
 
 
+def format_of(path: Path) -> str:
+    """The format that a file's suffix asks for; ValueError if there is none, or it is not known."""
+    suffix = path.suffix.lower().removeprefix(".")
+    format = "jpg" if suffix == "jpeg" else suffix
+    if format not in FORMATS:
+        endings = ", ".join(f".{name}" for name in FORMATS)
+        raise ValueError(f"{path}: a picture is saved under a name that ends in one of {endings}")
+    return format
+
+
 def save_image(
     image: Image.Image, path: str | Path, format: str, metadata: Mapping[str, Any], text: str = ""
 ) -> Path:

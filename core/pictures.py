@@ -16,16 +16,17 @@ import torch
 
 from core.cli import (
     MODEL_FLAGS,
-    ProgressBars,
     check_weights,
     usage_table,
 )
 from core.control import Control
 from core.images import picture_stem, save_image, save_new_image, to_image
-from core.pipeline import Observer, Picture, Progress, UltraPixelPipeline, harmless, load_previewer
+from core.made import Picture, Record
+from core.pipeline import UltraPixelPipeline, load_previewer
 from core.printable import say
+from core.progress import Observer, Progress, ProgressBars, Together
 from core.prompts import doubts
-from core.report import WeightHashes, describe_plan, infotext, picture_metadata
+from core.report import describe_plan
 from core.resolution import plan
 from core.settings import Job, Settings
 
@@ -66,24 +67,20 @@ class Gallery:
 
     folder: str
     format: str
-    settings: Settings
-    models: Mapping[str, Any]  # values of flags
-    model: str  # its name, for other programs
-    hashes: WeightHashes
+    record: Record
 
     def add(self, picture: Picture) -> Path:
         """Save a picture and return its path, also if Ctrl-C comes meanwhile."""
         try:
-            return self._save(picture, self.hashes.result())
+            return self._save(picture, self.record.metadata(picture.job))
         except KeyboardInterrupt:
-            self._save(picture, self.hashes.result(wait=False))
+            self._save(picture, self.record.metadata(picture.job, wait=False))
             raise
 
-    def _save(self, picture: Picture, hashes: Mapping[str, str]) -> Path:
+    def _save(self, picture: Picture, metadata: Mapping[str, Any]) -> Path:
         """Save a picture under a name made of its prompt, size and seed; where that fails, elsewhere."""
-        job, image, failures = picture.job, to_image(picture.pixels), []
-        metadata = picture_metadata(job, self.settings, self.models, hashes)
-        text = infotext(job, self.settings, self.model)
+        job, image, failures = picture.job, picture.image, []
+        text = self.record.text(job)
         for folder, stem, format in self._ways(job):
             try:
                 path = save_new_image(image, folder, stem, format, metadata, text)
@@ -136,27 +133,17 @@ def make_pictures(
     check_weights(pipeline, arguments.preset)
     if pipeline.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # Stage A runs in float32
-    files = pipeline.files()
-    model = Path(files.get("guidance", files["Stage C"])).stem
     models = {name: getattr(arguments, name) for name in model_flags}
     folder, format = arguments.output_dir, arguments.format
-    gallery = Gallery(folder, format, settings, models, model, WeightHashes(files))
+    gallery = Gallery(folder, format, pipeline.record(settings, models))
     previews = [Previews(pipeline, folder, format)] if arguments.preview else []
     with closing(ProgressBars(jobs)) as bars:
-        observe = _together([harmless(observer) for observer in (bars, *previews)])
+        observe = Together([bars, *previews])
         for start in range(0, len(jobs), pipeline.group):
             group = jobs[start : start + pipeline.group]
             _make_group(pipeline, group, gallery, bars, observe, control)
     say(usage_table(list(pipeline.uses.values())), sys.stderr)
     return 0
-
-
-def _together(observers: Sequence[Observer]) -> Observer:
-    def observe(progress: Progress) -> None:
-        for observer in observers:
-            observer(progress)
-
-    return observe
 
 
 def _make_group(
@@ -170,7 +157,7 @@ def _make_group(
     """Make and save the pictures of jobs that go through the stages together; one that fails, fails alone."""
     controls = () if control is None else [control] * len(jobs)
     failures = []
-    for picture in pipeline.pictures(jobs, gallery.settings, observe, controls):
+    for picture in pipeline.pictures(jobs, gallery.record.settings, observe, controls):
         try:
             path = gallery.add(picture)
         except (OSError, ValueError) as error:

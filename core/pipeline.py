@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import auto
 
+from core.arguments import first_seed, number, picture_count, prompts_of, text, whole_number
 from core.checkpoint import check_files, load_module, read_config
 from core.conditioning import (
     Conditions,
@@ -37,8 +39,11 @@ from core.config import (
 )
 from core.config_files import load_stage_b, load_stage_c
 from core.control import Control, ControlNetFile, open_controlnet
+from core.control_types import control_type
+from core.devices import device_named
 from core.layouts import guidance_names
-from core.loras import LoraMerger, WeightedLora, check_loras, lora_files
+from core.loras import LoraMerger, WeightedLora, check_loras, load_loras, lora_files, uncalled
+from core.made import Picture, Pictures, Record, WeightHashes
 from core.memory import peak_memory
 from core.offload import Offloaded
 from core.passes import (
@@ -50,10 +55,14 @@ from core.passes import (
     prepare_stage_c,
     stage_b_pass,
 )
-from core.paths import located
+from core.paths import at_home, located
+from core.presets import DEFAULT, models_folder, of_project, preset_named, with_models
+from core.progress import Observer, Progress, ProgressBars, Stopped, Together, harmless
+from core.prompts import doubts
 from core.resolution import Plan, guidance_strength, plan
-from core.settings import Job, Settings
+from core.settings import Job, Settings, changed
 from core.sizes import GuidanceSizes
+from core.steering import CONTROLLED, Given, Steering, given_source, steering_flags, with_suffix
 from gdf.samplers import Estimate, Step
 from gdf.targets import target_named
 from modules.controlnet import ControlNet
@@ -69,25 +78,6 @@ GROUP = 8  # pictures that go through stages that move together: each moves to t
 NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A finished picture: its job and its pixels (3, height, width) in [0, 1], float32 on the CPU."""
-
-    job: Job
-    pixels: Tensor
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: a step of a picture's stage, and the estimate of the clean latent so far."""
-
-    stage: str
-    job: Job
-    step: int  # of `steps`, counted from 1
-    steps: int
-    latent: Tensor | None = None
-
-
 @dataclass
 class StageUse:
     """Seconds of a stage over all pictures, and the most memory (bytes) up to its end, 0 where unknown.
@@ -100,13 +90,13 @@ class StageUse:
     peak_memory: int = 0
 
 
-Observer = Callable[[Progress], None]
 T = TypeVar("T")
+C = TypeVar("C", StageCConfig, StageBConfig)
 ControlEntries = list[Tensor | None] | None  # of one picture: as `modules.controlnet.ControlNet` returns them
 
 
 class UltraPixelPipeline:
-    """Text to image: `UltraPixelPipeline.from_config(...)("a fox in the snow", 2048, 2048, seed=1)`.
+    """Text to image: `UltraPixelPipeline.from_preset("tiny")("a red house by the sea", seed=1)[0].image`.
 
     Stages are loaded at their first use and lie on the device one at a time, unless `resident`.
     """
@@ -116,12 +106,18 @@ class UltraPixelPipeline:
         config_c: StageCConfig,
         config_b: StageBConfig,
         guidance_path: str | Path | None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         resident: bool = False,
         allow_download: bool = False,
     ) -> None:
         self.config_c, self.config_b = config_c, config_b
-        self.device = torch.device(device)
+        self.device = device_named(device)
+        self.preset = DEFAULT  # of what a call leaves open
+        self.flags: dict[str, Any] = {}  # of the scripts, which tell the models
+        self._hashes: WeightHashes | None = None
+        self.rescued = Pictures()  # of a call that an error or Ctrl-C ended: what was done by then
+        self._steering: Steering | None = None
+        self._steering_flags: dict[str, Any] = {}
         self.uses: dict[str, StageUse] = {}
         self.control_file: ControlNetFile | None = None
         self.controlnet: Offloaded[ControlNet] | None = None
@@ -155,35 +151,140 @@ class UltraPixelPipeline:
         config_c: str | Path,
         config_b: str | Path,
         pretrained_path: str | Path | None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         dtype: str | None = None,
         resident: bool = False,
         allow_download: bool = False,
     ) -> UltraPixelPipeline:
-        """The pipeline of two configuration files and a file of guidance weights (None: without guidance)."""
+        """The pipeline of two configuration files and a file of guidance weights (None: without guidance).
+
+        `device` None is the GPU where there is one, else the CPU. Nothing is loaded before it is used.
+        """
         guidance_path = None if pretrained_path is None else located(str(pretrained_path))
         overrides = [] if dtype is None else [f"dtype={dtype}"]
         loaded = load_stage_c(config_c, overrides), load_stage_b(config_b, overrides)
-        return cls(*loaded, guidance_path, device, resident, allow_download)
+        pipeline = cls(*loaded, guidance_path, device, resident, allow_download)
+        pipeline.flags = _model_flags(config_c, config_b, pretrained_path, dtype)
+        return pipeline
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        device: torch.device | str | None = None,
+        models: str | Path | None = None,
+        dtype: str | None = None,
+        resident: bool = False,
+        allow_download: bool = False,
+    ) -> UltraPixelPipeline:
+        """The pipeline of a preset (`core.presets.PRESETS`), whose size and cfg are the calls' defaults.
+
+        `models` is the folder that stands for models/, where the preset's weights lie, from any working
+        directory. The rest is as in `from_config`. ValueError for an unknown name and a missing folder.
+        """
+        preset = preset_named(name)
+        folder = models_folder(models)
+        guidance = None if preset.pretrained_path == "none" else with_models(preset.pretrained_path, folder)
+        named = preset.pretrained_path if folder is None else guidance
+        overrides = [] if dtype is None else [f"dtype={dtype}"]
+        loaded = (
+            load_stage_c(of_project(preset.config_c), overrides),
+            load_stage_b(of_project(preset.config_b), overrides),
+        )
+        pipeline = cls(
+            *(_with_models(config, folder) for config in loaded), guidance, device, resident, allow_download
+        )
+        pipeline.preset = replace(preset, control_file=with_models(preset.control_file, folder))
+        pipeline.flags = _model_flags(preset.config_c, preset.config_b, named, dtype)
+        return pipeline
 
     def __call__(
         self,
         prompt: str | Sequence[str],
-        height: int = 2048,
-        width: int = 2048,
+        height: int | None = None,
+        width: int | None = None,
         seed: int = 0,
-        num_images: int = 1,
+        num_images: int | None = None,
         negative_prompt: str = "",
         settings: Settings | None = None,
         observer: Observer | None = None,
         control: Control | None = None,
-    ) -> list[Picture]:
-        """Pictures of a prompt, or `num_images` of each of several; the i-th of all has seed `seed + i`."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        wanted = [p for p in prompts for _ in range(num_images)]
-        jobs = [Job(p, height, width, seed + i, negative_prompt) for i, p in enumerate(wanted)]
-        controls = () if control is None else [control] * len(jobs)
-        return self.run(jobs, settings or Settings(), observer, controls)
+        progress: bool = True,
+        num_image: int | None = None,
+        **changes: Any,
+    ) -> Pictures:
+        """Pictures of a prompt, or `num_images` of each of several; the i-th of all has seed `seed + i`.
+
+        What is left open is the preset's. Values of `Settings` may be given by name, as in `steps=10`. Seed
+        -1 draws one. `progress` shows bars. An observer is told of every step; where it returns True, the run
+        ends, and the pictures that are done come back. After an error, or Ctrl-C, they lie in `rescued`.
+        TypeError or ValueError names a wrong argument.
+        """
+        settings = changed(settings, self._default_settings(), changes)
+        count = picture_count(num_images, num_image)
+        wanted = [p for p in prompts_of(prompt) for _ in range(count)]
+        size, first = self._size(height, width), first_seed(seed)
+        negative = text("negative_prompt", negative_prompt)
+        jobs = [Job(p, *size, first + i, negative) for i, p in enumerate(wanted)]
+        plan(*size, self.config_c.geometry)  # raises what is wrong with the size
+        _check_callable(observer)
+        self.check_files()
+        if self._steering is not None and control is None:
+            jobs = [with_suffix(job) for job in jobs]
+            control = self._steering.control(size, self.config_c.geometry, self._encoder)
+        called = uncalled(self._loras.wanted, list(dict.fromkeys(wanted)))
+        for sentence in [*doubts(jobs, settings), *called]:
+            warnings.warn(sentence, stacklevel=2)
+        return self._in_groups(jobs, settings, observer, control, progress)
+
+    def _in_groups(
+        self,
+        jobs: Sequence[Job],
+        settings: Settings,
+        observer: Observer | None,
+        control: Control | None,
+        progress: bool,
+    ) -> Pictures:
+        self.rescued = made = Pictures()
+        record = self.record(settings)
+        with ExitStack() as stack:
+            bars = [stack.enter_context(closing(ProgressBars(jobs, auto.tqdm)))] if progress else []
+            told = Together([*bars, *([] if observer is None else [observer])])
+            for start in range(0, len(jobs), self.group):
+                group = jobs[start : start + self.group]
+                controls = () if control is None else [control] * len(group)
+                for picture in self.pictures(group, settings, told, controls):
+                    made.append(replace(picture, record=record))
+                if told.stopped:
+                    break
+        self.rescued = Pictures()
+        return made
+
+    def _default_settings(self) -> Settings:
+        return Settings(cfg=self.preset.cfg) if self._steering is None else CONTROLLED
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        if self._steering is not None:
+            height, width = self._steering.shape(height, width)
+        asked = {"height": height, "width": width}
+        return tuple(
+            getattr(self.preset, side) if value is None else whole_number(side, value)
+            for side, value in asked.items()
+        )
+
+    def _encoder(self) -> EfficientNetEncoder:
+        return load_encoder(self.config_c, "the control super_resolution")
+
+    def record(self, settings: Settings, models: Mapping[str, Any] | None = None) -> Record:
+        """How pictures are made now; `models` are values of the scripts' flags, None: this pipeline's."""
+        files = self.files()
+        self._hashes = WeightHashes(files, self._hashes)
+        name = Path(files.get("guidance", files["Stage C"])).stem
+        return Record(settings, self._flags() if models is None else models, name, self._hashes)
+
+    def _flags(self) -> dict[str, Any]:
+        loras = [f"{lora.path}:{lora.weight:g}" for lora in self._loras.wanted]
+        return {**self.flags, **({"lora": loras} if loras else {}), **self._steering_flags}
 
     @torch.no_grad()
     def run(
@@ -192,9 +293,11 @@ class UltraPixelPipeline:
         settings: Settings,
         observer: Observer | None = None,
         controls: Sequence[Control] = (),
-    ) -> list[Picture]:
-        """The pictures of `pictures`, once all are made."""
-        return list(self.pictures(jobs, settings, observer, controls))
+    ) -> Pictures:
+        """The pictures of `pictures`, once all are made; their files will tell how they were made."""
+        record = self.record(settings)
+        made = self.pictures(jobs, settings, observer, controls)
+        return Pictures(replace(picture, record=record) for picture in made)
 
     @torch.no_grad()
     def pictures(
@@ -208,18 +311,29 @@ class UltraPixelPipeline:
 
         Each comes as soon as it is decoded. Where Stage B breaks off, those come that are through it, and
         then the error. An observer that fails ends nothing: it costs a warning, and is not called again.
+        Where one returns True, no further step is made, and those come that are through Stage B.
         `controls`, where there are any, are one for each job, for the ControlNet of `set_control`.
         """
-        observer = observer and harmless(observer)
+        with suppress(Stopped):
+            yield from self._pictures(jobs, settings, observer and harmless(observer), controls)
+
+    def _pictures(
+        self,
+        jobs: Sequence[Job],
+        settings: Settings,
+        observer: Observer | None,
+        controls: Sequence[Control],
+    ) -> Iterator[Picture]:
         plans = [plan(job.height, job.width, self.config_c.geometry) for job in jobs]
         texts = self.encode_text(jobs)
         entries = self.run_controlnet(controls)
         latents = self.run_stage_c(jobs, plans, texts, settings, observer, entries)
         latents, error = _until_error(self.run_stage_b(jobs, plans, texts, latents, settings, observer))
         through = len(latents)
-        decoded = self.run_stage_a(jobs[:through], plans[:through], latents, settings, observer)
-        for number, picture in enumerate(decoded if through else ()):
-            yield _kept(picture, controls[number]) if controls else picture
+        told = None if isinstance(error, Stopped) else observer
+        decoded = self.run_stage_a(jobs[:through], plans[:through], latents, settings, told)
+        for index, picture in enumerate(decoded if through else ()):
+            yield _kept(picture, controls[index]) if controls else picture
         if error is not None:
             raise error
 
@@ -228,11 +342,42 @@ class UltraPixelPipeline:
         """How many jobs to give at a time: one, where stages stay in place, so that it is done the sooner."""
         return 1 if self._resident or self.device.type == "cpu" else GROUP
 
-    def set_control(self, config: ControlConfig) -> ControlNetFile:
-        """Use this ControlNet from now on, for jobs that come with a control; return what its file tells.
+    def set_control(
+        self,
+        control: ControlConfig | str | None,
+        picture: Given | None = None,
+        mask: Given | None = None,
+        weight: float | None = None,
+        file: str | Path | None = None,
+        size: int | None = None,
+        keep_aspect: bool = False,
+        ready: bool = False,
+    ) -> ControlNetFile | None:
+        """Let a picture control all calls from now on: by "canny", "inpainting" or "super_resolution".
 
-        ValueError if it is not one, or one for another Stage C.
+        The picture is a file, a URL or a PIL picture, and so is `mask`, white where inpainting fills.
+        `weight` is the ControlNet's, `file` its weights, `size` (px) and `keep_aspect` are as in
+        `core.control.edges`; `ready` says that the picture shows edges. None ends it. A ControlConfig names
+        only the ControlNet, for jobs that come with a control. What its file tells comes back.
         """
+        if control is None or isinstance(control, ControlConfig):
+            self._steering, self._steering_flags = None, {}
+            return self._set_controlnet(control)
+        control_type(control)
+        source = given_source(control, picture, mask, ready)
+        place = self.preset.control_file.format(control=control) if file is None else at_home(str(file))
+        side = None if size is None else whole_number("size", size)
+        config = ControlConfig(controlnet_filter=control, controlnet_checkpoint_path=place, control_size=side)
+        found = self._set_controlnet(config)
+        weight = self.preset.control_weight if weight is None else number("weight", weight)
+        self._steering = Steering(control, source, found.control_size, weight, keep_aspect, ready)
+        self._steering_flags = steering_flags(self._steering, found, picture, mask)
+        return found
+
+    def _set_controlnet(self, config: ControlConfig | None) -> ControlNetFile | None:
+        if config is None:
+            self.control_file = self.controlnet = None
+            return None
         file = open_controlnet(config, stage_c_sizes(self.config_c))
         build, dtype = partial(ControlNet, **asdict(file.sizes)), DTYPES[self.config_c.dtype]
         self.control_file = file
@@ -241,13 +386,23 @@ class UltraPixelPipeline:
         )
         return file
 
-    def set_loras(self, loras: Sequence[WeightedLora]) -> None:
+    def set_loras(self, loras: str | Path | Sequence[str | Path | WeightedLora]) -> None:
         """Use these LoRAs and no others from now on: merged into the weights before their next use.
 
+        A LoRA is its file, as in "cat.safetensors", or with how much of it is added, "cat.safetensors:0.8".
         Those of before are undone exactly. ValueError if one is for another size, or two bring one token.
         """
-        check_loras(loras, self.config_c)
-        self._loras.wanted = tuple(loras)
+        given = [loras] if isinstance(loras, str | Path | WeightedLora) else list(loras)
+        wanted = tuple(self._lora(lora) for lora in given)
+        check_loras(wanted, self.config_c)
+        self._loras.wanted = wanted
+
+    def _lora(self, given: str | Path | WeightedLora) -> WeightedLora:
+        if isinstance(given, WeightedLora):
+            return given
+        if not isinstance(given, str | Path):
+            raise TypeError(f"a LoRA is named by its file, as in 'cat.safetensors:0.8', not by {given!r}")
+        return load_loras([at_home(str(given))], self.config_c)[0]
 
     @property
     def guidance_sizes(self) -> GuidanceSizes:
@@ -399,9 +554,10 @@ class UltraPixelPipeline:
                 with self._measured("stage A"):
                     pixels = decode_picture(stage_a, latent.to(self.device), sizes, settings.stage_a_tiled)
                     pixels = pixels.float().cpu()
-                if observer is not None:
-                    observer(Progress("stage A", job, 1, 1))
+                stop = observer is not None and observer(Progress("stage A", job, 1, 1)) is True
                 yield Picture(job, pixels)
+                if stop:
+                    return
 
     # --- helpers ----------------------------------------------------------------------------------
 
@@ -435,27 +591,6 @@ class UltraPixelPipeline:
         use.seconds += time.perf_counter() - start
 
 
-def harmless(observer: Observer) -> Observer:
-    """The observer, but that its first error costs a warning, and its being called."""
-    failed = False
-
-    def called(progress: Progress) -> None:
-        nonlocal failed
-        if failed:
-            return
-        try:
-            observer(progress)
-        except Exception as error:  # whatever it is: the picture does not depend on it
-            failed = True
-            warnings.warn(f"{_name(observer)} failed ({error}); the run goes on without it", stacklevel=2)
-
-    return called
-
-
-def _name(observer: Observer) -> str:
-    return getattr(observer, "__name__", type(observer).__name__)
-
-
 def _until_error(made: Iterator[T]) -> tuple[list[T], Exception | KeyboardInterrupt | None]:
     """All that is made, or what is until an error (out of memory, Ctrl-C) ends it, and that error."""
     finished: list[T] = []
@@ -475,7 +610,33 @@ def _kept(picture: Picture, control: Control) -> Picture:
 def _report(observer: Observer | None, stage: str, job: Job) -> Callable[[Step, Estimate], None] | None:
     if observer is None:
         return None
-    return lambda step, estimate: observer(Progress(stage, job, step.index + 1, step.count, estimate.x0))
+
+    def told(step: Step, estimate: Estimate) -> None:
+        if observer(Progress(stage, job, step.index + 1, step.count, estimate.x0)) is True:
+            raise Stopped
+
+    return told
+
+
+def _model_flags(
+    config_c: str | Path, config_b: str | Path, guidance: str | Path | None, dtype: str | None
+) -> dict[str, Any]:
+    """The values of the scripts' flags that tell the models."""
+    named = {"config_c": config_c, "config_b": config_b, "pretrained_path": guidance or "none"}
+    return {**{flag: str(value) for flag, value in named.items()}, "dtype": dtype}
+
+
+def _with_models(config: C, folder: Path | None) -> C:
+    """The configuration with the paths below models/ as `with_models` has them."""
+    paths = {key: value for key, value in vars(config).items() if key.endswith("_path")}
+    return replace(
+        config, **{key: with_models(value, folder) for key, value in paths.items() if isinstance(value, str)}
+    )
+
+
+def _check_callable(observer: object) -> None:
+    if observer is not None and not callable(observer):
+        raise TypeError(f"observer must be a function of the progress, not {observer!r}")
 
 
 def load_encoder(config: StageCConfig, what_for: str) -> EfficientNetEncoder:

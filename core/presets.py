@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from core.paths import PROJECT, at_home
 from core.settings import Settings
 
 
@@ -37,3 +39,35 @@ PRESETS = {
 }  # fmt: skip
 DEFAULT = PRESETS["small-big"]
 EMBEDDED = "tiny"  # the preset whose weights lie in the repository
+
+
+def preset_named(name: str) -> Preset:
+    """The preset of a name; ValueError, with the known ones, if there is none."""
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def of_project(path: str) -> str:
+    """The path below the project's folder, if it leads somewhere there, whatever the working directory."""
+    below = PROJECT / path
+    return str(below) if below.exists() else path
+
+
+def models_folder(folder: str | Path | None) -> Path | None:
+    """The folder of weights that is named instead of models/ (None: that); ValueError if it is none."""
+    if folder is None:
+        return None
+    path = Path(at_home(str(folder))).absolute()
+    if not path.is_dir():
+        raise ValueError(f"models: {folder} is not a folder; name the one that holds the weight files")
+    return path
+
+
+def with_models(path: str, folder: Path | None) -> str:
+    """The path of a weight file, below `folder` instead of below models/; None: the project's own models/."""
+    for models in (Path("models"), PROJECT / "models"):
+        if Path(path).is_relative_to(models):
+            rest = Path(path).relative_to(models)
+            return str(folder / rest) if folder is not None else of_project(str(Path("models") / rest))
+    return path

@@ -1,21 +1,14 @@
-"""What is said about a run: the plan before it (--dry_run), the settings inside its pictures after it."""
+"""What is said about a run before it: the plan and the memory (--dry_run)."""
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from core.checkpoint import file_sha256
 from core.config import stage_a_sizes, stage_b_sizes, stage_c_sizes
 from core.config_files import as_yaml
 from core.estimate import (
@@ -26,19 +19,15 @@ from core.estimate import (
     stage_c_activations,
 )
 from core.passes import needs_unconditional
-from core.pipeline import DTYPES, Job, UltraPixelPipeline
+from core.pipeline import DTYPES, UltraPixelPipeline
 from core.resolution import Plan, guidance_strength, plan
-from core.settings import Settings
+from core.settings import Job, Settings
 from modules.guidance import Guidance
 from modules.stage_a import StageA
 from modules.stage_b import StageB
 from modules.stage_c import StageC
 
-PACKAGES = ("ultrapixel", "torch", "transformers")
 GIB = 2**30
-
-
-# --- before a run ---------------------------------------------------------------------------------
 
 
 def estimate_stages(pipeline: UltraPixelPipeline, sizes: Plan, settings: Settings) -> list[StageEstimate]:
@@ -109,68 +98,3 @@ def _file_size(path: str) -> str:
         return "not there"
     size = sum(file.stat().st_size for file in files)
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
-
-
-# --- in the pictures ------------------------------------------------------------------------------
-
-
-class WeightHashes:
-    """SHA-256 of the weight files, computed beside the run in a thread of its own."""
-
-    def __init__(self, files: Mapping[str, str]) -> None:
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
-        self._hashes: dict[str, Future[str]] = {
-            path: pool.submit(file_sha256, path) for path in files.values() if Path(path).is_file()
-        }
-        pool.shutdown(wait=False)
-
-    def result(self, wait: bool = True) -> dict[str, str]:
-        """File name to hash, of those that can be read; those still being read are waited for or left out."""
-        done = {path: future for path, future in self._hashes.items() if wait or future.done()}
-        return {path: future.result() for path, future in done.items() if _was_read(path, future)}
-
-
-def _was_read(path: str, future: Future[str]) -> bool:
-    error = future.exception()
-    if error is not None:
-        warnings.warn(f"the hash of {path} is left out of the pictures' settings: {error}", stacklevel=2)
-    return error is None
-
-
-def picture_metadata(
-    job: Job, settings: Settings, models: Mapping[str, Any], hashes: Mapping[str, str]
-) -> dict[str, Any]:
-    """The settings that repeat a picture (--from_image), with versions and hashes to tell what made it."""
-    found = {package: _version(package) for package in PACKAGES}
-    versions = {package: number for package, number in found.items() if number is not None}
-    return {**asdict(job), **asdict(settings), **models, "versions": versions, "weights": dict(hashes)}
-
-
-def _version(package: str) -> str | None:
-    """The version of a package; None, and a warning, where it is not installed but lies on PYTHONPATH."""
-    with suppress(PackageNotFoundError, KeyError, ValueError):  # the others: of damaged metadata
-        if number := version(package):
-            return number
-    warnings.warn(
-        f"the version of {package} is not known and is left out of the pictures' settings", stacklevel=3
-    )
-    return None
-
-
-def infotext(job: Job, settings: Settings, model: str) -> str:
-    """A picture's settings in the form of A1111, which many programs read: prompts, then a line of values."""
-    values = {
-        "Steps": settings.steps,
-        "Sampler": settings.sampler,
-        "CFG scale": settings.cfg,
-        "Seed": job.seed,
-        "Size": f"{job.width}x{job.height}",
-        "Model": model,
-    }
-    negative = [f"Negative prompt: {job.negative_prompt}"] if job.negative_prompt else []
-    line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items())
-    return "\n".join([job.prompt, *negative, line])
-
-
-def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if set(value) & set(',:\n"') else value

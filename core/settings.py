@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, Literal
 
+from core.arguments import number, text, whole_number
 from gdf.cfg import CfgSettings
 from gdf.names import SAMPLER_NAMES, check_name
 
@@ -28,7 +31,7 @@ class Job:
 class Settings:
     """How the passes sample; the defaults are the published ones for text to image.
 
-    Raises ValueError for a value outside its range, naming it.
+    Raises ValueError for a value outside its range and TypeError for one of another kind, naming it.
     """
 
     steps: int = PUBLISHED_STEPS  # of each of Stage C's two passes
@@ -45,6 +48,7 @@ class Settings:
     stage_a_tiled: bool = False  # True: always; False: only where the picture is large
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("steps", "steps_b"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -78,3 +82,35 @@ class Settings:
         if self.guidance_r == "last_step" or (self.guidance_r is None and self.steps == PUBLISHED_STEPS):
             return None
         return TRAINING_R if self.guidance_r is None else float(self.guidance_r)
+
+
+def changed(settings: Settings | None, default: Settings, changes: Mapping[str, Any]) -> Settings:
+    """The settings, or else the default ones, with changes by name; TypeError for an unknown name."""
+    if settings is not None and not isinstance(settings, Settings):
+        raise TypeError(f"settings must be core.settings.Settings(...), not {settings!r}")
+    known = Settings.__dataclass_fields__
+    for name in changes:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            way = f"did you mean {near[0]}?" if near else f"beside its own, it takes {', '.join(known)}"
+            raise TypeError(f"a call has no argument {name!r}: {way}")
+    return replace(settings or default, **changes)
+
+
+def _check_types(settings: Settings) -> None:
+    """TypeError for the first value of another kind than its field's."""
+    for name in ("steps", "steps_b"):
+        whole_number(name, getattr(settings, name))
+    for name in ("cfg", "cfg_rescale", "shift", "cfg_b"):
+        number(name, getattr(settings, name))
+    for name in ("sampler", "sampler_b"):
+        text(name, getattr(settings, name))
+    if settings.cfg_end is not None:
+        number("cfg_end", settings.cfg_end)
+    if not isinstance(settings.guidance_r, str | None):
+        number("guidance_r", settings.guidance_r)
+    pair = settings.cfg_interval
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"cfg_interval must be two numbers, as in (0.0, 1.0), not {pair!r}")
+    for value in pair:
+        number("cfg_interval", value)

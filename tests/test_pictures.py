@@ -23,16 +23,16 @@ from PIL import Image
 from torch import Tensor
 
 import core.images
+import core.made
 import core.pictures
 import core.pipeline
-import core.report
 from core.cli import read_prompts
 from core.control import Control
 from core.images import read_image_metadata, take_path
+from core.made import Record, WeightHashes, infotext, picture_metadata
 from core.pictures import Gallery, make_pictures, save_beside
 from core.pipeline import Job, Picture, UltraPixelPipeline
 from core.printable import printable, say
-from core.report import WeightHashes, infotext, picture_metadata
 from core.settings import Settings
 
 sys.path.insert(0, str(ROOT / "inference"))
@@ -71,7 +71,7 @@ def seeds(folder: Path) -> list[int]:
 
 
 def gallery(folder: Path, format: str = "png") -> Gallery:
-    return Gallery(str(folder), format, QUICK, {}, "stage_c", WeightHashes({}))
+    return Gallery(str(folder), format, Record(QUICK, {}, "stage_c", WeightHashes({})))
 
 
 def picture(seed: int = 3, value: float = 0.5) -> Picture:
@@ -274,7 +274,7 @@ def test_packages_without_metadata_cost_a_warning(monkeypatch: pytest.MonkeyPatc
             raise PackageNotFoundError(package)
         return None if package == "torch" else "5.0"  # None: damaged
 
-    monkeypatch.setattr(core.report, "version", version)
+    monkeypatch.setattr(core.made, "version", version)
     with pytest.warns(UserWarning, match="version of (ultrapixel|torch) is not known") as caught:
         metadata = picture_metadata(JOBS[0], QUICK, {}, {})
     assert len(caught) == 2 and metadata["versions"] == {"transformers": "5.0"}
@@ -287,7 +287,7 @@ def test_a_weight_file_that_is_gone_costs_its_hash(tmp_path: Path, monkeypatch: 
     def sha256(path: str) -> str:
         return Path(path if path.endswith("a") else "gone").read_text()
 
-    monkeypatch.setattr(core.report, "file_sha256", sha256)
+    monkeypatch.setattr(core.made, "file_sha256", sha256)
     hashes = WeightHashes({"Stage C": str(tmp_path / "a"), "Stage B": str(tmp_path / "b")})
     with pytest.warns(UserWarning, match="hash of .*b is left out"):
         assert hashes.result() == {str(tmp_path / "a"): "a"}

@@ -1,0 +1,70 @@
+"""What a call from Python may be given, checked before anything is computed; errors say what is right."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+DRAW_SEED = -1
+SEEDS = 2**31  # the drawn ones are below it
+
+
+def whole_number(name: str, value: object) -> int:
+    """The number; TypeError, with what it could be instead, for what is none, such as 128.0 or True."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    near = f": write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
+    raise TypeError(f"{name} must be a whole number, not {_shown(value)}{near}")
+
+
+def number(name: str, value: object) -> float:
+    """The number, whole or not; TypeError for what is none."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, not {_shown(value)}")
+    return float(value)
+
+
+def text(name: str, value: object) -> str:
+    """The text; TypeError for what is none."""
+    if isinstance(value, str):
+        return value
+    several = isinstance(value, Sequence) and all(isinstance(part, str) for part in value)
+    near = f": write {', '.join(value)!r}" if several and value else ""
+    raise TypeError(f"{name} must be text, not {_shown(value)}{near}")
+
+
+def prompts_of(prompt: object) -> list[str]:
+    """The prompts: one, or each of several; TypeError for what is no text, ValueError for none."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise TypeError(f"prompt must be text, or a list of texts, not {_shown(prompt)}")
+    if not prompt:
+        raise ValueError("prompt is an empty list: give a text, or a list of texts")
+    return [text(f"prompt[{number}]", one) for number, one in enumerate(prompt)]
+
+
+def picture_count(num_images: object, num_image: object) -> int:
+    """How many pictures of each prompt, under either name; 1 where neither is given."""
+    given = {"num_images": num_images, "num_image": num_image}
+    counts = {name: whole_number(name, value) for name, value in given.items() if value is not None}
+    if len({*counts.values()}) > 1:
+        raise ValueError(f"num_images is {num_images} and num_image {num_image}: give one of them")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, not {count}")
+    return next(iter(counts.values()), 1)
+
+
+def first_seed(seed: object) -> int:
+    """The seed, or a drawn one for DRAW_SEED."""
+    if seed is None:
+        raise TypeError(f"seed must be a whole number, not None: {DRAW_SEED} draws one")
+    number = whole_number("seed", seed)
+    return secrets.randbelow(SEEDS) if number == DRAW_SEED else number
+
+
+def _shown(value: object) -> str:
+    """The value with its type, as 1 and True, or 128 and 128.0, may look alike."""
+    return f"{value!r} ({type(value).__name__})" if value is not None else "None"
