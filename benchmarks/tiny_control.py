@@ -24,7 +24,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -55,6 +55,7 @@ BLUR, THRESHOLDS = 3.0, (25, 50)
 NEAR, FAR = 2.0, 16.0  # px: within which outlines agree, and the most that counts
 SHOWN = 8  # scenes on a sheet
 OWN = ("cfg",)  # defaults that no preset changes, as in inference/test_controlnet.py
+TITLE, FONT = 24, 14  # px: height of the titles' strip, and of their letters
 
 
 def no_prompt(_scene: Scene) -> str:
@@ -71,6 +72,7 @@ def open_prompt(scene: Scene) -> str:
 
 
 PROMPTS = {"none": no_prompt, "open": open_prompt, "full": None}  # None: the scene's caption
+MADE = {"none": "From the edges alone", "open": "From edges and prompt", "full": "From edges and prompt"}
 
 
 # --- the measure ----------------------------------------------------------------------------------
@@ -159,6 +161,15 @@ def measure(
     return row, sheet(rows[:SHOWN])
 
 
+def titled(image: Image.Image, titles: Sequence[str]) -> Image.Image:
+    """A sheet with a title above each of its columns, which are equally wide."""
+    sheet = ImageOps.expand(image, (0, TITLE, 0, 0), "white")
+    draw, width = ImageDraw.Draw(sheet), image.width / len(titles)
+    for column, title in enumerate(titles):
+        draw.text(((column + 0.5) * width, TITLE / 2), title, "black", font_size=FONT, anchor="mm")
+    return sheet
+
+
 def report(rows: Sequence[Row]) -> str:
     """A table."""
     lines = [f"{'':<20}{'F1':>8}{'above chance':>15}{'distance':>12}"]
@@ -205,6 +216,7 @@ def main() -> int:
         cases = [replace(case, prompt=prompt(case.scene)) for case in cases]
     for size in sizes:
         row, pictures = measure(pipeline, cases, size, settings, arguments.control_weight)
+        pictures = titled(pictures, ("Drawing", "Edges", MADE[arguments.prompts], "Without them"))
         save_image(pictures, Path(arguments.output_dir, f"{size[0]}x{size[1]}.jpg"), "jpg", {})
         rows.append(row)
     print(report(rows))

@@ -63,27 +63,29 @@ class LatentGeometry:
 class StageCConfig:
     """Everything needed to run Stage C with its guidance; `core.config_files.load` tells where paths lead.
 
-    `clip_text_path` and `clip_image_path` are local folders or hub ids. A folder holds the text model and its
-    tokenizer together, or in `text_encoder/` and `tokenizer/`. Sizes left out follow from `model_version`.
-    `guidance_strength`: (from this many latent pixels, strength on the up path), large to small.
-    `train_tokens`: (new token, expression of the vocabulary entries whose mean it starts from) for each token
-    row of a LoRA whose file does not tell, such as the published [["[roubaobao]", "^cat</w>"]].
+    Sizes left out follow from `model_version`.
     """
 
-    model_version: str
-    generator_checkpoint_path: str
-    effnet_checkpoint_path: str | None = None
-    previewer_checkpoint_path: str | None = None
+    model_version: str  # 3.6B, 1B or tiny; another name where stage_c gives the sizes
+    generator_checkpoint_path: str  # Stage C's weights
+    effnet_checkpoint_path: str | None = None  # the encoder, for training and given pictures
+    previewer_checkpoint_path: str | None = None  # the previewer's weights, for quick looks at latents
+    # a local folder or a hub id; a folder holds the text model and its tokenizer together, or in
+    # text_encoder/ and tokenizer/
     clip_text_path: str = "models"
-    clip_image_path: str | None = None
-    dtype: Dtype = "bfloat16"
-    target: Target = "epsilon"
-    stage_c: StageCSizes | None = None
-    guidance: GuidanceSizes | None = None
-    previewer: PreviewerSizes | None = None
-    effnet: EffnetSizes | None = None
-    geometry: LatentGeometry = LatentGeometry()
+    clip_image_path: str | None = None  # CLIP for pictures, likewise; none: the image embedding is zero
+    dtype: Dtype = "bfloat16"  # number format of frozen weights
+    target: Target = "epsilon"  # what the network predicts; the published ones: epsilon
+    stage_c: StageCSizes | None = None  # Stage C's sizes
+    guidance: GuidanceSizes | None = None  # the guidance's sizes
+    previewer: PreviewerSizes | None = None  # the previewer's sizes
+    effnet: EffnetSizes | None = None  # the encoder's sizes
+    geometry: LatentGeometry = LatentGeometry()  # how pixels relate to latents
+    # [from this many latent pixels on, strength of the guidance on the way up], large to small
     guidance_strength: tuple[tuple[int, float], ...] = ((9216, 0.7), (5184, 0.5), (0, 0.3))
+    # [new token, expression of the vocabulary entries whose mean it starts from], for each
+    # token that is trained, and for those of a LoRA whose file does not tell, such as
+    # ["[roubaobao]", "^cat</w>"] of the published one
     train_tokens: tuple[tuple[str, str | None], ...] = ()
 
     def __post_init__(self) -> None:
@@ -100,14 +102,14 @@ class StageCConfig:
 class StageBConfig:
     """Everything needed to run Stage B and Stage A; paths as in Stage C's."""
 
-    model_version: str
-    generator_checkpoint_path: str
-    stage_a_checkpoint_path: str
-    effnet_checkpoint_path: str | None = None
-    dtype: Dtype = "bfloat16"
-    target: Target = "epsilon"
-    stage_b: StageBSizes | None = None
-    stage_a: StageASizes | None = None
+    model_version: str  # 3B, 700M or tiny; another name where stage_b gives the sizes
+    generator_checkpoint_path: str  # Stage B's weights
+    stage_a_checkpoint_path: str  # Stage A's weights
+    effnet_checkpoint_path: str | None = None  # the encoder's weights, which only training reads
+    dtype: Dtype = "bfloat16"  # number format of Stage B; Stage A is always in float32
+    target: Target = "epsilon"  # what the network predicts; the published ones: epsilon
+    stage_b: StageBSizes | None = None  # Stage B's sizes
+    stage_a: StageASizes | None = None  # Stage A's sizes
 
     def __post_init__(self) -> None:
         stage_b_sizes(self)
@@ -117,9 +119,9 @@ class StageBConfig:
 class SceneData:
     """Training pictures that are drawn as they are needed (`core.data.scenes`)."""
 
-    count: int = 60000  # different scenes, an epoch
-    split: Literal["train", "held_out"] = "train"
-    scales: tuple[int, ...] = (1,)  # drawn this many times as large, with equal chance, and cut out
+    count: int = 60000  # different scenes in an epoch
+    split: Literal["train", "held_out"] = "train"  # held_out: scenes that no training shows
+    scales: tuple[int, ...] = (1,)  # scenes are drawn this many times as large, then cut out; equal chances
     without_colour: float = 0.0  # share of the pictures whose caption leaves out the subject's colour
     subjects: tuple[str, ...] = ATTRIBUTES["subject"]  # one that is listed twice comes twice as often
 
@@ -139,42 +141,47 @@ class RunConfig:
 
     experiment_id: str  # name of the run's folder
     checkpoint_path: str  # folder for checkpoints
-    output_path: str | None = None  # folder for sample pictures; None: samples in the run's folder
-    webdataset_path: str | None = None  # folder (or shards) of training pictures
-    scenes: SceneData | None = None  # instead of webdataset_path
+    output_path: str | None = None  # folder for sample pictures; none: samples in the run's folder
+    webdataset_path: str | None = None  # folder or shards of training pictures
+    scenes: SceneData | None = None  # drawn scenes as training pictures
     tmp_prompt: str | None = None  # the caption of all pictures, instead of their own
     empty_captions: bool = False  # pictures without a caption are trained on with none, else they are broken
     pretrained_path: str | None = None  # trained weights to start from
-    export_path: str | None = None  # where the trained weights go; None: into the run's folder
-    overwrite_export: bool = False  # replace there what this run did not write
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of their matrices in that file
-    lr: float = 1e-4
-    lr_end: float | None = None  # at the last update, along a cosine; None: lr stays
+    export_path: str | None = None  # where the trained weights go; none: into the run's folder
+    overwrite_export: bool = False  # replaces what stands at export_path, if this run did not write it
+    # number format of the matrices in the file of trained weights
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    lr: float = 1e-4  # learning rate, once it is warm
+    lr_end: float | None = None  # learning rate at the last update, along a cosine; none: lr stays
     batch_size: int = 16  # pictures per update, over all processes; rounded up where it does not divide
-    pictures_at_once: int | None = 1  # in each process, one forward and backward; None: all its pictures
-    grad_accum_steps: int | None = None  # instead of pictures_at_once, where it fits: this many such parts
+    pictures_at_once: int | None = 1  # pictures of a process in one forward pass; none: all its pictures
+    # instead of pictures_at_once, where it fits: parts in which a process works through its pictures
+    grad_accum_steps: int | None = None
+    # px; a training picture gets about the area of a square with the nearest of these sides
     image_size: int | tuple[int, ...] = (1024, 2048, 2560, 3072, 3584, 3840, 4096, 4608)
-    multi_aspect_ratio: tuple[str, ...] = (  # width/height, each also inverted
+    multi_aspect_ratio: tuple[str, ...] = (  # shapes as width/height, each also inverted
         "1/1", "1/2", "1/3", "2/3", "3/4", "1/5", "2/5", "3/5", "4/5", "1/6", "5/6", "9/16",
     )  # fmt: skip
-    updates: int = 40000
+    updates: int = 40000  # updates of the weights in all
     backup_every: int = 5000  # updates between checkpoints that are kept
     save_every: int = 500  # updates between checkpoints to resume from, and samples
-    warmup_updates: int = 500
+    warmup_updates: int = 500  # first updates, in which the learning rate rises from 0
+    # adamw_fused: faster on a GPU; adamw_8bit: less memory, needs bitsandbytes
     optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
-    use_ddp: bool = True
+    use_ddp: bool = True  # changes nothing (published files have it): processes always share the work
     use_fsdp: bool = False  # shard the trained weights over the processes instead of copying them
-    adaptive_loss_weight: bool = True
-    loss_weight: str = "constant"  # a function of gdf.loss_weights, where it is not adaptive
-    loss_weight_shift: float = 1.0  # the weight is read at logSNR + 2 ln(shift)
-    seed: int = 0
-    ema: float = 0.0  # decay of the running mean of the weights that is exported; 0: none
-    keep: int = 2  # checkpoints beside those of backup_every
-    num_workers: int = 4  # processes that decode pictures
+    adaptive_loss_weight: bool = True  # weighs noise levels by the loss that was seen at them
+    loss_weight: str = "constant"  # a function of gdf/loss_weights.py, where the weight is not adaptive
+    loss_weight_shift: float = 1.0  # loss_weight is read at logSNR + 2 ln(shift)
+    seed: int = 0  # of new weights, noise and the order of pictures
+    ema: float = 0.0  # decay of the running mean of the weights (EMA) that is exported; 0: no mean
+    keep: int = 2  # latest checkpoints that are kept beside those of backup_every
+    num_workers: int = 4  # helper processes that decode pictures
     max_broken: float = 0.1  # share of broken pictures that stops the run
-    gradient_checkpointing: bool = True
-    compile: bool = False  # the blocks with torch.compile: a minute at the start, faster steps after
-    tracker: Literal["auto", "tensorboard", "wandb", "none"] = "auto"  # auto: TensorBoard where installed
+    gradient_checkpointing: bool = True  # less memory, but slower: maps are computed twice
+    compile: bool = False  # compiles the blocks (torch.compile): a minute at the start, faster steps after
+    # where curves are shown, beside log.jsonl; auto: TensorBoard if it is installed
+    tracker: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
 
     def __post_init__(self) -> None:
         _require_positive(self, "lr", "batch_size", "image_size", "updates")
@@ -195,7 +202,8 @@ class TrainConfig(RunConfig, StageCConfig):
     """Training of the guidance parameters: Stage C's configuration and a run."""
 
     cache_path: str | None = None  # folder where latents and text embeddings are kept between epochs
-    export_layout: Literal["own", "published"] = "own"  # tensor names of the exported guidance
+    # tensor names in the file of trained weights: our own, or the published ones
+    export_layout: Literal["own", "published"] = "own"
     text_dropout: float = 0.05  # share of captions left out of training
 
     def __post_init__(self) -> None:
@@ -208,14 +216,14 @@ class TrainConfig(RunConfig, StageCConfig):
 class PersonalizedTrainConfig(RunConfig, StageCConfig):
     """Training of LoRA and of the new tokens in `train_tokens`: Stage C's configuration and a run."""
 
-    ultrapixel_path: str | None = None  # the guidance, which stays as it is; None: the base alone is trained
-    lora_rank: int = 4
+    ultrapixel_path: str | None = None  # the guidance, which is not trained; none: no guidance
+    lora_rank: int = 4  # width of the added matrices
     module_filters: tuple[str, ...] = (".attn",)  # modules of Stage C whose names contain one of them
-    lora_layout: Literal["own", "published", "kohya", "peft"] = "own"  # of the exported file
-    # (from this update on, image sizes), instead of image_size; every picture is shown at each of the sizes
+    lora_layout: Literal["own", "published", "kohya", "peft"] = "own"  # layout of the LoRA that is written
+    # [from this update on, image sizes], instead of image_size; every picture is shown at each of the sizes
     image_size_schedule: tuple[tuple[int, tuple[int, ...]], ...] | None = None
-    prior_path: str | None = None  # folder (or shards) of pictures of what should stay as it is
-    prior_scenes: SceneData | None = None  # instead of prior_path
+    prior_path: str | None = None  # folder or shards of pictures of what should stay as it is
+    prior_scenes: SceneData | None = None  # drawn scenes, instead of prior_path
     prior_prompt: str | None = None  # the caption of all pictures of prior_path, instead of their own
     prior_weight: float = 1.0  # how much such a picture counts beside one of the subject
 
@@ -238,14 +246,14 @@ class PersonalizedTrainConfig(RunConfig, StageCConfig):
 class StageATrainConfig(RunConfig):
     """Training of Stage A from nothing."""
 
-    model_version: str
-    empty_captions: bool = True  # none are read
-    stage_a: StageASizes | None = None
-    statistics_updates: int = 500  # in which the latents' statistics are found, and then stay
-    quantised_share: float = 0.5  # of the pictures that are decoded from quantised latents
-    adversarial_weight: float = 0.1  # of the patch discriminator's judgement; 0: none
-    adversarial_start: int = 1000  # update from which it counts
-    decoder_only: bool = False  # of pretrained_path; latents, on which other stages depend, stay as they are
+    model_version: str  # a name, or tiny for the sizes of that family
+    empty_captions: bool = True  # captions are not read
+    stage_a: StageASizes | None = None  # Stage A's sizes
+    statistics_updates: int = 500  # first updates, in which the mean and deviation of the latents are found
+    quantised_share: float = 0.5  # share of the pictures that are decoded from quantised latents
+    adversarial_weight: float = 0.1  # weight of the patch discriminator's judgement; 0: no discriminator
+    adversarial_start: int = 1000  # update from which the discriminator counts
+    decoder_only: bool = False  # trains the decoder alone, from pretrained_path; latents stay as they are
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,14 +266,14 @@ class StageBTrainConfig(RunConfig, StageBConfig):
     """Training of Stage B from nothing, with the encoder of Stage C's latents along, if it has no file."""
 
     generator_checkpoint_path: str | None = None  # not read: training starts from pretrained_path or nothing
-    clip_text_path: str = "models"
-    effnet: EffnetSizes | None = None
-    geometry: LatentGeometry = LatentGeometry()
-    pyramid_noise: bool = True  # coarse noise too, as the published one was trained; else white
-    latent_noise: float = 0.0  # deviation of the noise on the encoder's latents, whose is 1
-    cache_path: str | None = None  # folder where latents and texts are kept, once the encoder is finished
-    effnet_pretrained_path: str | None = None  # what an encoder that is trained along starts from
-    export_effnet_path: str | None = None  # where the encoder goes; None: into the run's folder
+    clip_text_path: str = "models"  # folder or hub id of the text encoder, as for Stage C
+    effnet: EffnetSizes | None = None  # the encoder's sizes
+    geometry: LatentGeometry = LatentGeometry()  # how pixels relate to latents
+    pyramid_noise: bool = True  # adds coarse noise, as in the published training; false: white noise alone
+    latent_noise: float = 0.0  # deviation of the noise added to the encoder's latents, whose own is 1
+    cache_path: str | None = None  # folder where latents and text embeddings are kept, for a finished encoder
+    effnet_pretrained_path: str | None = None  # weights from which an encoder starts that is trained along
+    export_effnet_path: str | None = None  # where the trained encoder goes; none: into the run's folder
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
@@ -278,13 +286,13 @@ class StageBTrainConfig(RunConfig, StageBConfig):
 class PreviewerTrainConfig(RunConfig):
     """Training of the previewer from nothing, with the encoder along, if it has no file."""
 
-    model_version: str
-    empty_captions: bool = True  # none are read
-    previewer: PreviewerSizes | None = None
-    effnet: EffnetSizes | None = None
-    effnet_checkpoint_path: str | None = None  # a finished encoder; None: it is trained along
-    latent_noise: float = 0.0  # deviation of the noise on the encoder's latents, whose is 1
-    export_effnet_path: str | None = None  # where the encoder goes; None: into the run's folder
+    model_version: str  # a name, or tiny for the sizes of that family
+    empty_captions: bool = True  # captions are not read
+    previewer: PreviewerSizes | None = None  # the previewer's sizes
+    effnet: EffnetSizes | None = None  # the encoder's sizes
+    effnet_checkpoint_path: str | None = None  # a finished encoder; none: it is trained along
+    latent_noise: float = 0.0  # deviation of the noise added to the encoder's latents, whose own is 1
+    export_effnet_path: str | None = None  # where the trained encoder goes; none: into the run's folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,9 +306,9 @@ class StageCTrainConfig(TrainConfig):
 class TextTrainConfig(RunConfig):
     """Training of a small text encoder on captions of scenes; `export_path` is a folder."""
 
-    text_encoder: TextSizes = TextSizes()
-    loosened_share: float = 0.5  # of the captions that are changed towards what a user may type
-    scale_weight: float = 0.1  # of the loss that keeps tokens and pooled embeddings near unit variance
+    text_encoder: TextSizes = TextSizes()  # its sizes
+    loosened_share: float = 0.5  # share of the captions that are changed towards what people type
+    scale_weight: float = 0.1  # weight of the loss that keeps tokens and pooled embeddings near unit variance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,18 +317,18 @@ class RecogniserTrainConfig(RunConfig):
     and then reduced.
     """
 
-    recogniser: RecogniserSizes = RecogniserSizes()
-    degraded_share: float = 0.7  # of the pictures that are blurred, made noisy or pale
+    recogniser: RecogniserSizes = RecogniserSizes()  # its sizes
+    degraded_share: float = 0.7  # share of the pictures that are blurred, made noisy or pale
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlConfig:
     """The ControlNet that a configuration of Stage C names beside it; what it leaves out, the file tells."""
 
-    controlnet_filter: str = "canny"  # what it sees: a name of core.control_types
-    controlnet_checkpoint_path: str | None = None  # None: models/controlnet/<controlnet_filter>.safetensors
-    control_size: int | None = None  # side (px) of the picture that edges are found in; published: 224
-    controlnet: ControlNetSizes | None = None
+    controlnet_filter: str = "canny"  # what the ControlNet sees
+    controlnet_checkpoint_path: str | None = None  # none: models/controlnet/NAME.safetensors
+    control_size: int | None = None  # side (px) at which edges are found; none: the file's, or 224
+    controlnet: ControlNetSizes | None = None  # the ControlNet's sizes; none: as the file says
 
     def __post_init__(self) -> None:
         if self.control_size is not None and self.control_size < MIN_CONTROL_SIZE:
@@ -337,7 +345,7 @@ class ControlConfig:
 class ControlTrainConfig(ControlConfig, RunConfig, StageCConfig):
     """Training of a ControlNet: Stage C's configuration, what the ControlNet sees, and a run."""
 
-    train_encoder: bool = True  # its backbone too, not the projections alone
+    train_encoder: bool = True  # trains the ControlNet's backbone too; false: its projections alone
 
     def __post_init__(self) -> None:
         training_of(self.controlnet_filter)  # raises where there is no way

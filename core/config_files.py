@@ -234,7 +234,7 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
     elif type(value) is hint or (origin is Literal and value in options):  # type: isinstance(True, int)
         return value
     reason = f" ({FLOAT16_REFUSED})" if hint == Dtype and value in ("float16", "fp16", "half") else ""
-    raise ConfigError(f"{source}: '{key}' must be {_describe(hint)}, not {_show(value)}{reason}")
+    raise ConfigError(f"{source}: '{key}' must be {describe_type(hint)}, not {_show(value)}{reason}")
 
 
 def _convert_union(value: Any, hint: Any, key: str, source: str) -> Any:
@@ -248,7 +248,7 @@ def _convert_union(value: Any, hint: Any, key: str, source: str) -> Any:
             return _convert(value, option, key, source)
         except ConfigError:
             continue
-    raise ConfigError(f"{source}: '{key}' must be {_describe(hint)}, not {_show(value)}")
+    raise ConfigError(f"{source}: '{key}' must be {describe_type(hint)}, not {_show(value)}")
 
 
 def _as_float(value: Any) -> float | None:
@@ -260,7 +260,8 @@ def _as_float(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
+    """A type in words, such as "a whole number"."""
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
     if hint in names:
         return names[hint]
@@ -269,11 +270,11 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(map(str, options))
     if get_origin(hint) is tuple:
         if options[-1] is Ellipsis:
-            return f"a list whose entries are each {_describe(options[0])}"
-        return f"a list of {len(options)} entries ({'; '.join(map(_describe, options))})"
+            return f"a list whose entries are each {describe_type(options[0])}"
+        return f"a list of {len(options)} entries ({'; '.join(map(describe_type, options))})"
     if is_dataclass(hint):
         return f"a mapping with keys such as '{fields(hint)[0].name}'"
-    return " or ".join(_describe(option) for option in options if option is not types.NoneType)
+    return " or ".join(describe_type(option) for option in options if option is not types.NoneType)
 
 
 def _show(value: Any) -> str:

@@ -30,8 +30,8 @@ class GuidanceSizes:
 
     ind: int = 2048  # width of Stage C's features
     ch: int = 1024  # width of the guidance tokens
-    n_head: int = 32
-    head_dim: int = 32
+    n_head: int = 32  # attention heads
+    head_dim: int = 32  # width of a head
     n_groups: int = 64  # weight tokens per layer of the coordinate MLP
     f_dim: int = 1024  # width of the coordinate MLP
     upsampling: Upsampling = "implicit"  # how the features get to the high resolution
@@ -41,12 +41,12 @@ class GuidanceSizes:
 class StageBSizes:
     """Constructor values of `modules.stage_b.StageB`; -1 heads for a level without attention."""
 
-    c_hidden: tuple[int, ...]
-    nhead: tuple[int, ...]
+    c_hidden: tuple[int, ...]  # width per level
+    nhead: tuple[int, ...]  # attention heads per level
     blocks: tuple[tuple[int, ...], tuple[int, ...]]  # down; up, deepest level first
-    block_repeat: tuple[tuple[int, ...], tuple[int, ...]]  # in the same order
-    c_cond: int = 1280
-    c_clip: int = 1280
+    block_repeat: tuple[tuple[int, ...], tuple[int, ...]]  # how often a level's blocks run, in the same order
+    c_cond: int = 1280  # width of the condition tokens
+    c_clip: int = 1280  # width of the pooled text
     level_config: tuple[str, ...] = ("CT", "CT", "CTA", "CTA")  # C: ResBlock, T: TimestepBlock, A: AttnBlock
     dropout: tuple[float, ...] = (0.0, 0.0, 0.1, 0.1)  # in training, per level
 
@@ -55,9 +55,9 @@ class StageBSizes:
 class StageASizes:
     """Constructor values of `modules.stage_a.StageA`; the defaults are the published model."""
 
-    c_hidden: int = 384
-    bottleneck_blocks: int = 12
-    codebook_size: int = 8192
+    c_hidden: int = 384  # width of the deepest level
+    bottleneck_blocks: int = 12  # blocks at the deepest level
+    codebook_size: int = 8192  # entries that latents can be quantised to
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,17 @@ class EffnetSizes:
     `stages` None: EfficientNetV2-S. Else rows as `modules.effnet.StageRow` has them.
     """
 
-    stem: int = 24
+    stem: int = 24  # width of the first layer
+    # [kind, expansion, blocks, width, stride] of each stage; none: those of EfficientNetV2-S
     stages: tuple[tuple[str, int, int, int, int], ...] | None = None
-    head: int = 1280
+    head: int = 1280  # width of the last layer
 
 
 @dataclass(frozen=True)
 class PreviewerSizes:
     """Constructor values of `modules.previewer.Previewer`; the default is the published model."""
 
-    c_hidden: int = 512
+    c_hidden: int = 512  # width of the first layers
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,22 @@ class ControlNetSizes:
     c_in: int = 1  # channels of what it sees
     c_proj: int = 2048  # Stage C's width
     proj_blocks: tuple[int, ...] = (0, 4, 8, 12, 51, 55, 59, 63)  # ResBlocks it acts before
-    bottleneck_mode: str = "effnet"
-    stem: int = 24
+    bottleneck_mode: str = "effnet"  # the backbone: effnet, simple or large
+    stem: int = 24  # width of the first layer
+    # [kind, expansion, blocks, width, stride] of each stage; none: those of EfficientNetV2-S
     stages: tuple[tuple[str, int, int, int, int], ...] | None = None
-    head: int = 1280
+    head: int = 1280  # width of the last layer
 
 
 @dataclass(frozen=True)
 class TextSizes:
     """Sizes of a CLIP text encoder of our own; the defaults are the tiny family's."""
 
-    width: int = 128  # of the tokens and of the pooled embedding
-    layers: int = 2
-    heads: int = 2
+    width: int = 128  # width of the tokens and of the pooled embedding
+    layers: int = 2  # blocks of attention and MLP
+    heads: int = 2  # attention heads
     hidden: int = 256  # width inside the MLPs
-    length: int = 48  # tokens; captions of scenes have 30 at most, or so
+    length: int = 48  # tokens of a prompt; captions of scenes have about 30 at most
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,9 @@ class RecogniserSizes:
     """Constructor values of `modules.recogniser.Recogniser`, but for what it tells apart."""
 
     c_hidden: tuple[int, ...] = (24, 48, 64, 96)  # width after each halving
-    blocks: tuple[int, ...] = (0, 1, 2, 2)
-    c_features: int = 64
-    c_embedding: int | None = None  # width of an image encoder's embedding; None: a recogniser
+    blocks: tuple[int, ...] = (0, 1, 2, 2)  # number of blocks after each halving
+    c_features: int = 64  # width of the features that distances are taken of
+    c_embedding: int | None = None  # width of an image encoder's embedding; none: a recogniser
 
 
 @dataclass(frozen=True)
