@@ -254,3 +254,14 @@ def test_open_prompts_say_neither_place_nor_size() -> None:
         prompt = benchmark.open_prompt(case.scene)
         assert case.scene.colour in prompt
         assert not words & set(prompt.split()) - {"on", "the", "in", "to", "at"}
+
+
+def test_titles_stand_above_the_columns_of_a_sheet() -> None:
+    sheet = Image.new("RGB", (400, 100), "navy")
+    titled = benchmark.titled(sheet, ("Drawing", "Edges"))
+    assert titled.size == (400, 100 + benchmark.TITLE)
+    assert titled.crop((0, benchmark.TITLE, 400, titled.height)).tobytes() == sheet.tobytes()
+    halves = [
+        titled.crop((left, 0, left + 200, benchmark.TITLE)).convert("L").getextrema() for left in (0, 200)
+    ]
+    assert all(darkest < 64 and lightest == 255 for darkest, lightest in halves)

@@ -7,6 +7,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -109,6 +110,34 @@ def test_the_page_of_keys_leaves_no_configuration_out() -> None:
         if isinstance(thing, type) and hasattr(thing, "__dataclass_fields__")
     }
     assert {thing for thing in own if thing.__module__ == module.__name__} <= listed
+
+
+@dataclass(frozen=True)
+class Example:
+    # a comment above, which is long,
+    # has two lines
+    above: str | None = None
+    behind: tuple[int, ...] = (1, 2)  # a comment behind
+
+
+@dataclass(frozen=True)
+class Silent:
+    key: int = 1
+
+
+def test_keys_take_their_meaning_from_comments() -> None:
+    above, behind = make_keys.keys(Example)
+    assert (above.type, above.default, above.meaning) == (
+        "text",
+        "none",
+        "a comment above, which is long, has two lines",
+    )
+    assert (behind.default, behind.meaning) == ("`[1, 2]`", "a comment behind")
+
+
+def test_a_key_without_a_comment_is_an_error() -> None:
+    with pytest.raises(ValueError, match="Silent.key has no comment"):
+        make_keys.keys(Silent)
 
 
 @pages
