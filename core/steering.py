@@ -40,7 +40,7 @@ Given = str | Path | Image.Image  # a picture: a file, an http(s) URL, or the pi
 class Steering:
     """A picture that controls, and how."""
 
-    kind: str  # one of core.control_types.CONTROL_TYPES
+    kind: str
     source: Source
     size: int  # as in `core.control.edges`
     weight: float
@@ -84,10 +84,11 @@ def given_source(kind: str, picture: Given | None, mask: Given | None, ready: bo
     """The picture that controls, with its hole, from what a user gave; ValueError for what does not fit."""
     if picture is None:
         raise ValueError(f"the control {kind} needs a picture: a file, an http(s) URL, or a PIL picture")
-    if mask is not None and control_type(kind).inference != "hole":
+    way = control_type(kind).inference
+    if mask is not None and way != "hole":
         raise ValueError(f"a mask is for the control inpainting, not for {kind}")
-    if ready and control_type(kind).inference not in ("edges", "ready"):
-        raise ValueError(f"ready=True is for a picture that is seen as it is, not for {kind}")
+    if ready and way not in ("edges", "ready"):
+        raise ValueError(f"ready=True is for a picture that {kind} does not see: leave it out")
     return read_source(_readable("picture", picture), None if mask is None else _readable("mask", mask))
 
 
@@ -107,13 +108,14 @@ def steering_flags(
 ) -> dict[str, Any]:
     """What inference/test_controlnet.py needs to control as this; None for a picture that is no file."""
     place, hole = (str(given) if isinstance(given, str | Path) else None for given in (picture, mask))
+    given_ready = steering.ready or control_type(steering.kind).inference == "ready"
     return {
         "control": steering.kind,
         "control_file": file.path,
         "control_weight": steering.weight,
         "control_size": file.control_size,
         "keep_aspect": steering.keep_aspect,
-        "canny_source_url": None if steering.ready else place,
+        "canny_source_url": None if given_ready else place,
         "mask": hole,
-        "control_image": place if steering.ready else None,
+        "control_image": place if given_ready else None,
     }
