@@ -13,7 +13,7 @@ from core.checkpoint import config_metadata, load_module, save_tensors
 from core.conditioning import Conditions, find_text_encoder
 from core.config import ControlTrainConfig, controlnet_sizes, stage_c_sizes
 from core.control import CONTROL_SIZE, METADATA_KEY, Encoder, blurred, edges, half_size_latents, with_hole
-from core.control_types import training_of
+from core.control_types import picture_flags, training_of
 from core.data.loader import Batch
 from core.guidance_training import draw_noise, drop_conditions
 from core.images import save_image
@@ -228,9 +228,8 @@ def build(run: Run) -> Recipe:
 
 def how_to_use(run: Run) -> str:
     """The command that makes a picture under the ControlNet."""
-    mask = ("--mask", "MASK") if run.config.controlnet_filter == "inpainting" else ()
-    source = ("--canny_source_url", "PICTURE", *mask)
-    return run.inference_command("test_controlnet.py", "--control_file", *run.exports.files, *source)
+    given = picture_flags(run.config.controlnet_filter)
+    return run.inference_command("test_controlnet.py", "--control_file", *run.exports.files, *given)
 
 
 def check(config: ControlTrainConfig) -> None:

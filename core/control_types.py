@@ -54,6 +54,13 @@ def training_of(name: str) -> str:
     return way
 
 
+def picture_flags(name: str) -> tuple[str, ...]:
+    """How the picture, and what else this type needs, is given to inference/test_controlnet.py."""
+    if (way := control_type(name).inference) == "ready":
+        return ("--control_image", "PICTURE")
+    return ("--canny_source_url", "PICTURE", *(("--mask", "MASK") if way == "hole" else ()))
+
+
 def no_weights(name: str) -> str:
     """That there are no weights of a type, and the way out, as a part of a sentence."""
     trained = ", or train them with train/train_ultrapixel_control.py" if control_type(name).training else ""

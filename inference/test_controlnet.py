@@ -1,7 +1,8 @@
 """Controlled pictures: python inference/test_controlnet.py --prompt "..." --control_source FILE_OR_URL
 
-A ControlNet steers the low-resolution pass by a picture's edges, by what lies around a hole in it, or by a
-small picture that is to be made large; the guidance carries that to the high resolution.
+A ControlNet steers the low-resolution pass by a picture's edges, by what lies around a hole in it, by a small
+picture that is to be made large, or by a ready picture (depth, tile); the guidance carries that to the high
+resolution.
 """
 
 from __future__ import annotations

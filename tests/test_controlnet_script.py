@@ -18,6 +18,7 @@ from PIL import Image
 from random_family import randomise
 
 from core.checkpoint import config_metadata, save_tensors
+from core.control_types import CONTROL_TYPES, picture_flags
 from core.data.scenes import PLACES
 from core.data.scenes import SIZES as SCENE_SIZES
 from core.evaluation import held_out_cases, real_picture
@@ -127,6 +128,12 @@ def test_ready_edges_and_a_weight_of_zero(run: Run, weights: Path, tmp_path: Pat
         run(output_dir=tmp_path / str(weight), control_weight=weight, **given)
     (free,), (steered,) = (pictures(tmp_path / name) for name in ("0.0", "5.0"))
     assert not np.array_equal(pixels(free), pixels(steered))
+
+
+@pytest.mark.parametrize("kind", CONTROL_TYPES)
+def test_the_command_that_a_training_ends_with_fits_its_type(kind: str) -> None:
+    command = ["--prompt", "x", "--control", kind, "--control_file", "FILE", *picture_flags(kind)]
+    script.check_flags(script.parse(command))  # raises what does not fit
 
 
 @pytest.mark.parametrize("kind", ["depth", "tile"])
