@@ -26,7 +26,8 @@ import core.images
 import core.made
 import core.pictures
 import core.pipeline
-from core.cli import read_prompts
+from core import evaluation_run
+from core.cli import make_jobs, read_prompts
 from core.control import Control
 from core.images import read_image_metadata, take_path
 from core.made import Record, WeightHashes, infotext, picture_metadata
@@ -184,7 +185,7 @@ def test_the_output_folder_is_checked_before_anything_is_read(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(script, "make_pipeline", lambda _: pytest.fail("something was loaded"))
-    monkeypatch.setattr(evaluate, "load_recogniser", lambda *_: pytest.fail("something was loaded"))
+    monkeypatch.setattr(evaluation_run, "load_recogniser", lambda *_: pytest.fail("something was loaded"))
     monkeypatch.chdir(ROOT)
     for main, flags in ((script.main, ["--prompt", "a fox"]), (evaluate.main, [])):
         with pytest.raises(ValueError, match="output folder"):
@@ -333,7 +334,7 @@ def test_a_picture_is_repeated_and_read_by_others(tmp_path: Path, format: str) -
         comment = image.getexif().get_ifd(0x8769).get(0x9286, b"UNICODE\0")
         text = image.info.get("parameters") or comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
     assert read_as_a1111(text)["prompt"] == job.prompt and read_as_a1111(text)["Model"] == "stage_c"
-    (repeated,) = core.pictures.make_jobs(script.parse(["--from_image", str(path), "--dry_run"]))
+    (repeated,) = make_jobs(script.parse(["--from_image", str(path), "--dry_run"]))
     assert repeated == job
 
 
@@ -341,7 +342,7 @@ def test_a_picture_is_repeated_and_read_by_others(tmp_path: Path, format: str) -
 def test_pictures_of_before_are_repeated(format: str) -> None:
     old = ROOT / "tests" / "pictures" / f"settings_before_infotext.{format}"
     parsed = script.parse(["--from_image", str(old), "--dry_run"])
-    (job,) = core.pictures.make_jobs(parsed)
+    (job,) = make_jobs(parsed)
     prompt = 'a red house, "old" (left); 風車 🦁\nby the sea'
     assert job == Job(prompt, 64, 64, 7, "night, fog")
     assert (parsed.steps, parsed.cfg, parsed.config_c) == (2, 2.5, "configs/tiny/stage_c.yaml")
