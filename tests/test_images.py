@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
 from core import images
+from core.control import read_source
 from core.images import (
     FORMATS,
     check_format,
@@ -138,13 +139,25 @@ def test_colours_follow_the_profile(tmp_path, suffix, mode):
     assert near(load_image(tmp_path / "again.png"), (30, 200, 30))  # not exchanged once more
 
 
+def grey() -> bytes:
+    """A profile of grey with gamma 1."""
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
+    return icc(b"GRAY", {b"wtpt": b"XYZ " + bytes(16), b"kTRC": curve})
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
 def test_grey_profiles(tmp_path, mode):
-    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)  # gamma 1
-    profile = icc(b"GRAY", {b"wtpt": b"XYZ " + bytes(16), b"kTRC": curve})
     level = {"L": 55, "LA": (55, 255), "I;16": 55 * 257}[mode]
-    Image.new(mode, (5, 5), level).save(tmp_path / "a.png", icc_profile=profile)
+    Image.new(mode, (5, 5), level).save(tmp_path / "a.png", icc_profile=grey())
     assert near(load_image(tmp_path / "a.png"), (128,) * 3)
+
+
+def test_colours_of_transparent_parts_are_read_alike(tmp_path):
+    image = Image.new("LA", (5, 5), (55, 0))
+    image.save(tmp_path / "a.png", icc_profile=grey(), exif=b"Exif\0\0damaged")
+    source = read_source(tmp_path / "a.png")
+    assert near(source.unmixed, (128,) * 3) and near(source.picture, (255,) * 3)
+    assert source.hole.getpixel((2, 2)) == 255
 
 
 def test_profiles_that_are_damaged_or_of_another_mode_are_ignored(tmp_path):
