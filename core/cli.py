@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -243,12 +243,17 @@ def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
     )  # fmt: skip
 
 
-def check_weights(pipeline: UltraPixelPipeline, preset: str | None) -> None:
-    """Raise what is wrong with any weight file; where one is missing, also what runs without it."""
+def check_weights(
+    pipeline: UltraPixelPipeline, preset: str | None, others: Mapping[str, str] | None = None
+) -> None:
+    """Raise what is wrong with any weight file; where one is missing, also what runs without it.
+
+    `others` are files that the pipeline does not know yet: what each holds, by path.
+    """
     try:
-        pipeline.check_files()
+        pipeline.check_files(others)
     except (ValueError, FileNotFoundError) as error:
-        missing = any(not Path(path).exists() for path in pipeline.files().values())
+        missing = any(not Path(path).exists() for path in (*pipeline.files().values(), *(others or ())))
         if preset is None and missing and Path(located(PRESETS[EMBEDDED].pretrained_path)).exists():
             raise ValueError(f"{error}; --preset {EMBEDDED} runs now, its weights are here") from None
         raise

@@ -19,7 +19,7 @@ PEFT_ALPHA = 8  # where peft's configuration names none
 CONFIGURATIONS = ("lora_adapter_metadata", "adapter_config", "peft_config", "lora_config")  # JSON entries
 ARGUMENTS = ("ss_network_args", "network_args")  # JSON entries of kohya's trainer and LyCORIS
 WHOLE = "base_model.model"  # stands before names, and tells no component
-TEXT_COMPONENT = re.compile(r".*text.*|(lora_|prior_)*te\d*|clip(_\w)?")
+TEXT_COMPONENT = re.compile(r".*text.*|(lora_|prior_)*(te1?|te2)|clip(_\w)?")
 
 _KEYS = {  # what they mean
     **dict.fromkeys(("lora_alpha", "alpha", "network_alpha", "ss_network_alpha"), "alpha"),

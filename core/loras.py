@@ -67,6 +67,11 @@ def load_loras(texts: Sequence[str], config: StageCConfig) -> list[WeightedLora]
     return loras
 
 
+def named_files(texts: Sequence[str]) -> dict[str, str]:
+    """The files that FILE:WEIGHT name, and that each holds a LoRA; ValueError as `load_loras`."""
+    return {str(find_lora_file(path)): "LoRA" for path, _ in map(split_weight, texts)}
+
+
 def _name_from(lora: LoraFile, config: StageCConfig, path: str) -> LoraFile:
     """The LoRA with what its file does not tell of its new tokens."""
     tokens = lora.tokens

@@ -421,12 +421,12 @@ class UltraPixelPipeline:
         named["Stage A"] = self.config_b.stage_a_checkpoint_path
         return {**named, "text encoder": self.config_c.clip_text_path}
 
-    def check_files(self) -> None:
+    def check_files(self, others: Mapping[str, str] | None = None) -> None:
         """Raise what is wrong with any of the files, before the first of them is loaded.
 
-        All that do not exist are named at once.
+        All that do not exist are named at once, those of `others` too: what each holds, by path.
         """
-        files = {path: what for what, path in self.files().items()}
+        files = {path: what for what, path in self.files().items()} | dict(others or {})
         text_encoder = self.config_c.clip_text_path
         del files[text_encoder]
         check_files(files | absent_text_files(text_encoder))

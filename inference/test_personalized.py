@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from core.cli import (
     MODEL_FLAGS,
+    check_weights,
     home_path,
     make_jobs,
     make_pipeline,
@@ -59,10 +60,12 @@ def main(given: Sequence[str] | None = None) -> int:
     if not arguments.lora:
         raise ValueError("no LoRA was given: add --pretrained_path_lora FILE, or --lora FILE:WEIGHT")
     # These load torch, once the flags are read.
-    from core.loras import load_loras, uncalled
+    from core.loras import load_loras, named_files, uncalled
     from core.pictures import make_pictures
 
     pipeline = make_pipeline(arguments)
+    if not arguments.dry_run:
+        check_weights(pipeline, arguments.preset, named_files(arguments.lora))
     loras = load_loras(arguments.lora, pipeline.config_c)
     pipeline.set_loras(loras)
     for sentence in uncalled(loras, list(dict.fromkeys(job.prompt for job in jobs))):

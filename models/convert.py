@@ -2,7 +2,7 @@
 
 or take a combined file of ComfyUI apart: python models/convert.py IN --split FOLDER
 
-python models/convert.py models/lora_cat.safetensors cat.safetensors --to own \
+python models/convert.py models/lora_cat.safetensors cat.safetensors --to own \\
     --token "[roubaobao]" --initialise_from "^cat</w>"                   with its token, which the file lacks
 python models/convert.py models/lora_cat.safetensors comfyui.safetensors --to kohya --leave_out tokens
 python models/convert.py cat.safetensors comfyui.safetensors --to kohya --text_encoder models --dtype float16
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from core.cli import Help, home_path, run
 from core.lora_layouts import KOHYA, LAYOUTS
 from core.sizes import STAGE_C_VERSIONS, StageCSizes
 
@@ -26,32 +27,37 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument(
-        "source", metavar="IN",
+        "source", metavar="IN", type=home_path,
         help="a LoRA in any layout, or a folder of peft or OneTrainer; with --split, a combined file",
     )  # fmt: skip
-    parser.add_argument("target", metavar="OUT", nargs="?", help="the file to write, with peft a folder")
+    parser.add_argument(
+        "target", metavar="OUT", type=home_path, nargs="?", help="the file to write, with peft a folder"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--to", choices=LAYOUTS, help="layout of OUT; ComfyUI reads kohya's")
     what.add_argument(
-        "--split", metavar="FOLDER", help="take a combined file of ComfyUI apart, into a folder"
+        "--split",
+        metavar="FOLDER",
+        type=home_path,
+        help="take a combined file of ComfyUI apart, into a folder",
     )
     parser.add_argument(
         "--version",
-        help=f"of Stage C: {', '.join(STAGE_C_VERSIONS)} or a configuration; left out, found from the file",
+        help=f"of Stage C: {', '.join(STAGE_C_VERSIONS)} or a configuration (default: found from the file)",
     )
     parser.add_argument("--token", action="append", help="string of the new token; once for each of several")
     parser.add_argument(
         "--initialise_from", action="append", metavar="REGEX",
         help="vocabulary entries whose mean a token starts from, '' for none; once for each --token",
     )  # fmt: skip
-    parser.add_argument("--leave_out", nargs="+", choices=LEFT_OUT, default=[], help="what OUT has not")
-    parser.add_argument("--dtype", choices=DTYPES, help="number format of OUT; left out, float32")
     parser.add_argument(
-        "--text_encoder", metavar="FOLDER",
+        "--leave_out", nargs="+", choices=LEFT_OUT, default=[], help="what OUT has not (default: nothing)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="number format of OUT (default: float32)")
+    parser.add_argument(
+        "--text_encoder", metavar="FOLDER", type=home_path,
         help="turns offsets of tokens into whole rows where OUT holds those, and checks the text's updates",
     )  # fmt: skip
     options = parser.parse_args(arguments)
@@ -73,7 +79,6 @@ from pathlib import Path
 import torch
 
 from core.checkpoint import count_tensors, name_some, open_tensors, save_tensors
-from core.cli import run
 from core.combined import take_apart
 from core.conditioning import TextEncoder
 from core.config import stage_c_sizes

@@ -10,10 +10,15 @@ from conftest import ROOT
 
 from core import published
 from core.checkpoint import CheckpointError, check_file, check_files
+from core.cli import check_weights
 from core.conditioning import TextEncoder
+from core.config import ControlConfig
+from core.loras import named_files
 from core.pipeline import UltraPixelPipeline
 from core.presets import PRESETS
 from core.published import FILES, fetching, published_at
+
+BIG = PRESETS["small-big"]
 
 
 @pytest.fixture
@@ -78,6 +83,22 @@ def test_all_files_of_a_preset_are_missed_at_once(no_weights: Path, name: str) -
     assert message.startswith("8 files" if guidance else "7 files")
     assert "(Stage A, 73.7 MB)" in message and "(tokenizer, small text)" in message
     assert f": run python models/download.py --preset {name} (" in message and "\n" not in message
+
+
+def test_a_lora_and_a_controlnet_are_missed_with_the_rest(no_weights: Path) -> None:
+    pipeline = UltraPixelPipeline.from_config(ROOT / BIG.config_c, ROOT / BIG.config_b, BIG.pretrained_path)
+    pipeline.set_control(ControlConfig())
+    with pytest.raises(ValueError) as error:
+        check_weights(pipeline, None, named_files(["models/lora_cat.safetensors:0.5", "mine"]))
+    message = str(error.value)
+    assert message.startswith("11 files do not exist: ")
+    for part in (
+        "lora_cat.safetensors (LoRA, 6.38 MB)",
+        "mine (LoRA)",
+        "canny.safetensors (ControlNet, 218 MB)",
+    ):
+        assert part in message
+    assert " lora_cat.safetensors text_encoder" in message and "correct the other paths" in message
 
 
 def test_a_missing_text_encoder_names_what_helps(no_weights: Path) -> None:
