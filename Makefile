@@ -16,7 +16,7 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 	touch $(STAMP)
 
 demo: venv
-	$(BIN)/python inference/test_t2i.py --preset tiny --output_dir $(DEMO) \
+	$(BIN)/python inference/test_t2i.py --preset tiny-wide --output_dir $(DEMO) \
 		--prompt "a large red lighthouse on the left, by the sea, a dusk sky with a low sun"
 
 tiny: venv

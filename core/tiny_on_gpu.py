@@ -47,7 +47,7 @@ from modules.stage_c import StageC
 
 log = logging.getLogger(__name__)
 
-PRESET = PRESETS[EMBEDDED]
+PRESET = PRESETS["tiny-wide"]
 TRAININGS = {"stage_c", "guidance"}  # of --parts
 STAGE_C, GUIDANCE = "stage_c.safetensors", "ultrapixel_t2i.safetensors"
 SHARE_OF_C = 0.68  # of --minutes
