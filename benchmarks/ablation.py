@@ -42,6 +42,7 @@ from core.offload import Offloaded
 from core.passes import C_LATENT, in_halves, prepare_stage_c
 from core.pipeline import DTYPES, ControlEntries, Job, Observer, UltraPixelPipeline
 from core.presets import EMBEDDED, PRESETS
+from core.progress import counting
 from core.resolution import Plan, guidance_strength, plan
 from core.settings import TRAINING_R, Settings
 from core.sizes import GuidanceSizes
@@ -236,9 +237,7 @@ def measure(
     evaluation = Evaluation(pipeline, judge, cases, variant.settings)
     sheets = Sheets(Path(arguments.folder), min(SHOWN, len(cases)))
     with tqdm(total=len(cases), desc=variant.label, unit="picture") as bar:
-        (measured,) = evaluation.pictures(
-            size, [View(name, size)], lambda progress: bar.update(progress.stage == "stage A"), sheets
-        )
+        (measured,) = evaluation.pictures(size, [View(name, size)], counting(bar, "stage A"), sheets)
     return measured
 
 

@@ -34,6 +34,7 @@ from core.images import save_image, to_image
 from core.loras import load_loras
 from core.presets import EMBEDDED
 from core.preview import contact_sheet
+from core.progress import counting
 from core.resolution import plan
 
 SUBJECT = re.compile(r"striped (hot air )?balloon")  # as captions say it
@@ -143,9 +144,7 @@ def main(given: Sequence[str] | None = None) -> None:
         evaluation = Evaluation(pipeline, judge, row.cases, settings)
         total = arguments.num_image * (2 * settings.steps + settings.steps_b + 1)
         with tqdm(desc=row.name, total=total, unit="step") as bar:
-            measured += evaluation.pictures(
-                size, [View(row.name, size)], lambda _, bar=bar: bar.update(), sheet
-            )
+            measured += evaluation.pictures(size, [View(row.name, size)], counting(bar), sheet)
     path = sheet.save(Path(arguments.output_dir) / f"personalized_{by(size).replace(' ', '')}.png")
     print(f"{arguments.num_image} held-out scenes from seed {arguments.seed} at {by(size)}: {path}\n")
     print(report(rows, measured))

@@ -25,6 +25,7 @@ from core.made import WeightHashes
 from core.paths import PROJECT, located
 from core.pipeline import UltraPixelPipeline, load_encoder
 from core.preview import contact_sheet
+from core.progress import counting
 from core.resolution import Size, plan
 from core.settings import Job, Settings
 from modules.recogniser import Recogniser
@@ -171,14 +172,12 @@ def evaluate(arguments: argparse.Namespace, settings: Settings, sizes: Sequence[
         evaluation = replace(guided, pipeline=pipeline if series.guided else unguided)
         total = count * (2 * settings.steps + steps)
         with tqdm(desc=series.views[0].name, total=total, unit="step") as bar:
-            measured += evaluation.pictures(
-                series.size, series.views, lambda _, bar=bar: bar.update(), sheets
-            )
+            measured += evaluation.pictures(series.size, series.views, counting(bar), sheets)
         measured.sort(key=lambda m: m.view.baseline)
         write()
     for size in sizes if encoder else ():
         with tqdm(desc=f"{by(size)}, round trip", total=count * steps, unit="step") as bar:
-            trips.append(guided.round_trip(encoder, size, lambda _, bar=bar: bar.update()))
+            trips.append(guided.round_trip(encoder, size, counting(bar)))
         write()
     notes += [FEW] if measured[0].few_pictures else []
     title = f"{count} held-out scenes from seed {arguments.seed}: {folder}"

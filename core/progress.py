@@ -50,6 +50,15 @@ def harmless(observer: Observer) -> Observer:
     return called
 
 
+def counting(bar: tqdm, stage: str | None = None) -> Observer:
+    """An observer that counts all steps on a bar, or those of one stage; the bar's answer ends nothing."""
+
+    def count(progress: Progress) -> None:
+        bar.update(stage is None or progress.stage == stage)
+
+    return count
+
+
 def _name(observer: Observer) -> str:
     return getattr(observer, "__name__", type(observer).__name__)
 

@@ -31,7 +31,7 @@ from core.layouts import guidance_names
 from core.noising import noised
 from core.paths import located
 from core.pipeline import DTYPES, UltraPixelPipeline, load_encoder
-from core.presets import EMBEDDED, PRESETS
+from core.presets import PRESETS
 from core.preview import contact_sheet
 from core.scene_pool import Drawers, Encoders, Kind, Pool, Pools, Samples
 from core.settings import Settings

@@ -34,6 +34,7 @@ from core.made import Record, WeightHashes, infotext, picture_metadata
 from core.pictures import Gallery, make_pictures, save_beside
 from core.pipeline import Job, Picture, UltraPixelPipeline
 from core.printable import printable, say
+from core.progress import Progress, counting
 from core.settings import Settings
 
 sys.path.insert(0, str(ROOT / "inference"))
@@ -422,3 +423,17 @@ def test_a_line_of_blanks_separates_prompts(tmp_path: Path) -> None:
 
 def test_a_taken_name_is_taken_at_once(tmp_path: Path) -> None:
     assert [take_path(tmp_path, "a", "png").name for _ in range(2)] == ["a.png", "a_2.png"]
+
+
+def test_a_bar_that_counts_ends_no_run() -> None:
+    class Bar:
+        counted = 0
+
+        def update(self, steps: int) -> bool:  # as tqdm, which returns True where it was drawn
+            self.counted += steps
+            return True
+
+    bar = Bar()
+    observer = counting(bar, "stage A")
+    assert [observer(Progress(stage, JOBS[0], 1, 1)) for stage in ("stage A", "stage B")] == [None, None]
+    assert bar.counted == 1
