@@ -99,7 +99,8 @@ def _read_written(path: Path, last: str) -> dict[str, Any] | None:
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         values = None
     if not isinstance(values, dict) or last not in values:
-        log.warning("%s is damaged or not complete, and is not compared with the present one", path)
+        if launch.is_main():
+            log.warning("%s is damaged or not complete, and is not compared with the present one", path)
         return None
     return values
 
@@ -219,6 +220,21 @@ def plain_positions(
         yield batch, asdict(after)
 
 
+def leave_a_core_free() -> None:
+    """Compute with one thread fewer than there are cores, where OMP_NUM_THREADS does not say how many.
+
+    Threads meet some thousand times in an update. One that shares its core with another process, be it the
+    training's own that reads data, lets all others wait there, each time for as long as that process may run.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() - 1)))
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def train(
     config: RunConfig,
     files: Iterable[str | None],
@@ -232,6 +248,8 @@ def train(
     mixed = "bf16" if mixed_precision else "no"
     ignore_accelerate_variables()
     accelerator = join(mixed_precision=mixed, log_with=tracker, project_dir=folder)
+    if accelerator.device.type == "cpu":
+        leave_a_core_free()
     accelerator.init_trackers(config.experiment_id, init_kwargs={"wandb": {"dir": str(folder)}})
     exports = Exports(folder, config.overwrite_export)
     recipe = build(Run(config, accelerator, data, folder, exports))
