@@ -86,7 +86,10 @@ def make(part: Part) -> None:
 
 def train(script: str, config: Path) -> int:
     """Run a training script; its exit code, once it has saved where this script is stopped."""
-    with subprocess.Popen([sys.executable, f"train/{script}.py", str(config)], cwd=ROOT) as process:
+    threads = str(os.cpu_count() or 1)  # nothing else is expected to run: no core is left free
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    command = [sys.executable, f"train/{script}.py", str(config)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the training by itself
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         return process.wait()
