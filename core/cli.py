@@ -295,6 +295,10 @@ def read_prompts(path: str | Path) -> list[str]:
         text = Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: the prompt file is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(
+            f"--prompt_file {path} cannot be read ({error.strerror}): name a text file"
+        ) from None
     prompts = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:

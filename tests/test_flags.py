@@ -14,7 +14,15 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from core.cli import home_path, make_jobs, parse_with_preset, picture_parser, run, settings_of
+from core.cli import (
+    home_path,
+    make_jobs,
+    parse_with_preset,
+    picture_parser,
+    read_prompts,
+    run,
+    settings_of,
+)  # fmt: skip
 from core.images import read_image_metadata, save_image
 from core.presets import PRESETS
 from core.prompts import doubts, taken_as_words
@@ -219,3 +227,12 @@ def test_a_preset_works_from_any_folder(elsewhere: Path, capsys: pytest.CaptureF
         (made,) = (path for path in folder.iterdir() if not path.stem.endswith("_control"))
         stored = read_image_metadata(made)
         assert stored["config_c"] == PRESETS["tiny"].config_c  # so that it can be repeated from any folder
+
+
+def test_a_file_of_prompts_that_is_not_there_is_named_with_its_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: read_prompts(tmp_path / "nope.txt") and None)
+    assert ended.value.code == 2
+    assert f"--prompt_file {tmp_path / 'nope.txt'} cannot be read" in capsys.readouterr().err
