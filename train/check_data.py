@@ -59,7 +59,8 @@ def main() -> int:
     reasons = [reason for _, reason in broken]
     check_broken(arguments.folder, len(broken), len(found) + len(broken), config.max_broken, reasons)
     if not found:
-        raise ValueError(f"{arguments.folder}: it holds no picture, but {counted(left_out)}")
+        besides = f", and holds {counted(left_out)}" if left_out else ""
+        raise ValueError(f"{arguments.folder}: it holds no picture that can be used{besides}")
     return 0
 
 
