@@ -58,7 +58,7 @@ def picture_flags(name: str) -> tuple[str, ...]:
     """How the picture, and what else this type needs, is given to inference/test_controlnet.py."""
     if (way := control_type(name).inference) == "ready":
         return ("--control_image", "PICTURE")
-    return ("--canny_source_url", "PICTURE", *(("--mask", "MASK") if way == "hole" else ()))
+    return ("--control_source", "PICTURE", *(("--mask", "MASK") if way == "hole" else ()))
 
 
 def no_weights(name: str) -> str:
