@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from core.cli import home_path
+
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", help="where the files go; it is made if it is not there")
+    parser.add_argument("folder", type=home_path, help="where the files go; it is made if it is not there")
     return parser.parse_args(arguments)
 
 

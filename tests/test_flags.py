@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import random_family
 from conftest import ROOT
 from PIL import Image
 
@@ -206,6 +207,7 @@ def test_a_tilde_in_any_path_flag_is_the_home_folder(elsewhere: Path) -> None:
     assert [controlled[name] for name in ("canny_source_url", *flags[1:])] == [f"{home}/{n}" for n in flags]
     assert test_controlnet.parse(["--canny_source_url=~/a.png"]).canny_source_url == f"{home}/a.png"
     assert test_personalized.parse(["--lora=~/a.safetensors:0.8"]).lora == [f"{home}/a.safetensors:0.8"]
+    assert random_family.parse(["~/family"]).folder == f"{home}/family"
     with pytest.raises(argparse.ArgumentTypeError, match="no user's home folder is ~no_such_user_"):
         home_path("~no_such_user_/pictures")
     (elsewhere / "~old.yaml").touch()
