@@ -149,6 +149,8 @@ for rank in "01":
     workers.append(subprocess.Popen([sys.executable, *sys.argv[1:]], env=environment))
 while all(worker.poll() is None for worker in workers):
     time.sleep(0.05)
+for worker in workers:
+    worker.terminate()
 print("a table of torch's")
 sys.exit(1)
 """
