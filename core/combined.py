@@ -23,10 +23,12 @@ _ONLY_IN_COMBINED = re.compile(
 )
 _PARTS = {  # what stands before the names of each
     "network": re.compile(r"(model\.)?diffusion_model\."),
-    "text": re.compile(r"(text_encoders?|cond_stage_model)\.(clip_g\.)?(transformer\.)?"),
+    "text": re.compile(r"(text_encoders?|cond_stage_model)\.(clip_g\.)?(model\.)?(transformer\.)?"),
     "vision": re.compile(r"clip_l_vision\."),
-    "encoder": re.compile(r"(vae|first_stage_model)\.encoder\."),
-    "previewer": re.compile(r"(vae|first_stage_model)\.previewer\."),
+    "encoder": re.compile(
+        r"(vae|first_stage_model)\.((encoder|effnet)\.)?(?=(backbone|mapper)\.|mean$|std$)"
+    ),
+    "previewer": re.compile(r"(vae|first_stage_model)\.(previewer\.)?(?=blocks\.)"),
     "decoder": re.compile(r"(vae|first_stage_model)\."),
 }
 _FILES = {  # by the first words of what `identify` calls them

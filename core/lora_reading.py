@@ -106,7 +106,7 @@ def read_lora(path: PathLike, sizes: StageCSizes | None = None) -> LoraFile:
     notes = read_config(file, NOTES)
     try:
         notes = {} if notes is None else _braces(notes, f"the metadata entry {NOTES!r}")
-        source = _sort(tensors, notes, _read_statements(file))
+        source = _sort(tensors, notes, file)
         lora = _understand(source, sizes)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -141,9 +141,7 @@ def find_lora_file(path: PathLike) -> Path:
 # --- by the forms of the names --------------------------------------------------------------------
 
 
-def _sort(
-    tensors: Mapping[str, Tensor], notes: Mapping[str, Any], statements: Sequence[Statement]
-) -> _Source:
+def _sort(tensors: Mapping[str, Tensor], notes: Mapping[str, Any], file: Path) -> _Source:
     matrices: dict[str, dict[str, str]] = {}
     token_names, unknown = [], []
     for name in tensors:
@@ -159,7 +157,8 @@ def _sort(
     for base in [base for base, kinds in matrices.items() if list(kinds) == ["alpha"]]:
         unknown += matrices.pop(base).values()  # of something else than LoRA
     tokens = _read_tokens({name: tensors[name] for name in token_names}, notes)
-    return _Source(tensors, matrices, tokens, unknown, notes, statements)
+    whole = all("alpha" in kinds for kinds in matrices.values())
+    return _Source(tensors, matrices, tokens, unknown, notes, _read_statements(file, with_adapter=not whole))
 
 
 def _read_tokens(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> LoraTokens | None:
@@ -200,10 +199,10 @@ def _texts(notes: Mapping[str, Any], key: str, kind: Any) -> tuple[Any, ...] | N
     return tuple(texts)
 
 
-def _read_statements(file: Path) -> list[Statement]:
-    """What stands of alphas in peft's configuration beside a file, and in its metadata."""
+def _read_statements(file: Path, with_adapter: bool) -> list[Statement]:
+    """What stands of alphas in a file's metadata, and in peft's configuration beside it."""
     statements = stated_by_metadata(read_metadata(file))
-    if (path := file.with_name(PEFT_CONFIG)).is_file():
+    if with_adapter and (path := file.with_name(PEFT_CONFIG)).is_file():
         try:
             config = _braces(json.loads(path.read_text("utf-8")), "it")
         except ValueError as error:

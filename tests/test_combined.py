@@ -119,6 +119,13 @@ def test_other_prefixes_and_an_older_projection() -> None:
         assert_same(part.tensors, tiny(part.file.removesuffix(".safetensors")))
 
 
+def test_an_encoder_and_a_previewer_without_prefixes_of_their_own() -> None:
+    parts, others = take_apart(behind("vae.", tiny("previewer") | tiny("effnet_encoder")))
+    assert others == [] and len(parts) == 2
+    for part in parts:
+        assert_same(part.tensors, tiny(part.file.removesuffix(".safetensors")))
+
+
 def test_the_text_encoders_configuration_follows_from_its_tensors() -> None:
     parts, _ = take_apart(combined_b())
     (config,) = (part.config for part in parts if part.config)

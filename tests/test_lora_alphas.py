@@ -158,6 +158,11 @@ def test_tensors_come_first(tmp_path: Path, alpha: Tensor) -> None:
         assert scales(write(tmp_path, tensors, metadata)) == [0.5, 0.5]
 
 
+def test_a_configuration_beside_a_file_that_needs_none_is_another_ones(tmp_path: Path) -> None:
+    for adapter in ({"r": 8, "use_dora": True}, {"r": 8, "use_rslora": True}, [1]):
+        assert scales(write(tmp_path, layers("prior.", alpha=torch.tensor(2.0)), {}, adapter)) == [0.5, 0.5]
+
+
 def test_the_configuration_beside_the_file_holds_for_every_layout(tmp_path: Path) -> None:
     for prefix in ("prior.", "base_model.model.", ""):
         assert scales(write(tmp_path, layers(prefix), {"title": "x"}, PEFT)) == [4, 4]
