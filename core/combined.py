@@ -21,15 +21,14 @@ _ONLY_IN_COMBINED = re.compile(
     r"(model\.)?diffusion_model\.clf\.1\.weight|(vae|first_stage_model|clip_l_vision)\..+"
     r"|(text_encoders?|cond_stage_model)\..*\btoken_embedding\.weight"
 )
+_DECODER = r"(vae|first_stage_model)\."
 _PARTS = {  # what stands before the names of each
     "network": re.compile(r"(model\.)?diffusion_model\."),
     "text": re.compile(r"(text_encoders?|cond_stage_model)\.(clip_g\.)?(model\.)?(transformer\.)?"),
     "vision": re.compile(r"clip_l_vision\."),
-    "encoder": re.compile(
-        r"(vae|first_stage_model)\.((encoder|effnet)\.)?(?=(backbone|mapper)\.|mean$|std$)"
-    ),
-    "previewer": re.compile(r"(vae|first_stage_model)\.(previewer\.)?(?=blocks\.)"),
-    "decoder": re.compile(r"(vae|first_stage_model)\."),
+    "encoder": re.compile(_DECODER + r"((encoder|effnet)\.)?(?=(backbone|mapper)\.|mean$|std$)"),
+    "previewer": re.compile(_DECODER + r"(previewer\.)?(?=blocks\.)"),
+    "decoder": re.compile(_DECODER),
 }
 _FILES = {  # by the first words of what `identify` calls them
     "Stage C": "stage_c", "Stage B": "stage_b", "Stage A": "stage_a",

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import convert  # noqa: E402  of models/, which conftest adds to the path
 import pytest
 import torch
 from conftest import ROOT
@@ -73,27 +72,23 @@ def combined_b() -> Tensors:
     }
 
 
-def split(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "models" / "convert.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
-
-
 def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
 
 
-def test_a_combined_file_is_taken_apart_and_loads(tmp_path: Path) -> None:
+def test_a_combined_file_is_taken_apart_and_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file(combined_c() | {"odd.weight": torch.ones(1)}, tmp_path / "all in one.safetensors")
     folder = tmp_path / "parts"
-    done = split(tmp_path / "all in one.safetensors", "--split", folder)
-    assert done.returncode == 0, done.stderr
-    assert "left out: 1 tensor is of no known network (odd.weight)" in done.stdout
-    assert "the tokenizer is not in the file: run python models/download.py tokenizer/" in done.stdout
+    command = [str(tmp_path / "all in one.safetensors"), "--split", str(folder)]
+    convert.main(command)
+    said = capsys.readouterr().out
+    assert "left out: 1 tensor is of no known network (odd.weight)" in said
+    assert "the tokenizer is not in the file: run python models/download.py tokenizer/" in said
     for name in ("stage_c", "effnet_encoder", "previewer", "text_encoder/model"):
         assert_same(load_file(folder / f"{name}.safetensors"), tiny(name))
-        assert f"wrote   {folder / name}.safetensors" in done.stdout
+        assert f"wrote   {folder / name}.safetensors" in said
     assert not (folder / "stage_b.safetensors").exists()
     load_module(BUILD, folder / "stage_c.safetensors", dtype=torch.float32, what="Stage C")
     shutil.copytree(TINY_FOLDER / "tokenizer", folder / "tokenizer")
@@ -102,9 +97,8 @@ def test_a_combined_file_is_taken_apart_and_loads(tmp_path: Path) -> None:
         own.encode(["a red house"], "cpu")["a red house"].tokens,
         theirs.encode(["a red house"], "cpu")["a red house"].tokens,
     )
-    again = split(tmp_path / "all in one.safetensors", "--split", folder)
-    assert again.returncode == 2 and "Traceback" not in again.stderr
-    assert f"{folder / 'stage_c.safetensors'}" in again.stderr and "would be replaced" in again.stderr
+    with pytest.raises(ValueError, match="stage_c.safetensors, .*config.json would be replaced"):
+        convert.main(command)
 
 
 def test_other_prefixes_and_an_older_projection() -> None:
@@ -145,7 +139,7 @@ def test_float8_weights_keep_their_scales(tmp_path: Path) -> None:
             tensors[name.replace(".weight", ".scale_weight")] = scale
             wanted[name] = tensors[name].float() * scale
     save_file(behind("model.diffusion_model.", tensors), tmp_path / "c.safetensors")
-    assert split(tmp_path / "c.safetensors", "--split", tmp_path / "parts").returncode == 0
+    convert.main([str(tmp_path / "c.safetensors"), "--split", str(tmp_path / "parts")])
     stored = load_file(tmp_path / "parts" / "stage_c.safetensors")
     assert torch.float8_e4m3fn in {tensor.dtype for tensor in stored.values()}
     found = read_tensors(tmp_path / "parts" / "stage_c.safetensors", torch.float32)
@@ -182,9 +176,16 @@ def test_what_cannot_be_taken_apart_is_refused(tmp_path: Path) -> None:
     del incomplete["model.diffusion_model.down_blocks.0.2.attention.attn.to_v.weight"]
     with pytest.raises(ValueError, match="down_blocks.0.2.attention.attn.to_v.weight is not beside"):
         take_apart(incomplete)
-    done = split(TINY_FOLDER / "stage_a.safetensors", "--split", tmp_path)
-    assert done.returncode == 2 and "is no combined file of Stable Cascade" in done.stderr
-    done = split("a.safetensors", "b.safetensors", "--split", tmp_path)
-    assert done.returncode == 2 and "leave b.safetensors out" in done.stderr
-    done = split("a.safetensors", "--to", "own")
-    assert done.returncode == 2 and "OUT is missing" in done.stderr
+    with pytest.raises(ValueError, match="stage_a.safetensors is no combined file of Stable Cascade"):
+        convert.main([str(TINY_FOLDER / "stage_a.safetensors"), "--split", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [(["b.safetensors", "--split", "parts"], "leave b.safetensors out"), (["--to", "own"], "OUT is missing"),
+     ([], "one of the arguments --to --split is required")],
+)  # fmt: skip
+def test_wrong_flags_are_told(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        convert.main(["a.safetensors", *flags])
+    assert message in capsys.readouterr().err
