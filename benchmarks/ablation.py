@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from core.checkpoint import check_file
 from core.cli import device_named, run
-from core.conditioning import TextCondition
+from core.clip import TextCondition
 from core.config import TrainConfig, guidance_sizes
 from core.config_files import as_yaml, load
 from core.data.loader import Batch

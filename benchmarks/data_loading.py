@@ -23,8 +23,10 @@ from core.config import SceneData
 from core.data.buckets import make_buckets
 from core.data.folder import index_folder
 from core.data.loader import IndexedData, LoaderSettings, batches, into_buckets
-from core.data.scenes import caption, render, sample_scene
-from core.data.sources import DrawnScenes
+from core.scenes.captions import caption
+from core.scenes.drawing import render
+from core.scenes.drawn import DrawnScenes
+from core.scenes.scene import sample_scene
 from core.trainer import Trainer, TrainSettings
 
 PICTURES = 48

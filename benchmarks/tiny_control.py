@@ -41,13 +41,14 @@ from core.cli import (
 )
 from core.config import ControlConfig
 from core.control import CONTROL_WEIGHT, Control, Source, edge_control
-from core.data.scenes import AFLOAT, LANDS, SKIES, SUBJECTS, WHERE, Scene
 from core.evaluation import Case, held_out_cases, real_picture
 from core.images import save_image, to_image
 from core.pipeline import GROUP, Job, UltraPixelPipeline
 from core.preview import row_of, sheet
-from core.resolution import Size
+from core.scenes.captions import AFLOAT, LANDS, SKIES, SUBJECTS, WHERE
+from core.scenes.scene import Scene
 from core.settings import Settings
+from core.sizes import Size
 
 SIZES = ((128, 128), (512, 512))
 SIDE = 128  # px at which outlines are compared

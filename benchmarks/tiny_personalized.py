@@ -27,7 +27,6 @@ from core.cli import (
     run,
     settings_of,
 )
-from core.data.scenes import EXTRA_SUBJECTS, caption
 from core.evaluation import Case, Evaluation, Judge, Measured, View, held_out_cases
 from core.evaluation_run import CELL, TINY, by, load_recogniser, table
 from core.images import save_image, to_image
@@ -36,6 +35,8 @@ from core.presets import EMBEDDED
 from core.preview import contact_sheet
 from core.progress import counting
 from core.resolution import plan
+from core.scenes.captions import caption
+from core.scenes.scene import EXTRA_SUBJECTS
 
 SUBJECT = re.compile(r"striped (hot air )?balloon")  # as captions say it
 SHOWN = 4  # scenes on the sheet

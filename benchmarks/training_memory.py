@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import modules.torchvision_operators  # noqa: F401  before transformers
-from core.conditioning import TextCondition
+from core.clip import TextCondition
 from core.config import LatentGeometry
 from core.data.loader import Batch
 from core.guidance_training import GuidedStageC, draw_noise, drop_conditions, noise_latents

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from core.conditioning import Conditions, TextCondition
+from core.clip import TextCondition
+from core.conditioning import Conditions
 from core.config import stage_c_sizes
 from core.evaluation import Case, Judge, Measured, View, enlarge
 from core.passes import (

@@ -35,6 +35,7 @@ DTYPE_NAMES = {
 }  # fmt: skip
 FLOAT16_NAMES = ("fp16", "float16", "half")
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype")  # what tells which models made a picture
+OWN_PACKAGES = ("core", "gdf", "modules")
 FACTS = ("versions", "weights")  # in pictures, besides the values of flags
 
 
@@ -53,6 +54,12 @@ def run(main: Callable[[], int | None]) -> None:
         fail("interrupted", 130)
     except (ValueError, OSError) as error:
         fail(f"error: {error}", 2)
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        if package in OWN_PACKAGES:
+            raise
+        lacking = f"the package {package} is missing: pip install -r requirements.txt"
+        fail(f"error: {lacking if package else error}", 2)
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             if processes() == 1:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeVar
 
 from core.control_types import control_type, training_of
-from core.data.scenes import ATTRIBUTES
 from core.sizes import (
     PUBLISHED,
     STAGE_B_VERSIONS,
@@ -117,21 +116,17 @@ class StageBConfig:
 
 @dataclass(frozen=True)
 class SceneData:
-    """Training pictures that are drawn as they are needed (`core.data.scenes`)."""
+    """Training pictures that are drawn as they are needed (`core.scenes`)."""
 
     count: int = 60000  # different scenes in an epoch
     split: Literal["train", "held_out"] = "train"  # held_out: scenes that no training shows
     scales: tuple[int, ...] = (1,)  # scenes are drawn this many times as large, then cut out; equal chances
     without_colour: float = 0.0  # share of the pictures whose caption leaves out the subject's colour
-    subjects: tuple[str, ...] = ATTRIBUTES["subject"]  # one that is listed twice comes twice as often
+    # one that is listed twice comes twice as often; none: all of them
+    subjects: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _require_positive(self, "count", "scales")
-        known = ATTRIBUTES["subject"]
-        if not self.subjects or not set(self.subjects) <= set(known):
-            raise ValueError(
-                f"'subjects' of scenes are some of {', '.join(known)}, not {list(self.subjects)}"
-            )
         _require_share(self, "without_colour")
 
 

@@ -19,13 +19,11 @@ from torch.nn import functional as F
 from core.checkpoint import CheckpointError, read_config, read_shapes
 from core.config import ControlConfig, LatentGeometry, check_proj_blocks
 from core.control_types import CONTROL_TYPES, control_type, controlnet_name, no_weights
-from core.data.folder import NamedBytes
-from core.images import load_image, open_image, upright_parts
+from core.images import NamedBytes, load_image, open_image, upright_parts
 from core.layouts import A_CONTROLNET, control_channels, describe_mismatch, identify
 from core.paths import located
 from core.presets import DEFAULT
-from core.resolution import Size
-from core.sizes import ControlNetSizes, StageCSizes
+from core.sizes import ControlNetSizes, Size, StageCSizes
 from modules.effnet import imagenet_normalise
 
 CONTROL_WEIGHT = DEFAULT.control_weight

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint import config_metadata, load_module, save_tensors
-from core.conditioning import Conditions, find_text_encoder
+from core.clip import find_text_encoder
+from core.conditioning import Conditions
 from core.config import ControlTrainConfig, controlnet_sizes, stage_c_sizes
 from core.control import CONTROL_SIZE, METADATA_KEY, Encoder, blurred, edges, half_size_latents, with_hole
 from core.control_types import picture_flags, training_of

@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.data.scenes import ATTRIBUTES, Scene, caption, labels, render, sample_scene
 from core.passes import decode_picture
 from core.pipeline import GROUP, Job, Observer, UltraPixelPipeline
 from core.random_keys import generator_of
-from core.resolution import Plan, Size, plan
+from core.resolution import Plan, plan
+from core.scenes.captions import caption
+from core.scenes.drawing import render
+from core.scenes.scene import ATTRIBUTES, Scene, labels, sample_scene
 from core.settings import Settings
+from core.sizes import Size
 from modules.effnet import EfficientNetEncoder, imagenet_normalise
 from modules.recogniser import SIDE, Recogniser, resize
 from modules.stage_a import StageA

@@ -17,8 +17,6 @@ from tqdm import tqdm
 
 from core.checkpoint import load_module, read_config
 from core.cli import MODEL_FLAGS, check_weights, make_pipeline
-from core.data.labelled import CLASSES
-from core.data.scenes import ATTRIBUTES
 from core.evaluation import Case, Evaluation, Judge, Measured, RoundTrip, View, held_out_cases
 from core.images import prepare_folder, safe_stem, save_image, to_image
 from core.made import WeightHashes
@@ -26,8 +24,11 @@ from core.paths import PROJECT, located
 from core.pipeline import UltraPixelPipeline, load_encoder
 from core.preview import contact_sheet
 from core.progress import counting
-from core.resolution import Size, plan
+from core.resolution import plan
+from core.scenes.labelled import CLASSES
+from core.scenes.scene import ATTRIBUTES
 from core.settings import Job, Settings
+from core.sizes import Size
 from modules.recogniser import Recogniser
 
 TINY = PROJECT / "models" / "tiny"  # the recogniser, and the text encoder that knows the scenes' words

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint import config_metadata, load_module, save_tensors
-from core.conditioning import Conditions, find_text_encoder, stack
+from core.clip import find_text_encoder
+from core.conditioning import Conditions, stack
 from core.config import TrainConfig, guidance_sizes, stage_c_sizes
 from core.data.loader import Batch
 from core.images import save_image

@@ -83,6 +83,20 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(eight_bit.permute(1, 2, 0).cpu().contiguous().numpy())
 
 
+class NamedBytes(BytesIO):
+    """A file's content in memory, which error messages call by a name."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+    def __format__(self, spec: str) -> str:
+        return format(self._name, spec)
+
+
 @cache
 def picture_suffixes() -> frozenset[str]:
     """The suffixes, in lower case, of the picture formats that this installation's Pillow reads."""

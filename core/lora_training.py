@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint import load_module
-from core.conditioning import find_text_encoder, stack
+from core.clip import find_text_encoder
+from core.conditioning import stack
 from core.config import PersonalizedTrainConfig, phases, stage_c_sizes
 from core.data.loader import Batch
 from core.data.sources import names_shards

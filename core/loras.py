@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from core.conditioning import TextEncoder
+from core.clip import TextEncoder
 from core.config import StageCConfig, stage_c_sizes
 from core.lora_files import LoraFile, LoraTokens, name_tokens
 from core.lora_reading import find_lora_file, find_version, read_lora

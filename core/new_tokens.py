@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, normalizers
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
-from core.conditioning import TextEncoder
+from core.clip import TextEncoder
 from core.lora_files import LoraTokens
 
 WORD_END = "</w>"  # of a vocabulary entry that ends a word

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.conditioning import Conditions, TextEncoder
+from core.clip import TextEncoder
+from core.conditioning import Conditions
 from core.config import PersonalizedTrainConfig, phases, stage_c_sizes
 from core.data.buckets import make_buckets
 from core.data.folder import FolderIndex

@@ -17,15 +17,8 @@ from tqdm import auto
 
 from core.arguments import first_seed, number, picture_count, prompts_of, text, whole_number
 from core.checkpoint import check_files, load_module, read_config
-from core.conditioning import (
-    Conditions,
-    TextCondition,
-    TextEncoder,
-    absent_text_files,
-    conditions,
-    find_text_encoder,
-    stack,
-)
+from core.clip import TextCondition, TextEncoder, absent_text_files, find_text_encoder
+from core.conditioning import Conditions, conditions, stack
 from core.config import (
     ControlConfig,
     StageBConfig,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from core.checkpoint import config_metadata, save_tensors
 from core.config import RecogniserTrainConfig
-from core.data.labelled import CLASSES, LabelledScenes, blur
 from core.data.loader import Batch
-from core.data.scenes import ATTRIBUTES
+from core.scenes.labelled import CLASSES, LabelledScenes, blur
+from core.scenes.scene import ATTRIBUTES
 from core.trainer import Recipe, StepLoss
 from core.training import Run, train
 from modules.recogniser import Recogniser, accuracies, attribute_losses

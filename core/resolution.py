@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.config import LatentGeometry
-
-Size = tuple[int, int]  # (height, width)
+from core.sizes import Size
 
 STAGE_A_COMPRESSION = 4  # pixels per side of one Stage B latent pixel
 STAGE_B_PATCH = 2  # Stage B's latent sides must divide by this

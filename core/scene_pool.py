@@ -25,8 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.conditioning import Conditions, TextEncoder
-from core.data.scenes import caption, render, sample_scene
+from core.clip import TextEncoder
+from core.conditioning import Conditions
+from core.scenes.captions import caption
+from core.scenes.drawing import render
+from core.scenes.scene import sample_scene
 from core.training_encoders import encode_latent
 from modules.effnet import EfficientNetEncoder
 from modules.recogniser import Recogniser

@@ -1,10 +1,11 @@
-"""Sizes of the networks: constructor values, and the published models by their version."""
+"""Sizes: of maps, and of the networks, whose constructor values the published models have by version."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+Size = tuple[int, int]  # (height, width)
 Upsampling = Literal["implicit", "bilinear"]  # of the guidance: modules.guidance.UPSAMPLINGS
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.checkpoint import load_module
-from core.conditioning import TextEncoder, find_text_encoder
+from core.clip import TextEncoder, find_text_encoder
 from core.config import StageBTrainConfig, effnet_sizes, stage_a_sizes, stage_b_sizes
 from core.data.loader import Batch
 from core.exports import Export

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint import config_metadata, save_tensors
-from core.conditioning import find_text_encoder, stack
+from core.clip import find_text_encoder
+from core.conditioning import stack
 from core.config import StageCTrainConfig, stage_c_sizes
 from core.data.loader import Batch
 from core.guidance_training import draw_noise, drop_conditions

@@ -24,10 +24,10 @@ from core.control import (
     ready_control,
 )
 from core.control_types import control_type
-from core.data.folder import NamedBytes
+from core.images import NamedBytes
 from core.paths import at_home
-from core.resolution import Size
 from core.settings import Job, Settings
+from core.sizes import Size
 
 SUFFIX = " high quality"  # to every prompt, as published
 CONTROLLED = Settings(cfg=1.0, shift=2.0)  # as published

@@ -21,8 +21,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from core.checkpoint import save_tensors
 from core.config import SceneData, TextTrainConfig
-from core.data.labelled import Captions, caption_batches, read_captions
-from core.data.scenes import ATTRIBUTES, EXTRA_SUBJECTS, SUBJECTS
+from core.scenes.captions import SUBJECTS
+from core.scenes.labelled import Captions, caption_batches, read_captions
+from core.scenes.scene import ATTRIBUTES, EXTRA_SUBJECTS
 from core.sizes import TextSizes
 from core.trainer import Recipe, StepLoss
 from core.training import Run, as_keys, train

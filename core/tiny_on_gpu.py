@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from core.batched import in_batches, measured
 from core.checkpoint import check_file, config_metadata, load_module, read_config, save_tensors
 from core.cli import device_named
-from core.conditioning import Conditions, TextEncoder, conditions
+from core.clip import TextEncoder
+from core.conditioning import Conditions, conditions
 from core.config import guidance_sizes, stage_c_sizes
 from core.config_files import load_stage_b, load_stage_c
 from core.evaluation import Judge, View, held_out_cases

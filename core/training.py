@@ -63,7 +63,7 @@ def check_run(config: RunConfig, files: Iterable[str | None]) -> Data:
     """The data, indexed; raises what is wrong with it, a file or the folders of the run."""
     read = {path: "weights" for path in chain(files, [config.pretrained_path]) if path is not None}
     if (text_encoder := getattr(config, "clip_text_path", None)) is not None:
-        from core.conditioning import absent_text_files  # loads transformers, which others do not need
+        from core.clip import absent_text_files
 
         read |= absent_text_files(text_encoder)
     check_files(read)

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from core.checkpoint import file_sha256, load_module
-from core.conditioning import Conditions, ImageEncoder, TextEncoder, conditions, find_text_encoder
+from core.clip import ImageEncoder, TextEncoder, find_text_encoder
+from core.conditioning import Conditions, conditions
 from core.config import (
     LatentGeometry,
     StageBTrainConfig,

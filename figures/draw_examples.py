@@ -12,7 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from core.data.scenes import EXTRA_SUBJECTS, Scene, caption, render
+from core.scenes.captions import caption
+from core.scenes.drawing import render
+from core.scenes.scene import EXTRA_SUBJECTS, Scene
 
 FOLDER = Path(__file__).parent / "example_personalized"
 SIDE, QUALITY = 512, 92

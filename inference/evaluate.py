@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from core.cli import Help, add_model_flags, add_settings_flags, home_path, parse_with_preset, run, settings_of
 from core.presets import EMBEDDED
 from core.printable import say
-from core.resolution import Size
+from core.sizes import Size
 
 RECOGNISER = "models/tiny/recogniser.safetensors"
 SIZES = ((128, 128), (512, 512))  # at which the embedded family is measured

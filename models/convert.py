@@ -79,8 +79,8 @@ from pathlib import Path
 import torch
 
 from core.checkpoint import count_tensors, name_some, open_tensors, save_tensors
+from core.clip import TextEncoder
 from core.combined import take_apart
-from core.conditioning import TextEncoder
 from core.config import stage_c_sizes
 from core.config_files import load_stage_c
 from core.lora_files import LoraFile, LoraTokens, name_tokens, write_lora

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.checkpoint import CheckpointError, check_file, load_module, read_tensors
+from core.clip import TextEncoder
 from core.combined import is_combined, take_apart
-from core.conditioning import TextEncoder
 from core.lora_reading import read_lora
 from core.sizes import TINY
 from modules.stage_c import StageC

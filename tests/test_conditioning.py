@@ -25,16 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from core import conditioning
-from core.conditioning import (
-    Conditions,
-    ImageEncoder,
-    TextCondition,
-    TextEncoder,
-    clip_pixels,
-    conditions,
-    stack,
-)
+from core import clip
+from core.clip import ImageEncoder, TextCondition, TextEncoder, clip_pixels
+from core.conditioning import Conditions, conditions, stack
 
 LENGTH, WIDTH, PROJECTED = 16, 32, 24
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -335,7 +328,7 @@ def test_nothing_is_downloaded_unasked_and_only_what_is_needed(folder, monkeypat
         assert not any("stage" in pattern or pattern.startswith("*") for pattern in allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr(conditioning, "snapshot_download", fake_download)
+    monkeypatch.setattr(clip, "snapshot_download", fake_download)
     TextEncoder.load("someone/some-model", torch.float32)
     TextEncoder.load("someone/some-model", torch.float32, allow_download=True)
     TextEncoder.load(str(folder), torch.float32, allow_download=True)

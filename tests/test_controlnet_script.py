@@ -19,10 +19,10 @@ from random_family import randomise
 
 from core.checkpoint import config_metadata, save_tensors
 from core.control_types import CONTROL_TYPES, picture_flags
-from core.data.scenes import PLACES
-from core.data.scenes import SIZES as SCENE_SIZES
 from core.evaluation import held_out_cases, real_picture
 from core.images import read_image_metadata
+from core.scenes.captions import PLACES
+from core.scenes.captions import SIZES as SCENE_SIZES
 from core.sizes import TINY, ControlNetSizes
 from modules.controlnet import ControlNet
 

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from core.checkpoint import load_module, read_config, save_tensors
 from core.cli import run
-from core.data.labelled import blur
-from core.data.scenes import ATTRIBUTES, is_held_out
 from core.evaluation import (
     CROPS,
     Case,
@@ -43,6 +41,8 @@ from core.evaluation import (
 from core.evaluation_run import make_series
 from core.images import read_image_metadata
 from core.resolution import plan
+from core.scenes.labelled import blur
+from core.scenes.scene import ATTRIBUTES, is_held_out
 from core.settings import Settings
 from core.sizes import EffnetSizes
 from modules.effnet import EfficientNetEncoder

@@ -238,3 +238,14 @@ def test_a_file_of_prompts_that_is_not_there_is_named_with_its_flag(
         run(lambda: read_prompts(tmp_path / "nope.txt") and None)
     assert ended.value.code == 2
     assert f"--prompt_file {tmp_path / 'nope.txt'} cannot be read" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(lambda: __import__("no_such_package") and None)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: the package no_such_package is missing: pip install -r requirements.txt\n"
+    )
+    with pytest.raises(ImportError, match="no_such_module"):  # an error of the project itself
+        run(lambda: __import__("core.no_such_module") and None)

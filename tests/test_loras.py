@@ -13,7 +13,7 @@ from conftest import ROOT, random_pipeline
 from torch import Tensor
 
 from core.checkpoint import CheckpointError, read_tensors
-from core.conditioning import TextEncoder
+from core.clip import TextEncoder
 from core.config import StageCConfig
 from core.config_files import load_stage_c
 from core.lora_files import LoraFile, LoraTokens, write_lora

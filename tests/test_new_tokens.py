@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from torch import Tensor
 
-from core.conditioning import TextCondition, TextEncoder
+from core.clip import TextCondition, TextEncoder
 from core.lora_files import LoraTokens
 from core.new_tokens import MergedTokens, add_tokens, base_rows, matching_rows, mentions, whole_rows
 

@@ -40,7 +40,8 @@ from training_memory import Job, allocator_growth, estimate, prepare  # noqa: E4
 
 from core import lora_training, personalization  # noqa: E402
 from core.checkpoint import load_module  # noqa: E402
-from core.conditioning import Conditions, TextEncoder  # noqa: E402
+from core.clip import TextEncoder  # noqa: E402
+from core.conditioning import Conditions  # noqa: E402
 from core.config import LatentGeometry, PersonalizedTrainConfig  # noqa: E402
 from core.config_files import load, load_stage_c  # noqa: E402
 from core.data.folder import FolderIndex, Sample, index_folder  # noqa: E402

@@ -11,7 +11,7 @@ from conftest import ROOT
 from core import published
 from core.checkpoint import CheckpointError, check_file, check_files
 from core.cli import check_weights
-from core.conditioning import TextEncoder
+from core.clip import TextEncoder
 from core.config import ControlConfig
 from core.loras import named_files
 from core.pipeline import UltraPixelPipeline

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core.checkpoint import CheckpointError, load_module, read_shapes, read_tensors
-from core.conditioning import TextEncoder
+from core.clip import TextEncoder
 from core.config import ControlConfig
 from core.control import open_controlnet
 from core.lora_reading import read_lora

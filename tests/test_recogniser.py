@@ -16,8 +16,8 @@ from torch import Tensor
 
 from core.checkpoint import load_module, read_config
 from core.config import SceneData
-from core.data.labelled import CLASSES, COLOUR, EXTRA_EVERY, LabelledScenes, blur, degrade
-from core.data.scenes import ATTRIBUTES, EXTRA_SUBJECTS
+from core.scenes.labelled import CLASSES, COLOUR, EXTRA_EVERY, LabelledScenes, blur, degrade
+from core.scenes.scene import ATTRIBUTES, EXTRA_SUBJECTS
 from modules.recogniser import UNLABELLED, Recogniser, accuracies, attribute_losses
 
 SCRIPT = ROOT / "train" / "train_recogniser.py"

@@ -11,19 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from core.config import SceneData
-from core.data.scenes import (
-    ATTRIBUTES,
-    EXTRA_SUBJECTS,
-    LIGHTS,
-    Scene,
-    caption,
-    is_held_out,
-    labels,
-    render,
-    sample_scene,
-)
-from core.data.sources import DrawnScenes
+from core.config import RunConfig, SceneData
+from core.data.sources import open_data
+from core.scenes.captions import caption
+from core.scenes.drawing import render
+from core.scenes.drawn import DrawnScenes
+from core.scenes.scene import ATTRIBUTES, EXTRA_SUBJECTS, LIGHTS, Scene, is_held_out, labels, sample_scene
 
 SCENE = Scene("day", "sun", "hills", "house", "red", "right", "large", 3)
 WORDS = {  # attribute value -> what a caption can say for it
@@ -118,7 +111,7 @@ def test_subjects_come_as_often_as_they_are_listed() -> None:
     assert all("boat" in data.read(n, (16, 16), (n,)).caption for n in range(20))
     for wrong in (("castle",), ()):
         with pytest.raises(ValueError, match="'subjects' of scenes are some of house, .*, balloon, not"):
-            SceneData(subjects=wrong)
+            DrawnScenes(SceneData(subjects=wrong), ((16, 16),))
 
 
 def test_about_a_tenth_is_held_out_and_training_shows_every_pair_of_values() -> None:
@@ -172,11 +165,15 @@ def test_other_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         sample_scene(0, "test")
     with pytest.raises(ValueError, match="8 x 64 pixels are too few"):
         render(SCENE, 8, 64)
-    for name in ("core.data.scene_drawing", "core.data.scene_subjects", "core.data.scene_pen"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_what_scenes_are_drawn_with_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("drawn", "drawing", "subjects", "pen"):
+        monkeypatch.delitem(sys.modules, f"core.scenes.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "skia", None)
+    config = RunConfig(experiment_id="x", checkpoint_path="c", scenes=SceneData())
     with pytest.raises(ImportError, match="pip install skia-python"):
-        render(SCENE, 64, 64)
+        open_data(config)
 
 
 # ---- captions -----------------------------------------------------------------------------------------
@@ -283,7 +280,7 @@ def test_the_subject_is_where_and_as_large_as_described(subject: str) -> None:
 @pytest.mark.parametrize("colour", ATTRIBUTES["colour"])
 def test_the_colour_of_the_subject_can_be_told_under_every_sky(colour: str, sky: str) -> None:
     """The mean colour of a small subject is nearer to its own than to the other five."""
-    from core.data.scene_subjects import COLOURS
+    from core.scenes.subjects import COLOURS
 
     scene = Scene(sky, LIGHTS[sky][-1], "hills", "balloon", colour, "centre", "small", 2)
     other = "blue" if colour == "red" else "red"

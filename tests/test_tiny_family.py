@@ -20,11 +20,12 @@ from PIL import Image
 from core.checkpoint import load_module, read_config, read_tensors
 from core.config import ControlConfig
 from core.config_files import load_stage_c
-from core.data.scenes import EXTRA_SUBJECTS, caption, sample_scene
 from core.evaluation import Case, Evaluation, Judge, View, held_out_cases
 from core.loras import load_loras
 from core.pipeline import UltraPixelPipeline
 from core.presets import EMBEDDED, PRESETS
+from core.scenes.captions import caption
+from core.scenes.scene import EXTRA_SUBJECTS, sample_scene
 from core.settings import Settings
 from modules.effnet import EfficientNetEncoder
 from modules.recogniser import Recogniser

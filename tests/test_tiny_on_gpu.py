@@ -19,10 +19,11 @@ from torch import nn
 from core import scene_pool, tiny_on_gpu
 from core.batched import make_pictures
 from core.checkpoint import load_module, read_config, read_tensors
-from core.conditioning import TextEncoder
-from core.data.scenes import ATTRIBUTES, labels, render, sample_scene
+from core.clip import TextEncoder
 from core.pipeline import Job, UltraPixelPipeline
 from core.scene_pool import Drawers, Kind, kind_of
+from core.scenes.drawing import render
+from core.scenes.scene import ATTRIBUTES, labels, sample_scene
 from core.settings import Settings
 from core.timed_training import Budget, Part, Weights
 from modules.recogniser import Recogniser

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from core.checkpoint import config_metadata, read_tensors, save_tensors
 from core.cli import run
-from core.data.scenes import render, sample_scene
+from core.scenes.drawing import render
+from core.scenes.scene import sample_scene
 from core.sizes import EffnetSizes, StageCSizes
 from modules.effnet import EfficientNetEncoder, imagenet_normalise
 from modules.previewer import Previewer

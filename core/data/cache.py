@@ -35,7 +35,7 @@ from core.data.loader import (
     thin_buckets,
     warn_of_thin,
 )
-from core.resolution import Size
+from core.sizes import Size
 
 log = logging.getLogger(__name__)
 

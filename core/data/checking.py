@@ -12,12 +12,13 @@ import numpy as np
 
 from core.data.buckets import Buckets, cover_size, draw_counts
 from core.data.files import Broken, counted, tally
-from core.data.folder import NamedBytes, decode
+from core.data.folder import decode
 from core.data.loader import FolderData
 from core.data.shards import Encoded, LeftOut, ShardData, samples
 from core.data.sources import Data
+from core.images import NamedBytes
 from core.printable import say
-from core.resolution import Size
+from core.sizes import Size
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from io import BytesIO
 from itertools import chain
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from core.data.buckets import cover_size
 from core.data.captions import WITHOUT, first_caption
 from core.data.files import UNSORTED, Broken, counted, sort_out, suffix_of, walk
 from core.data.listings import read_listings
-from core.images import DAMAGED, SIDEWAYS, open_image, orientation, upright_rgb
-from core.resolution import Size
+from core.images import DAMAGED, SIDEWAYS, NamedBytes, open_image, orientation, upright_rgb
+from core.sizes import Size
 
 log = logging.getLogger(__name__)
 
@@ -144,20 +143,6 @@ def _read_samples(
 
 
 # --- pictures -------------------------------------------------------------------------------------
-
-
-class NamedBytes(BytesIO):
-    """A file's content in memory, which error messages call by a name."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self._name = name
-
-    def __str__(self) -> str:
-        return self._name
-
-    def __format__(self, spec: str) -> str:
-        return format(self._name, spec)
 
 
 def header_size(source: str | Path | NamedBytes) -> Size:

@@ -36,7 +36,7 @@ from core.data.files import (
     tally,
     walk,
 )
-from core.data.folder import NamedBytes, header_size, warn_of_left_out
+from core.data.folder import header_size, warn_of_left_out
 from core.data.loader import (
     Batch,
     Loaded,
@@ -48,7 +48,8 @@ from core.data.loader import (
     load,
     read_picture,
 )
-from core.resolution import Size
+from core.images import NamedBytes
+from core.sizes import Size
 
 SHUFFLED = 100  # encoded pictures that a stream holds to draw from
 PREFERRED = (".jpg", ".jpeg", ".png", ".webp")  # where a sample has pictures of several formats

@@ -10,13 +10,17 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-import skia
 
-if TYPE_CHECKING:
-    from core.data.scenes import Scene
+from core.scenes.scene import Scene
+
+try:
+    import skia
+except ModuleNotFoundError:
+    raise ImportError(
+        "scenes are drawn with skia-python, which is not installed: pip install skia-python"
+    ) from None
 
 Colour = tuple[float, float, float]  # RGB, 0 to 255
 THINNEST, FULL = 0.6, 1.0  # px; finer strokes are left out, and those in between fade in

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import skia
 
-from core.data.scene_pen import Colour, Pen, courses, lighter, ovals, poly, rect, wave
+from core.scenes.pen import Colour, Pen, courses, lighter, ovals, poly, rect, skia, wave
 
 COLOURS: dict[str, Colour] = {
     "red": (222, 28, 34),

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from core.config import SceneData
 from core.data.loader import LoaderSettings, Picture
-from core.data.scenes import ATTRIBUTES, EXTRA_SUBJECTS, Scene, caption, labels, render, sample_scene
-from core.data.sources import DrawnScenes
-from core.resolution import Size
+from core.scenes.captions import caption
+from core.scenes.drawing import render
+from core.scenes.drawn import DrawnScenes
+from core.scenes.scene import ATTRIBUTES, EXTRA_SUBJECTS, Scene, labels, sample_scene
+from core.sizes import Size
 from modules.recogniser import UNLABELLED, resize
 
 # Words that can be left out, since captions with and without them mean the same.

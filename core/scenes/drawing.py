@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-import skia
 
-from core.data.scene_pen import Colour, Pen, curve, lighter, mix, ovals, poly, rect, wave
-from core.data.scene_subjects import draw_subject
-
-if TYPE_CHECKING:
-    from core.data.scenes import Scene
+from core.scenes.pen import Colour, Pen, curve, lighter, mix, ovals, poly, rect, skia, wave
+from core.scenes.scene import Scene
+from core.scenes.subjects import draw_subject
 
 HORIZON = 0.62  # of the height, from the top
 GROUND = {"small": 0.77, "large": 0.9}  # where the subject stands
@@ -23,7 +18,20 @@ GRASS, MEADOW, WHEAT, PINE = (82, 168, 62), (124, 158, 88), (226, 182, 86), (44,
 SAND, ROCK, SNOW = (232, 208, 150), (134, 128, 132), (250, 252, 255)
 
 
-def draw(scene: Scene, height: int, width: int, window: tuple[int, int, int, int]) -> np.ndarray:
+def render(
+    scene: Scene, height: int, width: int, window: tuple[int, int, int, int] | None = None
+) -> np.ndarray:
+    """The picture of a scene, (height, width, 3) uint8 RGB: the same one at any size, but for antialiasing.
+
+    A wider picture shows more of the land. `window` (top, left, height, width) cuts out a part. ValueError
+    for sides below 16 pixels.
+    """
+    if min(height, width) < 16:
+        raise ValueError(f"{height} x {width} pixels are too few for a scene: both sides need at least 16")
+    return _draw(scene, height, width, window or (0, 0, height, width))
+
+
+def _draw(scene: Scene, height: int, width: int, window: tuple[int, int, int, int]) -> np.ndarray:
     """A window (top, left, height, width) of the picture of a scene, uint8 RGB."""
     top, left, *size = window
     pixels = np.zeros((*size, 4), np.uint8)
