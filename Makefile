@@ -1,8 +1,9 @@
-# make venv: a virtual environment in .venv with everything installed; make demo: that and one picture;
-# make tiny: trains the embedded family from nothing into models/tiny, on from where it stopped;
-# make test: the tests; make lint: style and spelling.
+# make demo: a virtual environment in .venv with requirements.txt installed, and one picture;
+# make venv: what tests and the drawn world need in it, too; make test: the tests; make lint: style, spelling;
+# make tiny: trains the embedded family from nothing into models/tiny, on from where it stopped.
 PYTHON ?= python3
 BIN := .venv/bin
+READY := .venv/.ready
 STAMP := .venv/.installed
 DEMO := outputs/demo
 
@@ -10,12 +11,16 @@ DEMO := outputs/demo
 
 venv: $(STAMP)
 
-$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
+$(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $(READY)
+
+$(STAMP): $(READY) requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $(STAMP)
 
-demo: venv
+demo: $(READY)
 	$(BIN)/python inference/test_t2i.py --preset tiny-wide --output_dir $(DEMO) \
 		--prompt "a large red lighthouse on the left, by the sea, a dusk sky with a low sun"
 

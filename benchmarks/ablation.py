@@ -22,15 +22,22 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from core.checkpoint import check_file
-from core.cli import device_named, run
-from core.clip import TextCondition
-from core.config import TrainConfig, guidance_sizes
-from core.config_files import as_yaml, load
+from core.commands.flags import device_named, run
+from core.config.presets import EMBEDDED, PRESETS
+from core.config.schema import TrainConfig, guidance_sizes
+from core.config.settings import TRAINING_R, Settings
+from core.config.sizes import GuidanceSizes
+from core.config.yaml import as_yaml, load
 from core.data.loader import Batch
-from core.evaluation import Evaluation, Judge, Measured, View, held_out_cases
-from core.evaluation_run import FEW, TINY, Sheets, load_recogniser
-from core.guidance_training import (
+from core.family.evaluation import Evaluation, Judge, Measured, View, held_out_cases
+from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
+from core.pipeline.offload import Offloaded
+from core.pipeline.passes import C_LATENT, in_halves, prepare_stage_c
+from core.pipeline.pipeline import DTYPES, ControlEntries, Job, Observer, UltraPixelPipeline
+from core.pipeline.progress import counting
+from core.pipeline.resolution import Plan, guidance_strength, plan
+from core.training.encoders import fingerprint
+from core.training.guidance import (
     GuidedStageC,
     check,
     draw_noise,
@@ -38,17 +45,10 @@ from core.guidance_training import (
     load_networks,
     noise_latents,
 )
-from core.offload import Offloaded
-from core.passes import C_LATENT, in_halves, prepare_stage_c
-from core.pipeline import DTYPES, ControlEntries, Job, Observer, UltraPixelPipeline
-from core.presets import EMBEDDED, PRESETS
-from core.progress import counting
-from core.resolution import Plan, guidance_strength, plan
-from core.settings import TRAINING_R, Settings
-from core.sizes import GuidanceSizes
-from core.trainer import CHECKPOINT, Recipe, StepLoss
-from core.training import Run, run_folder, train
-from core.training_encoders import fingerprint
+from core.training.run import Run, run_folder, train
+from core.training.trainer import CHECKPOINT, Recipe, StepLoss
+from core.weights.checkpoint import check_file
+from core.weights.clip import TextCondition
 from gdf.diffusion import sample_losses
 from gdf.samplers import Step, denoiser, sample, sampler_named, steps
 from gdf.schedules import cosine

@@ -19,7 +19,7 @@ from PIL import Image
 from timing import seconds
 from tiny_guidance import BATCH, SIDE, guidance_recipe
 
-from core.config import SceneData
+from core.config.schema import SceneData
 from core.data.buckets import make_buckets
 from core.data.folder import index_folder
 from core.data.loader import IndexedData, LoaderSettings, batches, into_buckets
@@ -27,7 +27,7 @@ from core.scenes.captions import caption
 from core.scenes.drawing import render
 from core.scenes.drawn import DrawnScenes
 from core.scenes.scene import sample_scene
-from core.trainer import Trainer, TrainSettings
+from core.training.trainer import Trainer, TrainSettings
 
 PICTURES = 48
 SIDES = (1024, 1536, 2048)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from core.checkpoint import read_tensors, save_archive
-from core.config import LatentGeometry
-from core.sizes import GuidanceSizes, PreviewerSizes, StageASizes, StageBSizes, StageCSizes
+from core.config.schema import LatentGeometry
+from core.config.sizes import GuidanceSizes, PreviewerSizes, StageASizes, StageBSizes, StageCSizes
+from core.weights.checkpoint import read_tensors, save_archive
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "models"))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoint import load_module, save_archive, save_tensors
+from core.weights.checkpoint import load_module, save_archive, save_tensors
 from modules.stage_c import StageC
 
 build = partial(StageC, blocks=((1, 2), (2, 1)))

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from core.cli import (
+from core.commands.flags import (
     Help,
     add_model_flags,
     add_settings_flags,
@@ -39,16 +39,16 @@ from core.cli import (
     run,
     settings_of,
 )
-from core.config import ControlConfig
-from core.control import CONTROL_WEIGHT, Control, Source, edge_control
-from core.evaluation import Case, held_out_cases, real_picture
+from core.config.schema import ControlConfig
+from core.config.settings import Settings
+from core.config.sizes import Size
+from core.family.evaluation import Case, held_out_cases, real_picture
 from core.images import save_image, to_image
-from core.pipeline import GROUP, Job, UltraPixelPipeline
-from core.preview import row_of, sheet
+from core.pipeline.control import CONTROL_WEIGHT, Control, Source, edge_control
+from core.pipeline.pipeline import GROUP, Job, UltraPixelPipeline
 from core.scenes.captions import AFLOAT, LANDS, SKIES, SUBJECTS, WHERE
 from core.scenes.scene import Scene
-from core.settings import Settings
-from core.sizes import Size
+from core.training.preview import row_of, sheet
 
 SIZES = ((128, 128), (512, 512))
 SIDE = 128  # px at which outlines are compared

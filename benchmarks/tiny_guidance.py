@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.conditioning import Conditions
-from core.config import LatentGeometry
-from core.guidance_training import GuidedStageC, draw_noise, noise_latents
-from core.sizes import TINY
-from core.trainer import Recipe, StepLoss
-from core.training_encoders import at_low_resolution, encode_latent
+from core.config.schema import LatentGeometry
+from core.config.sizes import TINY
+from core.pipeline.conditioning import Conditions
+from core.training.encoders import at_low_resolution, encode_latent
+from core.training.guidance import GuidedStageC, draw_noise, noise_latents
+from core.training.trainer import Recipe, StepLoss
 from gdf.diffusion import sample_losses
 from gdf.targets import V
 from modules.effnet import EfficientNetEncoder

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from core.cli import (
+from core.commands.flags import (
     Help,
     add_model_flags,
     add_settings_flags,
@@ -27,16 +27,16 @@ from core.cli import (
     run,
     settings_of,
 )
-from core.evaluation import Case, Evaluation, Judge, Measured, View, held_out_cases
-from core.evaluation_run import CELL, TINY, by, load_recogniser, table
+from core.config.presets import EMBEDDED
+from core.family.evaluation import Case, Evaluation, Judge, Measured, View, held_out_cases
+from core.family.evaluation_run import CELL, TINY, by, load_recogniser, table
 from core.images import save_image, to_image
-from core.loras import load_loras
-from core.presets import EMBEDDED
-from core.preview import contact_sheet
-from core.progress import counting
-from core.resolution import plan
+from core.pipeline.progress import counting
+from core.pipeline.resolution import plan
 from core.scenes.captions import caption
 from core.scenes.scene import EXTRA_SUBJECTS
+from core.training.preview import contact_sheet
+from core.weights.lora.merging import load_loras
 
 SUBJECT = re.compile(r"striped (hot air )?balloon")  # as captions say it
 SHOWN = 4  # scenes on the sheet

@@ -21,8 +21,8 @@ from timing import seconds
 from tiny_guidance import BATCH, guidance_recipe
 from torch import nn
 
-from core.trainer import Recipe, Trainer, TrainSettings
-from core.training_log import UpdateBar
+from core.training.log import UpdateBar
+from core.training.trainer import Recipe, Trainer, TrainSettings
 
 UPDATES, WARM = 24, 4
 WIDTH = 2800  # of a linear layer that holds 100 MB with Adam's two means

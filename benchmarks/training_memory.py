@@ -1,13 +1,13 @@
 """Peak device memory of a training step: python benchmarks/training_memory.py [--personalized] [--measure]
 
-Runs the step of `core.guidance_training` at the published sizes (Stage C 3.6B in bfloat16, frozen; the
+Runs the step of `core.training.guidance` at the published sizes (Stage C 3.6B in bfloat16, frozen; the
 guidance in float32 under bfloat16 autocast; AdamW; the encoder in float32; one picture per process, in the
 second of two micro-batches) on tensors that hold no data, and follows every storage from the operator that
 makes it to its release. That takes one core, two minutes, 0.5 GB and no GPU. `--measure` runs the same step
 on a CUDA device and prints `torch.cuda.max_memory_allocated`; `--check` compares the count with what the
 CPU's allocator gives out in real steps of a small configuration. `--personalized` does all this for the step
-of `core.personalization`: a LoRA of rank 4 on the attention and one new token, the guidance frozen, in
-bfloat16, and gradients through the text encoder.
+of `core.training.personalization`: a LoRA of rank 4 on the attention and one new token, the guidance frozen,
+in bfloat16, and gradients through the text encoder.
 
 A CPU build of torch cannot run autograd on fake 'cuda' tensors. So the fake tensors lie on the CPU, and
 `autocast_as_on_cuda` makes the CPU's autocast choose number formats by CUDA's lists (norms in float32, for
@@ -37,15 +37,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import modules.torchvision_operators  # noqa: F401  before transformers
-from core.clip import TextCondition
-from core.config import LatentGeometry
+from core.config.schema import LatentGeometry
+from core.config.sizes import TINY, EffnetSizes, GuidanceSizes, StageCSizes
 from core.data.loader import Batch
-from core.guidance_training import GuidedStageC, draw_noise, drop_conditions, noise_latents
-from core.lora_names import published_orders
-from core.personalization import PersonalizedStageC
-from core.sizes import TINY, EffnetSizes, GuidanceSizes, StageCSizes
-from core.trainer import CLIP_NORM
-from core.training_encoders import Encoders
+from core.training.encoders import Encoders
+from core.training.guidance import GuidedStageC, draw_noise, drop_conditions, noise_latents
+from core.training.personalization import PersonalizedStageC
+from core.training.trainer import CLIP_NORM
+from core.weights.clip import TextCondition
+from core.weights.lora.names import published_orders
 from gdf.diffusion import sample_losses
 from gdf.targets import EPSILON
 from modules.effnet import EfficientNetEncoder
@@ -276,7 +276,7 @@ def make_text_model(job: Job) -> CLIPTextModelWithProjection:
 
 @dataclass(frozen=True)
 class RandomText:
-    """In the place of `core.conditioning.TextEncoder`: its output for any caption, without its network."""
+    """In the place of `core.weights.clip.TextEncoder`: its output for any caption, without its network."""
 
     job: Job
 
@@ -289,7 +289,7 @@ class RandomText:
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """In the place of `core.conditioning.TextEncoder` too, with the network and without a tokenizer."""
+    """In the place of `core.weights.clip.TextEncoder` too, with the network and without a tokenizer."""
 
     job: Job
     model: CLIPTextModelWithProjection

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]  # the folder that holds configs/ and models/
+_REPOSITORY = Path(__file__).resolve().parents[1]
+_INSTALLED = Path(sys.prefix, "share", "ultrapixel")  # where a wheel puts them
+# the folder that holds configs/ and models/
+PROJECT = _REPOSITORY if (_REPOSITORY / "configs").is_dir() else _INSTALLED
 MARKS = (".git", "pyproject.toml")  # in the uppermost folder of a repository
 _SPECIAL = re.compile(r"[*?{\[]")  # begins what changes in a pattern such as data/{000..099}.tar
 

@@ -15,7 +15,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from core.config import (
+from core.config.schema import (
     ControlConfig,
     ControlTrainConfig,
     PersonalizedTrainConfig,
@@ -30,7 +30,7 @@ from core.config import (
     TextTrainConfig,
     TrainConfig,
 )
-from core.config_files import describe_type
+from core.config.yaml import describe_type
 
 PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """\

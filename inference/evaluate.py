@@ -6,10 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from core.cli import Help, add_model_flags, add_settings_flags, home_path, parse_with_preset, run, settings_of
-from core.presets import EMBEDDED
+from core.commands.flags import (
+    Help,
+    add_model_flags,
+    add_settings_flags,
+    home_path,
+    parse_with_preset,
+    run,
+    settings_of,
+)
+from core.config.presets import EMBEDDED
+from core.config.sizes import Size
 from core.printable import say
-from core.sizes import Size
 
 RECOGNISER = "models/tiny/recogniser.safetensors"
 SIZES = ((128, 128), (512, 512))  # at which the embedded family is measured
@@ -53,7 +61,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if (count := arguments.num_image) < 1:
         raise ValueError(f"--num_image must be at least 1, not {count}")
     settings, sizes = settings_of(arguments), asked_sizes(arguments)
-    from core.evaluation_run import evaluate  # loads torch, once the flags are read
+    from core.family.evaluation_run import evaluate  # loads torch, once the flags are read
 
     say(evaluate(arguments, settings, sizes), sys.stdout)
     return 0

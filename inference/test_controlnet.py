@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 
-from core.cli import home_path, parse_with_preset, picture_parser, prompts_of, run, settings_of
-from core.config_files import load_control
-from core.control_types import CONTROL_TYPES, control_type, no_weights
-from core.presets import DEFAULT
+from core.commands.flags import home_path, parse_with_preset, picture_parser, prompts_of, run, settings_of
+from core.config.control_types import CONTROL_TYPES, control_type, no_weights
+from core.config.presets import DEFAULT
+from core.config.yaml import load_control
 
 CONFIG_C = "configs/training/cfg_control_lr.yaml"
 OWN = ("cfg",)  # defaults that are this script's, whatever the preset
@@ -103,7 +103,7 @@ def main(given: list[str] | None = None) -> int:
     arguments = parse(given)
     check_flags(arguments)
     settings = settings_of(arguments)
-    from core.controlled_pictures import make_controlled_pictures  # loads torch, once the flags are read
+    from core.commands.controlled import make_controlled_pictures  # loads torch, once the flags are read
 
     return make_controlled_pictures(arguments, settings)
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from core.cli import (
+from core.commands.flags import (
     MODEL_FLAGS,
     check_weights,
     home_path,
@@ -60,8 +60,8 @@ def main(given: Sequence[str] | None = None) -> int:
     if not arguments.lora:
         raise ValueError("no LoRA was given: add --pretrained_path_lora FILE, or --lora FILE:WEIGHT")
     # These load torch, once the flags are read.
-    from core.loras import load_loras, named_files, uncalled
-    from core.pictures import make_pictures
+    from core.commands.pictures import make_pictures
+    from core.weights.lora.merging import load_loras, named_files, uncalled
 
     pipeline = make_pipeline(arguments)
     if not arguments.dry_run:

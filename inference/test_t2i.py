@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from core.cli import make_jobs, make_pipeline, parse_with_preset, picture_parser, run, settings_of
+from core.commands.flags import make_jobs, make_pipeline, parse_with_preset, picture_parser, run, settings_of
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -15,7 +15,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(given: list[str] | None = None) -> int:
     arguments = parse(given)
     jobs, settings = make_jobs(arguments), settings_of(arguments)
-    from core.pictures import make_pictures  # loads torch, once the flags are read
+    from core.commands.pictures import make_pictures  # loads torch, once the flags are read
 
     return make_pictures(arguments, make_pipeline(arguments), jobs, settings)
 

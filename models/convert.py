@@ -17,9 +17,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from core.cli import Help, home_path, run
-from core.lora_layouts import KOHYA, LAYOUTS
-from core.sizes import STAGE_C_VERSIONS, StageCSizes
+from core.commands.flags import Help, home_path, run
+from core.config.sizes import STAGE_C_VERSIONS, StageCSizes
+from core.weights.lora.layouts import KOHYA, LAYOUTS
 
 LEFT_OUT = ("tokens", "text")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,15 +78,15 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoint import count_tensors, name_some, open_tensors, save_tensors
-from core.clip import TextEncoder
-from core.combined import take_apart
-from core.config import stage_c_sizes
-from core.config_files import load_stage_c
-from core.lora_files import LoraFile, LoraTokens, name_tokens, write_lora
-from core.lora_reading import find_version, read_lora
-from core.new_tokens import whole_rows
-from core.published import FILES, fetching
+from core.config.schema import stage_c_sizes
+from core.config.yaml import load_stage_c
+from core.weights.checkpoint import count_tensors, name_some, open_tensors, save_tensors
+from core.weights.clip import TextEncoder
+from core.weights.combined import take_apart
+from core.weights.lora.files import LoraFile, LoraTokens, name_tokens, write_lora
+from core.weights.lora.reading import find_version, read_lora
+from core.weights.lora.tokens import whole_rows
+from core.weights.published import FILES, fetching
 from modules.lora import LoraUpdate, check_update
 
 EMPTY = {"tokens": {"tokens": None}, "text": {"text_updates": {}}}  # of what is left out

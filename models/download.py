@@ -10,7 +10,7 @@ python models/download.py --list               every file, its size and its repo
 import argparse
 from collections.abc import Sequence
 
-from core.published import FILES, PRESETS, ModelFile, show_size
+from core.weights.published import FILES, PRESETS, ModelFile, show_size
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

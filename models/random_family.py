@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from core.cli import home_path
+from core.commands.flags import home_path
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,12 +32,12 @@ import torch
 from torch import nn
 
 import modules.torchvision_operators  # noqa: F401  before transformers
-from core.checkpoint import config_metadata, save_archive, save_tensors
-from core.cli import run
-from core.config import LatentGeometry, StageBConfig, StageCConfig
-from core.config_files import as_yaml
-from core.layouts import to_published_guidance
-from core.sizes import GuidanceSizes, PreviewerSizes, StageASizes, StageBSizes, StageCSizes
+from core.commands.flags import run
+from core.config.schema import LatentGeometry, StageBConfig, StageCConfig
+from core.config.sizes import GuidanceSizes, PreviewerSizes, StageASizes, StageBSizes, StageCSizes
+from core.config.yaml import as_yaml
+from core.weights.checkpoint import config_metadata, save_archive, save_tensors
+from core.weights.layouts import to_published_guidance
 from modules.guidance import Guidance
 from modules.previewer import Previewer
 from modules.stage_a import StageA

@@ -20,9 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from core.config import StageCConfig
-from core.layouts import from_published_guidance
-from core.resolution import guidance_strength
+from core.config.schema import StageCConfig
+from core.pipeline.resolution import guidance_strength
+from core.weights.layouts import from_published_guidance
 from gdf import noise_conditions, samplers, schedules
 from gdf.targets import EPSILON
 from modules.blocks import timestep_embedding

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import modules.torchvision_operators  # noqa: F401  before transformers and diffusers
-from core.pipeline import UltraPixelPipeline
+from core.pipeline.pipeline import UltraPixelPipeline
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core already
     torch.set_num_threads(1)
@@ -28,6 +28,16 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A family of random weights in the published layout."""
     folder = tmp_path_factory.mktemp("family")
     write_family(folder, Family())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lesson(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four pictures with small networks, and configurations of four updates on them."""
+    from training_lesson import write_lesson  # here, as it imports this file
+
+    folder = tmp_path_factory.mktemp("lesson")
+    write_lesson(folder)
     return folder
 
 

@@ -16,14 +16,14 @@ from conftest import ROOT, random_pipeline
 from PIL import Image
 from torch import Tensor
 
-from core.checkpoint import save_tensors
-from core.cli import run
-from core.config import TrainConfig
-from core.config_files import load
-from core.guidance_training import draw_noise, noise_latents
-from core.pipeline import Job
-from core.settings import Settings
-from core.sizes import EffnetSizes, GuidanceSizes
+from core.commands.flags import run
+from core.config.schema import TrainConfig
+from core.config.settings import Settings
+from core.config.sizes import EffnetSizes, GuidanceSizes
+from core.config.yaml import load
+from core.pipeline.pipeline import Job
+from core.training.guidance import draw_noise, noise_latents
+from core.weights.checkpoint import save_tensors
 from gdf.targets import V
 from modules.effnet import EfficientNetEncoder
 from modules.guidance import Guidance, GuidanceFeatures

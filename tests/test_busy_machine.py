@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from core import training
+from core.training import run as training
 
 # Two threads that meet 200 times on one core, as beside a busy process: what that costs, beside one thread.
 ON_ONE_CORE = """

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import core.checkpoint
-from core.checkpoint import (
+import core.weights.checkpoint
+from core.weights.checkpoint import (
     CheckpointError,
     check_file,
     config_metadata,
@@ -33,8 +33,8 @@ from core.checkpoint import (
     save_archive,
     save_tensors,
 )
-from core.layouts import guidance_names, to_published_guidance
-from core.mapped import DTYPES
+from core.weights.layouts import guidance_names, to_published_guidance
+from core.weights.mapped import DTYPES
 from modules.controlnet import ControlNet
 from modules.effnet import EfficientNetEncoder
 from modules.guidance import Guidance
@@ -151,8 +151,8 @@ def test_files_are_read_by_content_not_by_suffix(
 def test_mapping_a_file_anew_loses_nothing(
     tmp_path: Path, state: dict[str, Tensor], write: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core.checkpoint, "MAPPED_BYTES", 1)
-    monkeypatch.setattr(core.checkpoint, "MAPPED_SHARE", 0)
+    monkeypatch.setattr(core.weights.checkpoint, "MAPPED_BYTES", 1)
+    monkeypatch.setattr(core.weights.checkpoint, "MAPPED_SHARE", 0)
     write(tmp_path / "w", {f"module.{name}": tensor for name, tensor in state.items()})
     assert_same(read_tensors(tmp_path / "w"), state)
 
@@ -300,7 +300,7 @@ def test_nothing_is_allocated_twice(tmp_path: Path) -> None:
     script = """
 import sys, torch
 from torch import nn
-from core.checkpoint import load_module
+from core.weights.checkpoint import load_module
 def resident(field):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(field)) / 1024
 def build():
@@ -542,7 +542,7 @@ def test_nothing_is_read_of_a_file_that_does_not_fit(
     tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_safetensors(tmp_path / "w", {**state, "stray": torch.ones(1)})
-    monkeypatch.setattr(core.checkpoint, "_checked_copy", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(core.weights.checkpoint, "_checked_copy", lambda *_: pytest.fail("a tensor was read"))
     refusal(lambda: load_small(tmp_path / "w"))
 
 
@@ -576,7 +576,9 @@ def manifest_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 def test_another_networks_file_is_called_by_its_name(
     reference_folder: Path, monkeypatch: pytest.MonkeyPatch, given: str, build: Callable, sentence: str
 ) -> None:
-    monkeypatch.setattr(core.checkpoint, "open_tensors", lambda _: manifest_tensors(reference_folder, given))
+    monkeypatch.setattr(
+        core.weights.checkpoint, "open_tensors", lambda _: manifest_tensors(reference_folder, given)
+    )
     message = refusal(lambda: load_module(build, "some/w", dtype=torch.float32, what="the wanted one"))
     assert message.startswith(f"some{os.sep}w {sentence}")
 
@@ -624,7 +626,7 @@ def save_without_metadata(path: Path, tensors: Mapping[str, Tensor]) -> None:
         (save_archive, "torch.save"),
         (save_archive, "os.fsync"),
         (save_archive, "os.replace"),
-        (save_without_metadata, "core.checkpoint.save_file"),
+        (save_without_metadata, "core.weights.checkpoint.save_file"),
         (save_without_metadata, "os.fsync"),
         (save_without_metadata, "os.replace"),
     ],
@@ -678,7 +680,7 @@ def test_hashes_are_computed_once_per_version_of_a_file(
     path = tmp_path / "w"
     path.write_bytes(b"one")
     assert file_sha256(path) == hashlib.sha256(b"one").hexdigest()
-    monkeypatch.setattr(core.checkpoint.hashlib, "sha256", fail)
+    monkeypatch.setattr(core.weights.checkpoint.hashlib, "sha256", fail)
     assert file_sha256(str(path)) == file_sha256(path)
     monkeypatch.undo()
     path.write_bytes(b"two")

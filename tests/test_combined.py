@@ -17,11 +17,11 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core.checkpoint import CheckpointError, check_file, load_module, read_tensors
-from core.clip import TextEncoder
-from core.combined import is_combined, take_apart
-from core.lora_reading import read_lora
-from core.sizes import TINY
+from core.config.sizes import TINY
+from core.weights.checkpoint import CheckpointError, check_file, load_module, read_tensors
+from core.weights.clip import TextEncoder
+from core.weights.combined import is_combined, take_apart
+from core.weights.lora.reading import read_lora
 from modules.stage_c import StageC
 
 TINY_FOLDER = ROOT / "models" / "tiny"

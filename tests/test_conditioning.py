@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from core import clip
-from core.clip import ImageEncoder, TextCondition, TextEncoder, clip_pixels
-from core.conditioning import Conditions, conditions, stack
+from core.pipeline.conditioning import Conditions, conditions, stack
+from core.weights import clip
+from core.weights.clip import ImageEncoder, TextCondition, TextEncoder, clip_pixels
 
 LENGTH, WIDTH, PROJECTED = 16, 32, 24
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -1,4 +1,4 @@
-"""core/config.py: files and overrides to dataclasses, errors that name what is wrong, published sizes."""
+"""core/config: files and overrides to dataclasses, errors that name what is wrong, published sizes."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.config import (
+from core.config.schema import (
     ControlTrainConfig,
     LatentGeometry,
     PersonalizedTrainConfig,
@@ -30,8 +30,7 @@ from core.config import (
     stage_b_sizes,
     stage_c_sizes,
 )
-from core.config_files import OUTPUT_PATHS, ConfigError, as_yaml, load, load_stage_b, load_stage_c
-from core.sizes import (
+from core.config.sizes import (
     STAGE_B_VERSIONS,
     STAGE_C_VERSIONS,
     GuidanceSizes,
@@ -40,6 +39,7 @@ from core.sizes import (
     StageBSizes,
     StageCSizes,
 )
+from core.config.yaml import OUTPUT_PATHS, ConfigError, as_yaml, load, load_stage_b, load_stage_c
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "tests/reference"

@@ -19,11 +19,14 @@ from random_family import Family, randomise
 from torch import Tensor
 from torch.nn import functional as F
 
-import core.control
-from core.checkpoint import CheckpointError, config_metadata, save_tensors
-from core.config import ControlConfig, ControlTrainConfig, LatentGeometry, controlnet_sizes
-from core.config_files import ConfigError, load, load_control, load_stage_c
-from core.control import (
+import core.pipeline.control
+from core.config.control_types import CONTROL_TYPES, control_type
+from core.config.schema import ControlConfig, ControlTrainConfig, LatentGeometry, controlnet_sizes
+from core.config.settings import Settings
+from core.config.sizes import TINY, ControlNetSizes, StageCSizes
+from core.config.yaml import ConfigError, load, load_control, load_stage_c
+from core.images import load_image, to_image
+from core.pipeline.control import (
     BLEND_WIDTH,
     Control,
     Kept,
@@ -42,12 +45,9 @@ from core.control import (
     ready_control,
     with_hole,
 )
-from core.control_training import what_is_seen
-from core.control_types import CONTROL_TYPES, control_type
-from core.images import load_image, to_image
-from core.pipeline import Job, UltraPixelPipeline
-from core.settings import Settings
-from core.sizes import TINY, ControlNetSizes, StageCSizes
+from core.pipeline.pipeline import Job, UltraPixelPipeline
+from core.training.control import what_is_seen
+from core.weights.checkpoint import CheckpointError, config_metadata, save_tensors
 from modules.controlnet import ControlNet
 from modules.effnet import imagenet_normalise
 
@@ -364,12 +364,12 @@ def test_other_urls_are_refused(url: str) -> None:
 
 
 def test_what_is_too_large_or_too_slow_is_not_read(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core.control, "FETCH_BYTES", 100)
+    monkeypatch.setattr(core.pipeline.control, "FETCH_BYTES", 100)
     with pytest.raises(OSError, match="the most that is fetched"):
         fetch(f"{site}/picture.png")
-    monkeypatch.setattr(core.control, "FETCH_BYTES", 1 << 20)
+    monkeypatch.setattr(core.pipeline.control, "FETCH_BYTES", 1 << 20)
     clock = iter((0.0, 1e6))
-    monkeypatch.setattr(core.control.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(core.pipeline.control.time, "monotonic", lambda: next(clock))
     with pytest.raises(OSError, match="it took more than"):
         fetch(f"{site}/picture.png")
 

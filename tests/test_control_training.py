@@ -16,16 +16,16 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 
-from core.checkpoint import load_module, read_tensors
-from core.conditioning import Conditions
-from core.config import ControlConfig, ControlTrainConfig
-from core.config_files import load
-from core.control import blurred, edges, open_controlnet
-from core.control_training import ControlledStageC, check, random_holes, what_is_seen
-from core.control_types import CONTROL_TYPES
-from core.guidance_training import draw_noise
-from core.noising import noised
-from core.sizes import TINY, ControlNetSizes, StageCSizes
+from core.config.control_types import CONTROL_TYPES
+from core.config.schema import ControlConfig, ControlTrainConfig
+from core.config.sizes import TINY, ControlNetSizes, StageCSizes
+from core.config.yaml import load
+from core.pipeline.conditioning import Conditions
+from core.pipeline.control import blurred, edges, open_controlnet
+from core.training.control import ControlledStageC, check, random_holes, what_is_seen
+from core.training.guidance import draw_noise
+from core.training.noising import noised
+from core.weights.checkpoint import load_module, read_tensors
 from gdf.targets import V
 from modules.controlnet import ControlNet
 from modules.stage_c import StageC

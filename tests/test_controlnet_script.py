@@ -17,13 +17,13 @@ from conftest import ROOT
 from PIL import Image
 from random_family import randomise
 
-from core.checkpoint import config_metadata, save_tensors
-from core.control_types import CONTROL_TYPES, picture_flags
-from core.evaluation import held_out_cases, real_picture
+from core.config.control_types import CONTROL_TYPES, picture_flags
+from core.config.sizes import TINY, ControlNetSizes
+from core.family.evaluation import held_out_cases, real_picture
 from core.images import read_image_metadata
 from core.scenes.captions import PLACES
 from core.scenes.captions import SIZES as SCENE_SIZES
-from core.sizes import TINY, ControlNetSizes
+from core.weights.checkpoint import config_metadata, save_tensors
 from modules.controlnet import ControlNet
 
 SCRIPT = ROOT / "inference" / "test_controlnet.py"

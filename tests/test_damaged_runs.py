@@ -16,12 +16,12 @@ import torch
 import toy_training
 from conftest import ROOT
 from toy_training import read_weights
-from training_lesson import exit_code, figures, losses, train, write_lesson
+from training_lesson import exit_code, figures, losses, train
 
 sys.path.insert(0, str(ROOT / "train"))
 import train_t2i  # noqa: E402
 
-from core.trainer import checkpoints  # noqa: E402
+from core.training.trainer import checkpoints  # noqa: E402
 
 SETTINGS = ("save_every=1", "keep=9")
 
@@ -122,13 +122,6 @@ def test_half_written_files_are_removed(tmp_path: Path) -> None:
 
 
 # --- the configuration, and the whole script ------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def lesson(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lesson")
-    write_lesson(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
-from core.cli import run
+from core.commands.flags import run
 from core.data.buckets import Buckets, cover_size, draw_counts, make_buckets
 from core.data.folder import DAMAGED, decode, header_size, index_folder
 from core.data.loader import FolderData, LoaderSettings, Position, batches, into_buckets, thin_buckets

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from core.control_types import CONTROL_TYPES
+from core.config.control_types import CONTROL_TYPES
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "tests/reference/manifests"

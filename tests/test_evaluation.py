@@ -19,9 +19,10 @@ from conftest import ROOT, random_pipeline
 from PIL import Image
 from torch import Tensor
 
-from core.checkpoint import load_module, read_config, save_tensors
-from core.cli import run
-from core.evaluation import (
+from core.commands.flags import run
+from core.config.settings import Settings
+from core.config.sizes import EffnetSizes
+from core.family.evaluation import (
     CROPS,
     Case,
     Evaluation,
@@ -38,13 +39,12 @@ from core.evaluation import (
     shares,
     stage_a_round_trip,
 )
-from core.evaluation_run import make_series
+from core.family.evaluation_run import make_series
 from core.images import read_image_metadata
-from core.resolution import plan
+from core.pipeline.resolution import plan
 from core.scenes.labelled import blur
 from core.scenes.scene import ATTRIBUTES, is_held_out
-from core.settings import Settings
-from core.sizes import EffnetSizes
+from core.weights.checkpoint import load_module, read_config, save_tensors
 from modules.effnet import EfficientNetEncoder
 from modules.recogniser import Recogniser
 

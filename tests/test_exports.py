@@ -10,15 +10,15 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from training_lesson import exit_code, figures, state, train, write_lesson
+from training_lesson import exit_code, figures, state, train
 
 sys.path.insert(0, str(ROOT / "train"))
 import make_tiny  # noqa: E402
 import train_t2i  # noqa: E402
 
-from core.checkpoint import read_tensors, save_tensors  # noqa: E402
-from core.exports import Exports  # noqa: E402
-from core.training import outcome  # noqa: E402
+from core.training.exports import Exports  # noqa: E402
+from core.training.run import outcome  # noqa: E402
+from core.weights.checkpoint import read_tensors, save_tensors  # noqa: E402
 
 WEIGHTS = {"x": torch.ones(2)}
 NO_SHEETS = "previewer_checkpoint_path="
@@ -100,13 +100,6 @@ def test_where_no_file_can_be_written_is_told(exports: Exports, tmp_path: Path) 
 # --- by the scripts -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def lesson(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lesson")
-    write_lesson(folder)
-    return folder
-
-
 def test_a_training_refuses_to_replace_weights_before_it_begins(
     lesson: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,7 +121,7 @@ def test_a_training_refuses_to_replace_weights_before_it_begins(
 def test_what_is_done_and_what_can_be_done_is_told(
     lesson: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "core.training")
+    caplog.set_level(logging.INFO, "core.training.run")
     folder = train(train_t2i.main, lesson / "t2i.yaml", tmp_path, "updates=2", NO_SHEETS)
     weights = folder / T2I
     command = f"--config_c {folder / 'config.yaml'} --pretrained_path {weights}"

@@ -15,7 +15,7 @@ import random_family
 from conftest import ROOT
 from PIL import Image
 
-from core.cli import (
+from core.commands.flags import (
     home_path,
     make_jobs,
     parse_with_preset,
@@ -24,10 +24,10 @@ from core.cli import (
     run,
     settings_of,
 )  # fmt: skip
+from core.config.presets import PRESETS
+from core.config.settings import Job, Settings
 from core.images import read_image_metadata, save_image
-from core.presets import PRESETS
-from core.prompts import doubts, taken_as_words
-from core.settings import Job, Settings
+from core.pipeline.prompts import doubts, taken_as_words
 from gdf.loss_weights import WEIGHTS
 from gdf.names import LOSS_WEIGHT_NAMES, SAMPLER_NAMES
 from gdf.samplers import SAMPLERS

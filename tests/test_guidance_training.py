@@ -12,16 +12,16 @@ from peers import random_stage_c, randomised
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.conditioning import Conditions
-from core.config import LatentGeometry
-from core.guidance_training import (
+from core.config.schema import LatentGeometry
+from core.pipeline.conditioning import Conditions
+from core.training.encoders import at_low_resolution, encode_latent
+from core.training.guidance import (
     GuidedStageC,
     SampleNoise,
     draw_noise,
     drop_conditions,
     noise_latents,
 )
-from core.training_encoders import at_low_resolution, encode_latent
 from gdf.targets import EPSILON, target_named
 from modules.effnet import IMAGENET_MEAN, IMAGENET_STD
 from modules.guidance import Guidance

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
 from core import images
-from core.control import read_source
 from core.images import (
     FORMATS,
     check_format,
@@ -29,6 +28,7 @@ from core.images import (
     take_path,
     to_image,
 )
+from core.pipeline.control import read_source
 
 BEFORE = ROOT / "tests" / "pictures"  # made by commit f1c274f
 

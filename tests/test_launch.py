@@ -16,9 +16,10 @@ import yaml
 from conftest import ROOT
 from training_lesson import torchrun
 
-from core import distributed, launch
-from core.batch_size import describe_batch, fit_batch
-from core.config import RunConfig
+from core import launch
+from core.config.batch_size import describe_batch, fit_batch
+from core.config.schema import RunConfig
+from core.training import distributed
 
 T2I = str(ROOT / "train" / "train_t2i.py")
 TINY_T2I, PUBLISHED_T2I = (
@@ -162,7 +163,7 @@ if sys.argv[2] == "flag":
     with launch.told_once():
         argparse.ArgumentParser("script").error("unknown flag")
 if sys.argv[2] == "crash":
-    from core.cli import run
+    from core.commands.flags import run
     run(lambda: 1 / 0)
 if sys.argv[2] == "all" or not launch.is_first():
     launch.fail("error: broken", 2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.layouts import (
+from core.weights.layouts import (
     UNKNOWN,
     describe_mismatch,
     from_published_guidance,

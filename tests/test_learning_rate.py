@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from toy_training import read_weights, train
 
-from core.learning_rate import Course, LearningRate
-from core.trainer import checkpoints
+from core.training.learning_rate import Course, LearningRate
+from core.training.trainer import checkpoints
 
 
 def formula(course: Course, step: int) -> float:

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from test_lora_files import SIZES
 from torch import Tensor
 
-from core.checkpoint import CheckpointError
-from core.lora_files import write_lora
-from core.lora_names import published_orders, stage_c_weights
-from core.lora_reading import read_lora
+from core.weights.checkpoint import CheckpointError
+from core.weights.lora.files import write_lora
+from core.weights.lora.names import published_orders, stage_c_weights
+from core.weights.lora.reading import read_lora
 
 RANK = 4
 FIRST, OTHER = "down_blocks.0.2.attention", "up_blocks.1.2.attention"

@@ -23,11 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.checkpoint import CheckpointError, save_archive
-from core.lora_files import LAYOUTS, LoraFile, LoraTokens, name_tokens, write_lora
-from core.lora_names import diffusers_module, published_orders, stage_c_weights
-from core.lora_reading import find_version, read_lora
-from core.sizes import STAGE_C_VERSIONS, StageCSizes
+from core.config.sizes import STAGE_C_VERSIONS, StageCSizes
+from core.weights.checkpoint import CheckpointError, save_archive
+from core.weights.lora.files import LAYOUTS, LoraFile, LoraTokens, name_tokens, write_lora
+from core.weights.lora.names import diffusers_module, published_orders, stage_c_weights
+from core.weights.lora.reading import find_version, read_lora
 from modules.lora import LoraUpdate, MergedLora
 from modules.stage_c import StageC
 

@@ -12,17 +12,24 @@ from check_reference import CLIP_INPUTS, NETWORK_BOUND, read_reference, relative
 from conftest import ROOT, random_pipeline
 from torch import Tensor
 
-from core.checkpoint import CheckpointError, read_tensors
-from core.clip import TextEncoder
-from core.config import StageCConfig
-from core.config_files import load_stage_c
-from core.lora_files import LoraFile, LoraTokens, write_lora
-from core.lora_names import published_orders, stage_c_weights
-from core.lora_reading import find_lora_file, read_lora
-from core.loras import LoraMerger, WeightedLora, check_loras, load_loras, split_weight, uncalled
-from core.pipeline import Job, UltraPixelPipeline
-from core.settings import Settings
-from core.sizes import STAGE_C_VERSIONS, StageCSizes
+from core.config.schema import StageCConfig
+from core.config.settings import Settings
+from core.config.sizes import STAGE_C_VERSIONS, StageCSizes
+from core.config.yaml import load_stage_c
+from core.pipeline.pipeline import Job, UltraPixelPipeline
+from core.weights.checkpoint import CheckpointError, read_tensors
+from core.weights.clip import TextEncoder
+from core.weights.lora.files import LoraFile, LoraTokens, write_lora
+from core.weights.lora.merging import (
+    LoraMerger,
+    WeightedLora,
+    check_loras,
+    load_loras,
+    split_weight,
+    uncalled,
+)
+from core.weights.lora.names import published_orders, stage_c_weights
+from core.weights.lora.reading import find_lora_file, read_lora
 from modules.lora import LoraUpdate
 from modules.stage_c import StageC
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from core.layouts import to_published_guidance
-from core.sizes import STAGE_B_VERSIONS, STAGE_C_VERSIONS
+from core.config.sizes import STAGE_B_VERSIONS, STAGE_C_VERSIONS
+from core.weights.layouts import to_published_guidance
 from modules.controlnet import ControlNet
 from modules.effnet import EfficientNetEncoder
 from modules.guidance import Guidance

@@ -9,9 +9,9 @@ import torch
 from conftest import ROOT
 from torch import Tensor
 
-from core.clip import TextCondition, TextEncoder
-from core.lora_files import LoraTokens
-from core.new_tokens import MergedTokens, add_tokens, base_rows, matching_rows, mentions, whole_rows
+from core.weights.clip import TextCondition, TextEncoder
+from core.weights.lora.files import LoraTokens
+from core.weights.lora.tokens import MergedTokens, add_tokens, base_rows, matching_rows, mentions, whole_rows
 
 TINY = str(ROOT / "models" / "tiny")  # whose text encoder has words of more than a letter
 PROMPTS = ("a striped balloon", "a [stripes] balloon over the sea", "sks, desks (sks)", "")

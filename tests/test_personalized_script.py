@@ -17,11 +17,11 @@ from conftest import ROOT
 from PIL import Image
 from test_loras import make_lora, new_token
 
-from core.cli import run
-from core.config_files import load_stage_c
+from core.commands.flags import run
+from core.config.sizes import STAGE_C_VERSIONS
+from core.config.yaml import load_stage_c
 from core.images import read_image_metadata
-from core.lora_files import LoraFile, LoraTokens, write_lora
-from core.sizes import STAGE_C_VERSIONS
+from core.weights.lora.files import LoraFile, LoraTokens, write_lora
 from modules.lora import LoraUpdate
 
 

@@ -38,22 +38,23 @@ import draw_examples  # noqa: E402
 import train_personalized  # noqa: E402
 from training_memory import Job, allocator_growth, estimate, prepare  # noqa: E402
 
-from core import lora_training, personalization  # noqa: E402
-from core.checkpoint import load_module  # noqa: E402
-from core.clip import TextEncoder  # noqa: E402
-from core.conditioning import Conditions  # noqa: E402
-from core.config import LatentGeometry, PersonalizedTrainConfig  # noqa: E402
-from core.config_files import load, load_stage_c  # noqa: E402
+from core.config.schema import LatentGeometry, PersonalizedTrainConfig  # noqa: E402
+from core.config.sizes import EffnetSizes, GuidanceSizes, StageCSizes  # noqa: E402
+from core.config.yaml import load, load_stage_c  # noqa: E402
 from core.data.folder import FolderIndex, Sample, index_folder  # noqa: E402
-from core.guidance_training import GuidedStageC, NoisyLatents, SampleNoise, draw_noise, noise_latents  # noqa: E402
-from core.lora_files import LoraFile  # noqa: E402
-from core.lora_names import published_orders  # noqa: E402
-from core.lora_reading import read_lora  # noqa: E402
-from core.lora_training import Networks, load_networks  # noqa: E402
-from core.new_tokens import MergedTokens, matching_rows  # noqa: E402
-from core.personalization import at_every_size  # noqa: E402
-from core.sizes import EffnetSizes, GuidanceSizes, StageCSizes  # noqa: E402
-from core.trainer import StepLoss  # noqa: E402
+from core.pipeline.conditioning import Conditions  # noqa: E402
+from core.training import lora as lora_training  # noqa: E402
+from core.training import personalization  # noqa: E402
+from core.training.guidance import GuidedStageC, NoisyLatents, SampleNoise, draw_noise, noise_latents  # noqa: E402
+from core.training.lora import Networks, load_networks  # noqa: E402
+from core.training.personalization import at_every_size  # noqa: E402
+from core.training.trainer import StepLoss  # noqa: E402
+from core.weights.checkpoint import load_module  # noqa: E402
+from core.weights.clip import TextEncoder  # noqa: E402
+from core.weights.lora.files import LoraFile  # noqa: E402
+from core.weights.lora.names import published_orders  # noqa: E402
+from core.weights.lora.reading import read_lora  # noqa: E402
+from core.weights.lora.tokens import MergedTokens, matching_rows  # noqa: E402
 from gdf.targets import EPSILON  # noqa: E402
 from modules.lora import MergedLora  # noqa: E402
 from modules.stage_c import StageC  # noqa: E402

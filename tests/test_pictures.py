@@ -22,20 +22,20 @@ from conftest import ROOT, random_pipeline
 from PIL import Image
 from torch import Tensor
 
+import core.commands.pictures
 import core.images
-import core.made
-import core.pictures
-import core.pipeline
-from core import evaluation_run
-from core.cli import make_jobs, read_prompts
-from core.control import Control
+import core.pipeline.made
+import core.pipeline.pipeline
+from core.commands.flags import make_jobs, read_prompts
+from core.commands.pictures import Gallery, make_pictures, save_beside
+from core.config.settings import Settings
+from core.family import evaluation_run
 from core.images import read_image_metadata, take_path
-from core.made import Record, WeightHashes, infotext, picture_metadata
-from core.pictures import Gallery, make_pictures, save_beside
-from core.pipeline import Job, Picture, UltraPixelPipeline
+from core.pipeline.control import Control
+from core.pipeline.made import Record, WeightHashes, infotext, picture_metadata
+from core.pipeline.pipeline import Job, Picture, UltraPixelPipeline
+from core.pipeline.progress import Progress, counting
 from core.printable import printable, say
-from core.progress import Progress, counting
-from core.settings import Settings
 
 sys.path.insert(0, str(ROOT / "inference"))
 import evaluate  # noqa: E402
@@ -94,7 +94,7 @@ def picture(seed: int = 3, value: float = 0.5) -> Picture:
 def test_what_is_done_before_the_run_breaks_off_is_kept(
     pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error
 ) -> None:
-    work, calls = getattr(core.pipeline, stage), []
+    work, calls = getattr(core.pipeline.pipeline, stage), []
 
     def breaks_off(*args: object, **named: object) -> object:
         calls.append(1)
@@ -102,7 +102,7 @@ def test_what_is_done_before_the_run_breaks_off_is_kept(
             raise error
         return work(*args, **named)
 
-    monkeypatch.setattr(core.pipeline, stage, breaks_off)
+    monkeypatch.setattr(core.pipeline.pipeline, stage, breaks_off)
     with pytest.raises(type(error)):
         make(pipeline, tmp_path)
     assert seeds(tmp_path) == [0, 1]
@@ -111,13 +111,13 @@ def test_what_is_done_before_the_run_breaks_off_is_kept(
 def test_each_picture_is_saved_before_the_next_is_decoded(
     pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, there = core.pipeline.decode_picture, []
+    decode, there = core.pipeline.pipeline.decode_picture, []
 
     def watched(*args: object) -> Tensor:
         there.append(len(list(tmp_path.iterdir())))
         return decode(*args)
 
-    monkeypatch.setattr(core.pipeline, "decode_picture", watched)
+    monkeypatch.setattr(core.pipeline.pipeline, "decode_picture", watched)
     assert make(pipeline, tmp_path) == 0
     assert there == [0, 1, 2] and seeds(tmp_path) == [0, 1, 2]
 
@@ -129,13 +129,13 @@ def test_where_stages_stay_in_place_each_picture_is_finished_first(loaded: Ultra
 def test_a_broken_picture_does_not_cost_the_others(
     pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, calls = core.pipeline.decode_picture, []
+    decode, calls = core.pipeline.pipeline.decode_picture, []
 
     def broken(*args: object) -> Tensor:
         calls.append(1)
         return decode(*args) * (torch.nan if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(core.pipeline, "decode_picture", broken)
+    monkeypatch.setattr(core.pipeline.pipeline, "decode_picture", broken)
     with pytest.raises(ValueError, match="NaN"):
         make(pipeline, tmp_path)
     assert seeds(tmp_path) == [0, 2]
@@ -152,7 +152,7 @@ def test_what_shows_the_progress_may_fail(
         def __call__(self, *_: object) -> None:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(core.pictures, {"preview": "Previews", "bars": "ProgressBars"}[what], Fails)
+    monkeypatch.setattr(core.commands.pictures, {"preview": "Previews", "bars": "ProgressBars"}[what], Fails)
     with pytest.warns(UserWarning, match="Fails failed .*No space left.*the run goes on") as caught:
         assert make(pipeline, tmp_path, preview=True) == 0
     assert len(caught) == 1
@@ -199,7 +199,7 @@ def test_the_output_folder_is_checked_before_anything_is_read(
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable[[Path], bool]], None]:
     """Lets saving fail where a function of the wanted path says so; the temporary folder is "tmp"."""
-    save = core.pictures.save_new_image
+    save = core.commands.pictures.save_new_image
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
 
     def refuse_where(told: Callable[[Path], bool]) -> None:
@@ -208,7 +208,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callabl
                 raise OSError(28, "No space left on device")
             return save(image, folder, stem, format, *rest)
 
-        monkeypatch.setattr(core.pictures, "save_new_image", saved)
+        monkeypatch.setattr(core.commands.pictures, "save_new_image", saved)
 
     return refuse_where
 
@@ -276,7 +276,7 @@ def test_packages_without_metadata_cost_a_warning(monkeypatch: pytest.MonkeyPatc
             raise PackageNotFoundError(package)
         return None if package == "torch" else "5.0"  # None: damaged
 
-    monkeypatch.setattr(core.made, "version", version)
+    monkeypatch.setattr(core.pipeline.made, "version", version)
     with pytest.warns(UserWarning, match="version of (ultrapixel|torch) is not known") as caught:
         metadata = picture_metadata(JOBS[0], QUICK, {}, {})
     assert len(caught) == 2 and metadata["versions"] == {"transformers": "5.0"}
@@ -289,7 +289,7 @@ def test_a_weight_file_that_is_gone_costs_its_hash(tmp_path: Path, monkeypatch: 
     def sha256(path: str) -> str:
         return Path(path if path.endswith("a") else "gone").read_text()
 
-    monkeypatch.setattr(core.made, "file_sha256", sha256)
+    monkeypatch.setattr(core.pipeline.made, "file_sha256", sha256)
     hashes = WeightHashes({"Stage C": str(tmp_path / "a"), "Stage B": str(tmp_path / "b")})
     with pytest.warns(UserWarning, match="hash of .*b is left out"):
         assert hashes.result() == {str(tmp_path / "a"): "a"}

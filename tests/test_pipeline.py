@@ -11,11 +11,11 @@ from conftest import random_pipeline
 from random_family import Family
 from torch import Tensor
 
-from core.checkpoint import config_metadata, save_tensors
-from core.offload import Offloaded
-from core.passes import NoiseSource, needs_unconditional
-from core.pipeline import Job, Progress, UltraPixelPipeline
-from core.settings import Settings
+from core.config.settings import Settings
+from core.pipeline.offload import Offloaded
+from core.pipeline.passes import NoiseSource, needs_unconditional
+from core.pipeline.pipeline import Job, Progress, UltraPixelPipeline
+from core.weights.checkpoint import config_metadata, save_tensors
 from modules.guidance import Guidance
 
 QUICK = Settings(steps=2, steps_b=2)
@@ -102,7 +102,7 @@ def test_every_sampler_makes_a_picture(pipeline: UltraPixelPipeline, sampler: st
 def test_tiles_do_not_show(pipeline: UltraPixelPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make(pipeline, JOB)
     monkeypatch.setattr("modules.stage_a.MAX_TILE", 24)
-    monkeypatch.setattr("core.passes.MAX_TILE", 24)
+    monkeypatch.setattr("core.pipeline.passes.MAX_TILE", 24)
     torch.testing.assert_close(make(pipeline, JOB), whole, atol=1e-4, rtol=0)
 
 

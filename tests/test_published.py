@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-from core import published
-from core.checkpoint import CheckpointError, check_file, check_files
-from core.cli import check_weights
-from core.clip import TextEncoder
-from core.config import ControlConfig
-from core.loras import named_files
-from core.pipeline import UltraPixelPipeline
-from core.presets import PRESETS
-from core.published import FILES, fetching, published_at
+from core.commands.flags import check_weights
+from core.config.presets import PRESETS
+from core.config.schema import ControlConfig
+from core.pipeline.pipeline import UltraPixelPipeline
+from core.weights import published
+from core.weights.checkpoint import CheckpointError, check_file, check_files
+from core.weights.clip import TextEncoder
+from core.weights.lora.merging import named_files
+from core.weights.published import FILES, fetching, published_at
 
 BIG = PRESETS["small-big"]
 

@@ -13,12 +13,12 @@ import torch
 from conftest import ROOT, random_pipeline
 from PIL import Image, ImageChops
 
+from core.config.presets import PRESETS
+from core.config.settings import Job, Settings
 from core.images import read_image_metadata
-from core.loras import load_loras
-from core.made import Picture, Pictures
-from core.pipeline import Progress, UltraPixelPipeline
-from core.presets import PRESETS
-from core.settings import Job, Settings
+from core.pipeline.made import Picture, Pictures
+from core.pipeline.pipeline import Progress, UltraPixelPipeline
+from core.weights.lora.merging import load_loras
 
 SIDE = 64
 QUICK = Settings(steps=1, steps_b=1, cfg=1.0)
@@ -178,7 +178,7 @@ def test_the_script_repeats_a_saved_picture(tiny: UltraPixelPipeline, tmp_path: 
         ({"num_image": -1}, ValueError, "num_image must be at least 1, not -1"),
         ({"num_images": 2.0}, TypeError, r"num_images must be a whole number, not 2\.0 \(float\): write 2"),
         ({"num_images": 2, "num_image": 3}, ValueError, "num_images is 2 and num_image 3"),
-        ({"settings": {"steps": 3}}, TypeError, "settings must be core.settings.Settings"),
+        ({"settings": {"steps": 3}}, TypeError, "settings must be core.config.settings.Settings"),
         ({"observer": 5}, TypeError, "observer must be a function of the progress, not 5"),
         ({"step": 5}, TypeError, "no argument 'step': did you mean steps"),
         ({"steps": 2.5}, TypeError, r"steps must be a whole number, not 2\.5"),

@@ -15,12 +15,12 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from core.checkpoint import CheckpointError, load_module, read_shapes, read_tensors
-from core.clip import TextEncoder
-from core.config import ControlConfig
-from core.control import open_controlnet
-from core.lora_reading import read_lora
-from core.sizes import TINY
+from core.config.schema import ControlConfig
+from core.config.sizes import TINY
+from core.pipeline.control import open_controlnet
+from core.weights.checkpoint import CheckpointError, load_module, read_shapes, read_tensors
+from core.weights.clip import TextEncoder
+from core.weights.lora.reading import read_lora
 from modules.controlnet import ControlNet
 from modules.guidance import Guidance
 from modules.stage_b import StageB

@@ -23,12 +23,12 @@ from PIL import Image
 from random_family import randomise
 from test_loras import make_lora
 
-from core.checkpoint import config_metadata, save_tensors
-from core.config import ControlTrainConfig, controlnet_sizes
-from core.config_files import load
+from core.config.schema import ControlTrainConfig, controlnet_sizes
+from core.config.sizes import STAGE_C_VERSIONS
+from core.config.yaml import load
 from core.images import save_image
-from core.lora_files import write_lora
-from core.sizes import STAGE_C_VERSIONS
+from core.weights.checkpoint import config_metadata, save_tensors
+from core.weights.lora.files import write_lora
 from modules.controlnet import ControlNet
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

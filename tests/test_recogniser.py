@@ -14,10 +14,10 @@ import torch
 from conftest import ROOT
 from torch import Tensor
 
-from core.checkpoint import load_module, read_config
-from core.config import SceneData
+from core.config.schema import SceneData
 from core.scenes.labelled import CLASSES, COLOUR, EXTRA_EVERY, LabelledScenes, blur, degrade
 from core.scenes.scene import ATTRIBUTES, EXTRA_SUBJECTS
+from core.weights.checkpoint import load_module, read_config
 from modules.recogniser import UNLABELLED, Recogniser, accuracies, attribute_losses
 
 SCRIPT = ROOT / "train" / "train_recogniser.py"

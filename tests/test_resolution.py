@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config import LatentGeometry, StageCConfig
-from core.resolution import MAX_SIDE, MIN_SIDE, guidance_strength, latent_size, lr_training_size, plan
+from core.config.schema import LatentGeometry, StageCConfig
+from core.pipeline.resolution import (
+    MAX_SIDE,
+    MIN_SIDE,
+    guidance_strength,
+    latent_size,
+    lr_training_size,
+    plan,
+)
 
 CASES = json.loads((Path(__file__).parent / "reference" / "latent_sizes.json").read_text())
 PUBLISHED = LatentGeometry()

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from core.config import RunConfig, SceneData
+from core.config.schema import RunConfig, SceneData
 from core.data.sources import open_data
 from core.scenes.captions import caption
 from core.scenes.drawing import render

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training_lesson import start_torchrun
 
-from core.checkpoint import load_module, read_config, read_tensors
-from core.stage_a_training import COMMITMENT, RECONSTRUCTION, StageATraining
-from core.stage_b_training import draw_noise, encoder_picture
+from core.training.stage_a import COMMITMENT, RECONSTRUCTION, StageATraining
+from core.training.stage_b import draw_noise, encoder_picture
+from core.weights.checkpoint import load_module, read_config, read_tensors
 from modules.effnet import EfficientNetEncoder
 from modules.previewer import Previewer
 from modules.stage_a import StageA
@@ -212,7 +212,7 @@ def test_ctrl_c_stops_several_processes_which_tell_once_where_the_weights_lie(fo
 
 CRASH = """
 import train_stage_a
-from core import stage_a_training
+from core.training import stage_a as stage_a_training
 def make_loss(run):
     def loss(*_):
         raise RuntimeError("broken")

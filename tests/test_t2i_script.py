@@ -16,9 +16,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from core.cli import add_model_flags, add_picture_flags, parse_with_preset, run
+from core.commands.flags import add_model_flags, add_picture_flags, parse_with_preset, run
+from core.config.presets import PRESETS
 from core.images import read_image_metadata
-from core.presets import PRESETS
 
 sys.path.insert(0, str(ROOT / "inference"))
 import test_t2i  # noqa: E402

@@ -17,16 +17,16 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from core.checkpoint import load_module, read_config, read_tensors
-from core.config import ControlConfig
-from core.config_files import load_stage_c
-from core.evaluation import Case, Evaluation, Judge, View, held_out_cases
-from core.loras import load_loras
-from core.pipeline import UltraPixelPipeline
-from core.presets import EMBEDDED, PRESETS
+from core.config.presets import EMBEDDED, PRESETS
+from core.config.schema import ControlConfig
+from core.config.settings import Settings
+from core.config.yaml import load_stage_c
+from core.family.evaluation import Case, Evaluation, Judge, View, held_out_cases
+from core.pipeline.pipeline import UltraPixelPipeline
 from core.scenes.captions import caption
 from core.scenes.scene import EXTRA_SUBJECTS, sample_scene
-from core.settings import Settings
+from core.weights.checkpoint import load_module, read_config, read_tensors
+from core.weights.lora.merging import load_loras
 from modules.effnet import EfficientNetEncoder
 from modules.recogniser import Recogniser
 

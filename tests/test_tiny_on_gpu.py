@@ -16,16 +16,17 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from core import scene_pool, tiny_on_gpu
-from core.batched import make_pictures
-from core.checkpoint import load_module, read_config, read_tensors
-from core.clip import TextEncoder
-from core.pipeline import Job, UltraPixelPipeline
-from core.scene_pool import Drawers, Kind, kind_of
+from core.config.settings import Settings
+from core.family import on_gpu as tiny_on_gpu
+from core.family import pool as scene_pool
+from core.family.batched import make_pictures
+from core.family.pool import Drawers, Kind, kind_of
+from core.family.timed import Budget, Part, Weights
+from core.pipeline.pipeline import Job, UltraPixelPipeline
 from core.scenes.drawing import render
 from core.scenes.scene import ATTRIBUTES, labels, sample_scene
-from core.settings import Settings
-from core.timed_training import Budget, Part, Weights
+from core.weights.checkpoint import load_module, read_config, read_tensors
+from core.weights.clip import TextEncoder
 from modules.recogniser import Recogniser
 
 sys.path.insert(0, str(ROOT / "train"))

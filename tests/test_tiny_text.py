@@ -14,12 +14,12 @@ import torch
 from conftest import ROOT
 from torch import Tensor
 
-from core.clip import TextEncoder
-from core.config import SceneData
+from core.config.schema import SceneData
 from core.data.loader import LoaderSettings
 from core.scenes.captions import caption
 from core.scenes.labelled import FILLERS, Captions, caption_batches, loosen, read_captions
 from core.scenes.scene import ATTRIBUTES, labels, sample_scene
+from core.weights.clip import TextEncoder
 
 SCRIPT, CONFIG = (
     ROOT / "train" / "train_text_encoder.py",

@@ -17,7 +17,7 @@ from conftest import ROOT
 from PIL import Image
 from training_lesson import arguments, torchrun
 
-from core.checkpoint import read_config, read_tensors, save_tensors
+from core.weights.checkpoint import read_config, read_tensors, save_tensors
 from modules.effnet import EfficientNetEncoder
 
 SCRIPT = str(ROOT / "train" / "train_t2i.py")

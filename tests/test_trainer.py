@@ -17,7 +17,7 @@ from conftest import ROOT
 from toy_training import read_weights, train
 from training_lesson import torchrun
 
-from core.trainer import check_batch_size
+from core.training.trainer import check_batch_size
 from gdf.loss_weights import constant
 
 UPDATES = 30

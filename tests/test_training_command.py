@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 from conftest import ROOT
 
-from core.config import TrainConfig
-from core.training_command import read_command
+from core.commands.training import read_command
+from core.config.schema import TrainConfig
 
 CONFIG = str(ROOT / "configs" / "tiny" / "train_t2i.yaml")
 

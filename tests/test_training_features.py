@@ -34,25 +34,26 @@ from training_lesson import (
     state,
     torchrun,
     train,
-    write_lesson,
 )
 
 sys.path.insert(0, str(ROOT / "train"))
 import train_stage_c  # noqa: E402
 import train_t2i  # noqa: E402
 
-from core import guidance_training, stage_c_training, training_log  # noqa: E402
-from core.checkpoint import load_module, read_tensors  # noqa: E402
-from core.config import StageCTrainConfig  # noqa: E402
-from core.config_files import load  # noqa: E402
+from core.config.schema import StageCTrainConfig  # noqa: E402
+from core.config.settings import Settings  # noqa: E402
+from core.config.yaml import load  # noqa: E402
 from core.data.cache import Cache, cached_batches, fill  # noqa: E402
 from core.data.loader import LoaderSettings  # noqa: E402
 from core.data.sources import open_data, stream  # noqa: E402
-from core.layouts import guidance_names  # noqa: E402
-from core.passes import NoiseSource, low_resolution_pass  # noqa: E402
-from core.pipeline import UltraPixelPipeline  # noqa: E402
-from core.settings import Settings  # noqa: E402
-from core.training_encoders import Encoders  # noqa: E402
+from core.pipeline.passes import NoiseSource, low_resolution_pass  # noqa: E402
+from core.pipeline.pipeline import UltraPixelPipeline  # noqa: E402
+from core.training import guidance as guidance_training
+from core.training import log as training_log  # noqa: E402
+from core.training import stage_c as stage_c_training
+from core.training.encoders import Encoders  # noqa: E402
+from core.weights.checkpoint import load_module, read_tensors  # noqa: E402
+from core.weights.layouts import guidance_names  # noqa: E402
 from modules.guidance import Guidance  # noqa: E402
 from modules.stage_c import StageC  # noqa: E402
 
@@ -69,14 +70,6 @@ def cache_files(folder: Path) -> list[Path]:
 def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     """The last line of standard error."""
     return capsys.readouterr().err.strip().splitlines()[-1]
-
-
-@pytest.fixture(scope="module")
-def lesson(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four pictures with small networks, and configurations of four updates on them."""
-    folder = tmp_path_factory.mktemp("lesson")
-    write_lesson(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

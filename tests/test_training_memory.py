@@ -11,8 +11,8 @@ from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from core.config import LatentGeometry
-from core.sizes import EffnetSizes, GuidanceSizes, StageCSizes
+from core.config.schema import LatentGeometry
+from core.config.sizes import EffnetSizes, GuidanceSizes, StageCSizes
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from training_memory import (  # noqa: E402

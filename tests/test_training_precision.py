@@ -10,8 +10,8 @@ import torch
 from peers import random_stage_c, randomised
 from torch import Tensor
 
-from core.conditioning import Conditions
-from core.guidance_training import GuidedStageC, NoisyLatents, draw_noise, noise_latents
+from core.pipeline.conditioning import Conditions
+from core.training.guidance import GuidedStageC, NoisyLatents, draw_noise, noise_latents
 from gdf.diffusion import sample_losses
 from gdf.targets import EPSILON
 from modules.guidance import Guidance

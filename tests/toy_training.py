@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from core.guidance_training import draw_noise
-from core.trainer import Recipe, StepLoss, Trainer, TrainSettings
-from core.training_log import RunLog
+from core.training.guidance import draw_noise
+from core.training.log import RunLog
+from core.training.trainer import Recipe, StepLoss, Trainer, TrainSettings
 from gdf.loss_weights import LossWeight, constant
 from gdf.schedules import cosine
 

@@ -22,11 +22,11 @@ from random_family import Family, write_family
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.checkpoint import config_metadata, read_tensors, save_tensors
-from core.cli import run
+from core.commands.flags import run
+from core.config.sizes import EffnetSizes, StageCSizes
 from core.scenes.drawing import render
 from core.scenes.scene import sample_scene
-from core.sizes import EffnetSizes, StageCSizes
+from core.weights.checkpoint import config_metadata, read_tensors, save_tensors
 from modules.effnet import EfficientNetEncoder, imagenet_normalise
 from modules.previewer import Previewer
 

@@ -9,10 +9,10 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from core.batch_size import fit_batch
-from core.cli import Help, home_path, run
-from core.config import TrainConfig
-from core.config_files import load
+from core.commands.flags import Help, home_path, run
+from core.config.batch_size import fit_batch
+from core.config.schema import TrainConfig
+from core.config.yaml import load
 from core.printable import say
 
 

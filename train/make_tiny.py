@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from core.cli import run
+from core.commands.flags import run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, MODELS = ROOT / "configs" / "tiny", ROOT / "models" / "tiny"

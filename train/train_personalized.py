@@ -6,14 +6,14 @@ checkpoint_path/experiment_id.
 
 from __future__ import annotations
 
-from core.cli import run
-from core.config import PersonalizedTrainConfig
-from core.training_command import read_command
+from core.commands.flags import run
+from core.commands.training import read_command
+from core.config.schema import PersonalizedTrainConfig
 
 
 def main() -> int:
     config = read_command(PersonalizedTrainConfig, __doc__)
-    from core.lora_training import train_personalized  # loads torch, once the command is read
+    from core.training.lora import train_personalized  # loads torch, once the command is read
 
     return train_personalized(config)
 

@@ -7,14 +7,14 @@ continues.
 
 from __future__ import annotations
 
-from core.cli import run
-from core.config import PreviewerTrainConfig
-from core.training_command import read_command
+from core.commands.flags import run
+from core.commands.training import read_command
+from core.config.schema import PreviewerTrainConfig
 
 
 def main() -> int:
     config = read_command(PreviewerTrainConfig, __doc__)
-    from core.previewer_training import train_previewer  # loads torch, once the command is read
+    from core.training.previewer import train_previewer  # loads torch, once the command is read
 
     return train_previewer(config)
 

@@ -6,14 +6,14 @@ Running the same command again continues from the last checkpoint in checkpoint_
 
 from __future__ import annotations
 
-from core.cli import run
-from core.config import RecogniserTrainConfig
-from core.training_command import read_command
+from core.commands.flags import run
+from core.commands.training import read_command
+from core.config.schema import RecogniserTrainConfig
 
 
 def main() -> int:
     config = read_command(RecogniserTrainConfig, __doc__)
-    from core.recogniser_training import train_recogniser  # loads torch, once the command is read
+    from core.family.recogniser import train_recogniser  # loads torch, once the command is read
 
     return train_recogniser(config)
 

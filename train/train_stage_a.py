@@ -5,14 +5,14 @@ Running the same command again continues from the last checkpoint in checkpoint_
 
 from __future__ import annotations
 
-from core.cli import run
-from core.config import StageATrainConfig
-from core.training_command import read_command
+from core.commands.flags import run
+from core.commands.training import read_command
+from core.config.schema import StageATrainConfig
 
 
 def main() -> int:
     config = read_command(StageATrainConfig, __doc__)
-    from core.stage_a_training import train_stage_a  # loads torch, once the command is read
+    from core.training.stage_a import train_stage_a  # loads torch, once the command is read
 
     return train_stage_a(config)
 

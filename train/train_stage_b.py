@@ -6,14 +6,14 @@ command again continues from the last checkpoint in checkpoint_path/experiment_i
 
 from __future__ import annotations
 
-from core.cli import run
-from core.config import StageBTrainConfig
-from core.training_command import read_command
+from core.commands.flags import run
+from core.commands.training import read_command
+from core.config.schema import StageBTrainConfig
 
 
 def main() -> int:
     config = read_command(StageBTrainConfig, __doc__)
-    from core.stage_b_training import train_stage_b  # loads torch, once the command is read
+    from core.training.stage_b import train_stage_b  # loads torch, once the command is read
 
     return train_stage_b(config)
 

@@ -6,14 +6,14 @@ the last checkpoint in checkpoint_path/experiment_id.
 
 from __future__ import annotations
 
-from core.cli import run
-from core.config import StageCTrainConfig
-from core.training_command import read_command
+from core.commands.flags import run
+from core.commands.training import read_command
+from core.config.schema import StageCTrainConfig
 
 
 def main() -> int:
     config = read_command(StageCTrainConfig, __doc__)
-    from core.stage_c_training import train_stage_c  # loads torch, once the command is read
+    from core.training.stage_c import train_stage_c  # loads torch, once the command is read
 
     return train_stage_c(config)
 

@@ -5,14 +5,14 @@ Running the same command again continues from the last checkpoint in checkpoint_
 
 from __future__ import annotations
 
-from core.cli import run
-from core.config import TrainConfig
-from core.training_command import read_command
+from core.commands.flags import run
+from core.commands.training import read_command
+from core.config.schema import TrainConfig
 
 
 def main() -> int:
     config = read_command(TrainConfig, __doc__)
-    from core.guidance_training import train_guidance  # loads torch, once the command is read
+    from core.training.guidance import train_guidance  # loads torch, once the command is read
 
     return train_guidance(config)
 

@@ -6,14 +6,14 @@ Running the same command again continues from the last checkpoint in checkpoint_
 
 from __future__ import annotations
 
-from core.cli import run
-from core.config import TextTrainConfig
-from core.training_command import read_command
+from core.commands.flags import run
+from core.commands.training import read_command
+from core.config.schema import TextTrainConfig
 
 
 def main() -> int:
     config = read_command(TextTrainConfig, __doc__)
-    from core.text_training import train_text_encoder  # loads torch, once the command is read
+    from core.family.text_encoder import train_text_encoder  # loads torch, once the command is read
 
     return train_text_encoder(config)
 

@@ -12,8 +12,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from core.cli import Help, home_path, run
-from core.presets import EMBEDDED, PRESETS
+from core.commands.flags import Help, home_path, run
+from core.config.presets import EMBEDDED, PRESETS
 
 PARTS = ("stage_c", "guidance", "figures")
 
@@ -78,7 +78,7 @@ def check(arguments: argparse.Namespace) -> None:
 def main(given: Sequence[str] | None = None) -> int:
     arguments = parse(given)
     check(arguments)
-    from core.tiny_on_gpu import train_and_show  # loads torch, once the flags are read
+    from core.family.on_gpu import train_and_show  # loads torch, once the flags are read
 
     train_and_show(arguments)
     return 0

@@ -7,14 +7,14 @@ the same command again continues from the last checkpoint in checkpoint_path/exp
 
 from __future__ import annotations
 
-from core.cli import run
-from core.config import ControlTrainConfig
-from core.training_command import read_command
+from core.commands.flags import run
+from core.commands.training import read_command
+from core.config.schema import ControlTrainConfig
 
 
 def main() -> int:
     config = read_command(ControlTrainConfig, __doc__)
-    from core.control_training import train_controlnet  # loads torch, once the command is read
+    from core.training.control import train_controlnet  # loads torch, once the command is read
 
     return train_controlnet(config)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from core.sizes import Size
+from core.config.sizes import Size
 
 FACTOR = 32  # px; bucket sides are multiples of it
 ROW, MARGIN, LABELS, BARS, COUNTS = 28, 12, 170, 480, 90  # px in the picture of the buckets

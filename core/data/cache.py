@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from core.config.sizes import Size
 from core.data.files import Broken
 from core.data.folder import check_broken
 from core.data.loader import (
@@ -35,7 +36,6 @@ from core.data.loader import (
     thin_buckets,
     warn_of_thin,
 )
-from core.sizes import Size
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from core.config.sizes import Size
 from core.data.buckets import Buckets, cover_size, draw_counts
 from core.data.files import Broken, counted, tally
 from core.data.folder import decode
@@ -18,7 +19,6 @@ from core.data.shards import Encoded, LeftOut, ShardData, samples
 from core.data.sources import Data
 from core.images import NamedBytes
 from core.printable import say
-from core.sizes import Size
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from core.config.sizes import Size
 from core.data.buckets import cover_size
 from core.data.captions import WITHOUT, first_caption
 from core.data.files import UNSORTED, Broken, counted, sort_out, suffix_of, walk
 from core.data.listings import read_listings
 from core.images import DAMAGED, SIDEWAYS, NamedBytes, open_image, orientation, upright_rgb
-from core.sizes import Size
 
 log = logging.getLogger(__name__)
 

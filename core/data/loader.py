@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from core.config.sizes import Size
 from core.data.buckets import Buckets
 from core.data.files import Broken
 from core.data.folder import FolderIndex, check_broken, decode, warn_of_left_out
 from core.images import NamedBytes
-from core.sizes import Size
 
 log = logging.getLogger(__name__)
 

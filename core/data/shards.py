@@ -22,6 +22,7 @@ from webdataset.filters import detshuffle
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
+from core.config.sizes import Size
 from core.data.buckets import Buckets
 from core.data.captions import CAPTION_KEYS, first_caption
 from core.data.files import (
@@ -49,7 +50,6 @@ from core.data.loader import (
     read_picture,
 )
 from core.images import NamedBytes
-from core.sizes import Size
 
 SHUFFLED = 100  # encoded pictures that a stream holds to draw from
 PREFERRED = (".jpg", ".jpeg", ".png", ".webp")  # where a sample has pictures of several formats

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from core.config import RunConfig
+from core.config.schema import RunConfig
 from core.data.buckets import make_buckets
 from core.data.folder import index_folder
 from core.data.loader import Batch, IndexedData, LoaderSettings, Position, batches, into_buckets

@@ -9,13 +9,13 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from core.config import SceneData
+from core.config.schema import SceneData
+from core.config.sizes import Size
 from core.data.files import Broken
 from core.data.loader import Picture
 from core.scenes.captions import caption
 from core.scenes.drawing import render
 from core.scenes.scene import SAMPLED, sample_scene
-from core.sizes import Size
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.config import SceneData
+from core.config.schema import SceneData
+from core.config.sizes import Size
 from core.data.loader import LoaderSettings, Picture
 from core.scenes.captions import caption
 from core.scenes.drawing import render
 from core.scenes.drawn import DrawnScenes
 from core.scenes.scene import ATTRIBUTES, EXTRA_SUBJECTS, Scene, labels, sample_scene
-from core.sizes import Size
 from modules.recogniser import UNLABELLED, resize
 
 # Words that can be left out, since captions with and without them mean the same.

@@ -1,0 +1,326 @@
+"""What the scripts' command lines share: flags, one-sentence errors, the closing table.
+
+It loads no torch, so that --help and a wrong flag are answered at once: what computes is imported by the
+scripts once their flags are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.config.arguments import DRAW_SEED, first_seed
+from core.config.presets import DEFAULT, EMBEDDED, PRESETS
+from core.config.settings import PUBLISHED_STEPS, TRAINING_R, Job, Settings
+from core.config.yaml import FLOAT16_REFUSED
+from core.devices import device_named
+from core.images import FORMATS, check_format, prepare_folder, read_image_metadata
+from core.launch import fail, processes
+from core.paths import at_home, located
+from core.printable import say
+from gdf.names import SAMPLER_NAMES
+
+if TYPE_CHECKING:
+    from core.pipeline.pipeline import StageUse, UltraPixelPipeline
+
+DTYPE_NAMES = {
+    "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32",
+}  # fmt: skip
+FLOAT16_NAMES = ("fp16", "float16", "half")
+MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype")  # what tells which models made a picture
+OWN_PACKAGES = ("core", "gdf", "modules")
+FACTS = ("versions", "weights")  # in pictures, besides the values of flags
+
+
+# --- running a script -----------------------------------------------------------------------------
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's main: a user's mistake is one sentence on standard error and exit code 2.
+
+    Of several processes one tells the error of all, of whatever kind it is.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        sys.exit(main() or 0)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except (ValueError, OSError) as error:
+        fail(f"error: {error}", 2)
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        if package in OWN_PACKAGES:
+            raise
+        lacking = f"the package {package} is missing: pip install -r requirements.txt"
+        fail(f"error: {lacking if package else error}", 2)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            if processes() == 1:
+                raise
+            fail(traceback.format_exc().rstrip(), 1)
+        cause = str(error).splitlines()[0]
+        fail(
+            f"error: the device's memory is full ({cause}): make a smaller picture, without --resident; for "
+            "a training, set a smaller image_size, pictures_at_once=1 and gradient_checkpointing=true",
+            2,
+        )
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every flag's default, unless its text tells it, and the description as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if "(default" in (action.help or "") or action.required or not action.option_strings:
+            return action.help
+        if action.const is True or action.default is None:
+            return f"{action.help} (default: {'off' if action.const else 'none'})"
+        return super()._get_help_string(action)
+
+
+def home_path(text: str) -> str:
+    """A path of the command line, in which no shell may have replaced the ~."""
+    try:
+        return at_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def dtype_name(text: str) -> str:
+    """The configuration's name of a number format given on the command line."""
+    if text in FLOAT16_NAMES:
+        raise argparse.ArgumentTypeError(f"{FLOAT16_REFUSED}: use bf16 or float32")
+    if text not in DTYPE_NAMES:
+        raise argparse.ArgumentTypeError(f"unknown number format {text!r}: use bf16 or float32")
+    return DTYPE_NAMES[text]
+
+
+def guidance_r(text: str) -> float | str:
+    """A number, or last_step."""
+    try:
+        return text if text == "last_step" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor last_step") from None
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which files, and how they run."""
+    group = parser.add_argument_group("models")
+    group.add_argument(
+        "--preset", choices=tuple(PRESETS),
+        help="models that belong together; it gives the defaults that are said to be the preset's",
+    )  # fmt: skip
+    group.add_argument(
+        "--config_c", type=home_path, default=DEFAULT.config_c,
+        help="configuration of Stage C (default: the preset's, else %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--config_b", type=home_path, default=DEFAULT.config_b,
+        help="configuration of Stages B and A (default: the preset's, else %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--pretrained_path", type=home_path, default=DEFAULT.pretrained_path,
+        help="guidance weights, or 'none': without guidance (default: the preset's, else %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--dtype", type=dtype_name, help="bf16 or float32 (default: the configuration's)")
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU where there is one, else cpu)")
+    group.add_argument(
+        "--resident", action="store_true", help="keep all stages on the device (faster, more memory)"
+    )
+    group.add_argument(
+        "--allow_download", action="store_true", help="let the text encoder be fetched from its hub"
+    )
+
+
+def add_picture_flags(parser: argparse.ArgumentParser) -> None:
+    """What pictures to make, and where they go."""
+    group = parser.add_argument_group("pictures")
+    for side in ("height", "width"):
+        group.add_argument(
+            f"--{side}", type=int, default=getattr(DEFAULT, side),
+            help="pixels (default: the preset's, else %(default)s)",
+        )  # fmt: skip
+    prompts = group.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", help="what the picture shows; it or --prompt_file")
+    prompts.add_argument("--prompt_file", type=home_path, help="a text file with one prompt a paragraph")
+    group.add_argument("--negative_prompt", default="", help="what it should not show (default: nothing)")
+    group.add_argument("--num_image", type=int, default=1, help="pictures per prompt")
+    group.add_argument(
+        "--seed", type=int, default=123, help="of the first picture, the i-th has seed + i; -1 draws one"
+    )
+    group.add_argument("--output_dir", type=home_path, default="outputs", help="folder for the pictures")
+    group.add_argument("--format", choices=FORMATS, default="png", help="of the files")
+
+
+def add_settings_flags(parser: argparse.ArgumentParser, own: Collection[str] = ()) -> None:
+    """How the passes sample; the names are those of `Settings`, `own` as in `parse_with_preset`."""
+    d = Settings()
+    preset = "" if "cfg" in own else " (default: the preset's, else %(default)s)"
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--steps", type=int, default=d.steps, help="of each pass of Stage C")
+    group.add_argument(
+        "--cfg", type=float, default=d.cfg, help=f"guidance weight of Stage C; 1 for none{preset}"
+    )
+    group.add_argument(
+        "--cfg_end", type=float, help="guidance weight at the last step, linear in between (default: --cfg)"
+    )
+    group.add_argument(
+        "--cfg_interval", type=float, nargs=2, default=d.cfg_interval, metavar=("LOW", "HIGH"),
+        help="times in [0, 1] between which the unconditional half is computed (default: 0 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cfg_rescale", type=float, default=d.cfg_rescale,
+        help="how far, 0 to 1, the guided prediction is drawn back to its contrast without guidance",
+    )  # fmt: skip
+    group.add_argument("--shift", type=float, default=d.shift, help="of the noise schedule of Stage C")
+    group.add_argument("--sampler", choices=SAMPLER_NAMES, default=d.sampler, help="of Stage C")
+    group.add_argument(
+        "--guidance_r", type=guidance_r,
+        help="noise condition of the guiding features, a number or last_step (default: last_step at "
+        f"{PUBLISHED_STEPS} steps, else {TRAINING_R})",
+    )  # fmt: skip
+    group.add_argument("--steps_b", type=int, default=d.steps_b, help="of Stage B")
+    group.add_argument("--cfg_b", type=float, default=d.cfg_b, help="guidance weight of Stage B; 1 for none")
+    group.add_argument("--sampler_b", choices=SAMPLER_NAMES, default=d.sampler_b, help="of Stage B")
+    group.add_argument("--stage_a_tiled", action="store_true", help="decode in tiles also where it would fit")
+
+
+def picture_parser(description: str, own: Collection[str] = ()) -> argparse.ArgumentParser:
+    """A parser with the flags of all scripts that make pictures, for `parse_with_preset`; `own` as there."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+    add_picture_flags(parser)
+    add_settings_flags(parser, own)
+    add_model_flags(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--from_image", type=home_path, metavar="FILE",
+        help="make this picture again, or with what other flags change; it gives their defaults",
+    )  # fmt: skip
+    group.add_argument("--preview", action="store_true", help="save small previews while Stage C runs")
+    group.add_argument("--dry_run", action="store_true", help="print configuration and plan, and stop")
+    return parser
+
+
+def parse_with_preset(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, own: Collection[str] = ()
+) -> argparse.Namespace:
+    """The parsed flags, with --preset and then --from_image, if there is such a flag, giving the defaults.
+
+    `own` names flags whose defaults a preset leaves as the script has them. --seed -1 draws a seed and says
+    which.
+    """
+    known = parser.parse_args(arguments)
+    if known.preset is not None:
+        preset = asdict(PRESETS[known.preset])
+        parser.set_defaults(**{name: value for name, value in preset.items() if name not in own})
+    if getattr(known, "from_image", None) is not None:
+        stored = read_image_metadata(known.from_image)
+        others = [name for name in stored if stored[name] and not hasattr(known, name)]
+        if foreign := sorted({*others} - {*FACTS}):
+            raise ValueError(
+                f"{known.from_image} was made with --{foreign[0]}, which this script does not have: use the "
+                "one that made it"
+            )
+        parser.set_defaults(**{name: value for name, value in stored.items() if hasattr(known, name)})
+    found = parser.parse_args(arguments)
+    if getattr(found, "seed", None) == DRAW_SEED:
+        found.seed = first_seed(found.seed)
+        say(f"seed {found.seed} was drawn", sys.stderr)
+    return found
+
+
+def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
+    """The pipeline that the flags name; no weights are loaded yet."""
+    from core.pipeline.pipeline import UltraPixelPipeline
+
+    guidance = None if arguments.pretrained_path == "none" else arguments.pretrained_path
+    device = device_named(arguments.device)
+    return UltraPixelPipeline.from_config(
+        arguments.config_c, arguments.config_b, guidance, device, arguments.dtype, arguments.resident,
+        arguments.allow_download,
+    )  # fmt: skip
+
+
+def check_weights(
+    pipeline: UltraPixelPipeline, preset: str | None, others: Mapping[str, str] | None = None
+) -> None:
+    """Raise what is wrong with any weight file; where one is missing, also what runs without it.
+
+    `others` are files that the pipeline does not know yet: what each holds, by path.
+    """
+    try:
+        pipeline.check_files(others)
+    except (ValueError, FileNotFoundError) as error:
+        missing = any(not Path(path).exists() for path in (*pipeline.files().values(), *(others or ())))
+        if preset is None and missing and Path(located(PRESETS[EMBEDDED].pretrained_path)).exists():
+            raise ValueError(f"{error}; --preset {EMBEDDED} runs now, its weights are here") from None
+        raise
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """The settings that the flags describe."""
+    values = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__}
+    return Settings(**{**values, "cfg_interval": tuple(values["cfg_interval"])})
+
+
+def make_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """The pictures to make: each prompt --num_image times, the i-th of all with seed + i.
+
+    Their folder is made, unless nothing is to be made (--dry_run). ValueError for what they cannot be.
+    """
+    wanted = [prompt for prompt in prompts_of(arguments) for _ in range(arguments.num_image)]
+    size = (arguments.height, arguments.width)
+    check_format(arguments.format, *size)
+    if not arguments.dry_run:
+        prepare_folder(arguments.output_dir)
+    return [Job(p, *size, arguments.seed + i, arguments.negative_prompt) for i, p in enumerate(wanted)]
+
+
+def prompts_of(arguments: argparse.Namespace) -> list[str]:
+    """The prompts that the flags name; ValueError if they name none, or no picture of them."""
+    if arguments.num_image < 1:
+        raise ValueError(f"--num_image must be at least 1, not {arguments.num_image}")
+    if arguments.prompt_file is not None:
+        return read_prompts(arguments.prompt_file)
+    if arguments.prompt is None:
+        raise ValueError('no prompt was given: add --prompt "what the picture shows", or --prompt_file FILE')
+    return [arguments.prompt]
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a paragraph; ValueError where there is none."""
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: the prompt file is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(
+            f"--prompt_file {path} cannot be read ({error.strerror}): name a text file"
+        ) from None
+    prompts = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError(f"{path}: the prompt file holds no prompt; write one a paragraph")
+    return prompts
+
+
+# --- at the end ----------------------------------------------------------------------------------
+
+
+def usage_table(uses: Sequence[StageUse]) -> str:
+    """Elapsed time and peak memory per stage, as text."""
+    lines = [f"{'stage':<10}{'seconds':>10}{'peak memory':>16}"]
+    for use in uses:
+        memory = f"{use.peak_memory / 2**30:.2f} GiB" if use.peak_memory else "-"
+        lines.append(f"{use.name:<10}{use.seconds:>10.2f}{memory:>16}")
+    lines.append(f"{'all':<10}{sum(use.seconds for use in uses):>10.2f}")
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""What determines a picture, beside the models: the job with prompt, size and seed, and the settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from core.config.arguments import number, text, whole_number
+from gdf.cfg import CfgSettings
+from gdf.names import SAMPLER_NAMES, check_name
+
+PUBLISHED_STEPS = 20  # at this many steps the last step's r is the one that training uses
+TRAINING_R = 0.05  # noise condition of the low-resolution pass in training (paper section 4.1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make."""
+
+    prompt: str
+    height: int
+    width: int
+    seed: int
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the passes sample; the defaults are the published ones for text to image.
+
+    Raises ValueError for a value outside its range and TypeError for one of another kind, naming it.
+    """
+
+    steps: int = PUBLISHED_STEPS  # of each of Stage C's two passes
+    cfg: float = 4.0
+    cfg_end: float | None = None  # at the last step, linear in between; None: as cfg
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # of t, outside it the unconditional half is not computed
+    cfg_rescale: float = 0.7
+    shift: float = 1.0
+    sampler: str = "ddpm"
+    guidance_r: float | Literal["last_step"] | None = None  # None: the last step at 20 steps, else 0.05
+    steps_b: int = 10
+    cfg_b: float = 1.1
+    sampler_b: str = "ddpm"
+    stage_a_tiled: bool = False  # True: always; False: only where the picture is large
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("steps", "steps_b"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("cfg", "cfg_end", "cfg_b"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:  # a NaN is neither
+                raise ValueError(f"{name} must be a number from 0 up, not {value}; 1 is no guidance")
+        if self.shift <= 0:
+            raise ValueError(f"shift must be above 0, not {self.shift}")
+        if isinstance(self.guidance_r, float | int) and not 0 < self.guidance_r < 1:
+            raise ValueError(f"guidance_r must lie between 0 and 1 or be 'last_step', not {self.guidance_r}")
+        if isinstance(self.guidance_r, str) and self.guidance_r != "last_step":
+            raise ValueError(f"guidance_r must be a number or 'last_step', not {self.guidance_r!r}")
+        for sampler in (self.sampler, self.sampler_b):
+            check_name("sampler", sampler, SAMPLER_NAMES)
+        _ = self.cfg_stage_c
+
+    @property
+    def cfg_stage_c(self) -> CfgSettings:
+        """Classifier-free guidance of both Stage C passes."""
+        return CfgSettings(self.cfg, self.cfg_end, self.cfg_rescale, self.cfg_interval)
+
+    @property
+    def cfg_stage_b(self) -> CfgSettings:
+        """Classifier-free guidance of Stage B."""
+        return CfgSettings(self.cfg_b, rho=self.cfg_rescale)
+
+    @property
+    def extra_guidance_r(self) -> float | None:
+        """The noise condition of an extra evaluation for the guidance; None: taken at the last step."""
+        if self.guidance_r == "last_step" or (self.guidance_r is None and self.steps == PUBLISHED_STEPS):
+            return None
+        return TRAINING_R if self.guidance_r is None else float(self.guidance_r)
+
+
+def changed(settings: Settings | None, default: Settings, changes: Mapping[str, Any]) -> Settings:
+    """The settings, or else the default ones, with changes by name; TypeError for an unknown name."""
+    if settings is not None and not isinstance(settings, Settings):
+        raise TypeError(f"settings must be core.config.settings.Settings(...), not {settings!r}")
+    known = Settings.__dataclass_fields__
+    for name in changes:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            way = f"did you mean {near[0]}?" if near else f"beside its own, it takes {', '.join(known)}"
+            raise TypeError(f"a call has no argument {name!r}: {way}")
+    return replace(settings or default, **changes)
+
+
+def _check_types(settings: Settings) -> None:
+    """TypeError for the first value of another kind than its field's."""
+    for name in ("steps", "steps_b"):
+        whole_number(name, getattr(settings, name))
+    for name in ("cfg", "cfg_rescale", "shift", "cfg_b"):
+        number(name, getattr(settings, name))
+    for name in ("sampler", "sampler_b"):
+        text(name, getattr(settings, name))
+    if settings.cfg_end is not None:
+        number("cfg_end", settings.cfg_end)
+    if not isinstance(settings.guidance_r, str | None):
+        number("guidance_r", settings.guidance_r)
+    pair = settings.cfg_interval
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"cfg_interval must be two numbers, as in (0.0, 1.0), not {pair!r}")
+    for value in pair:
+        number("cfg_interval", value)

@@ -1,0 +1,416 @@
+"""The run of train/train_tiny_on_gpu.py: Stage C and the guidance on scenes that are drawn meanwhile."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import ImageOps
+from torch import Tensor, nn
+
+from core.commands.flags import device_named
+from core.config.presets import PRESETS
+from core.config.schema import guidance_sizes, stage_c_sizes
+from core.config.settings import Settings
+from core.config.yaml import load_stage_b, load_stage_c
+from core.family.batched import in_batches, measured
+from core.family.evaluation import Judge, View, held_out_cases
+from core.family.pool import Drawers, Encoders, Kind, Pool, Pools, Samples
+from core.family.timed import Budget, Part, Weights
+from core.images import save_image, to_image
+from core.paths import located
+from core.pipeline.conditioning import Conditions, conditions
+from core.pipeline.pipeline import DTYPES, UltraPixelPipeline, load_encoder
+from core.training.guidance import GuidedStageC, SampleNoise, drop_conditions, noise_latents
+from core.training.noising import noised
+from core.training.preview import contact_sheet
+from core.training.run import in_dtype, trained_module
+from core.weights.checkpoint import check_file, config_metadata, load_module, read_config, save_tensors
+from core.weights.clip import TextEncoder
+from core.weights.layouts import guidance_names
+from gdf.diffusion import sample_losses
+from gdf.loss_weights import loss_weight_named
+from gdf.schedules import TIME_MIN
+from gdf.targets import target_named
+from modules.guidance import Guidance
+from modules.recogniser import Recogniser
+from modules.stage_c import StageC
+
+log = logging.getLogger(__name__)
+
+PRESET = PRESETS["tiny-wide"]
+TRAININGS = {"stage_c", "guidance"}  # of --parts
+STAGE_C, GUIDANCE = "stage_c.safetensors", "ultrapixel_t2i.safetensors"
+SHARE_OF_C = 0.68  # of --minutes
+LR = 1e-3
+EMA = {"stage_c": 0.998, "guidance": 0.995}
+TEXT_DROPOUT = {"stage_c": 0.1, "guidance": 0.5}
+IMAGE_SHARE = 0.1
+LOSS_WEIGHT = loss_weight_named("p2", 0.37)
+ABSORBED = 3  # chunks an update, at most
+FIRST_SCENES = 3000  # drawn before the training begins
+SCENES_A_SECOND = 50_000  # more than are ever drawn: a resumed training goes on with others
+HALVING = 0.7  # of the batches, where memory was too little
+LARGE, LARGE_SHOWN = 1024, 4  # pixels and number of the largest pictures on the sheets
+CELL = 512  # pixels of a picture on a sheet
+
+
+@dataclass(frozen=True)
+class Row:
+    """One size of training pictures: how they are drawn, kept and used."""
+
+    kind: Kind
+    capacity: int  # of the pool
+    batch: int
+    often: Mapping[str, float]  # share of the updates of each training
+
+
+ROWS = (
+    Row(Kind(96, 0.08, 256), 100_000, 1024, {"stage_c": 0.20, "guidance": 0.10}),  # latents of 12 x 12
+    Row(Kind(192, 0.24, 128), 150_000, 384, {"stage_c": 0.15, "guidance": 0.20}),
+    Row(Kind(288, 0.20, 96), 120_000, 192, {"stage_c": 0.15, "guidance": 0.20}),
+    Row(Kind(384, 0.465, 64), 250_000, 96, {"stage_c": 0.45, "guidance": 0.45}),
+    Row(Kind(768, 0.015, 16), 6_000, 16, {"stage_c": 0.05, "guidance": 0.05}),
+)
+LOW = ROWS[0].kind.side
+
+
+def minutes_of(arguments: argparse.Namespace, part: str) -> float:
+    """How long a training takes."""
+    share = {"stage_c": SHARE_OF_C, "guidance": 1 - SHARE_OF_C}[part]
+    own = {"stage_c": arguments.minutes_c, "guidance": arguments.minutes_guidance}[part]
+    return arguments.minutes * share if own is None else own
+
+
+# --- the run ----------------------------------------------------------------------------------------
+
+
+class Run:
+    """What all parts share: command line, configuration, device, log, and whether to stop."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.output = Path(arguments.output)
+        self.state = Path(arguments.state or self.output / "state")
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.config = load_stage_c(arguments.config_c)
+        self.device = device_named(arguments.device)
+        on_gpu = self.device.type == "cuda"
+        self.dtype = DTYPES[arguments.dtype or ("bfloat16" if on_gpu else "float32")]
+        self.batch = arguments.batch  # times the rows' batches; less where memory was too little
+        self.began, self._stopped = time.monotonic(), False
+        self._handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def _stop(self, *_: object) -> None:
+        self._stopped = True
+
+    def close(self) -> None:
+        """The end of the log, and signals again as before."""
+        self.write({"event": "stopped" if self._stopped else "finished"})
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def stopped(self) -> bool:
+        """Whether the run was asked to end."""
+        return self._stopped
+
+    def smaller(self) -> None:
+        """Make the batches smaller."""
+        self.batch *= HALVING
+        if self.batch < 0.01:
+            raise ValueError("the device's memory is too little for any batch: use --pool 0.2")
+        torch.cuda.empty_cache()
+        self.write({"event": "memory was too little", "batch": round(self.batch, 3)})
+
+    def write(self, line: Mapping[str, object]) -> None:
+        """A line of the log, also shown."""
+        text = json.dumps({"seconds": round(time.monotonic() - self.began, 1), **line})
+        with (self.output / "log.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(text + "\n")
+        log.info("%s", text)
+
+    def path(self, name: str) -> Path:
+        """Where weights are read: those of this run, else those it starts from, else the family's."""
+        start = self.arguments.start_from
+        own = {STAGE_C: self.config.generator_checkpoint_path, GUIDANCE: located(PRESET.pretrained_path)}[
+            name
+        ]
+        made = [self.output / name, *([Path(start) / name] if start else [])]
+        return next((path for path in made if path.exists()), Path(own))
+
+    def start_path(self, name: str) -> str | None:
+        """What a training begins from; None: from nothing."""
+        start = self.arguments.start_from
+        return None if start is None else str(Path(start) / name)
+
+
+def first_scene(arguments: argparse.Namespace) -> int:
+    """The number of the first scene to draw: beyond those of earlier runs that the state is of."""
+    state = Path(arguments.state or Path(arguments.output) / "state")
+    seconds = sum(Part.seconds_in(state / f"{name}.safetensors") for name in TRAININGS)
+    return round(seconds) * SCENES_A_SECOND + arguments.seed
+
+
+def open_pools(drawers: Drawers, run: Run) -> Pools:
+    """Empty pools of all sizes, and the encoders on the device."""
+    device, sizes = run.device, read_config(run.arguments.image_encoder)
+    image = load_module(
+        partial(Recogniser, **(sizes or {})), run.arguments.image_encoder, dtype=torch.float32, device=device,
+        what="image encoder",
+    )  # fmt: skip
+    width = stage_c_sizes(run.config).c_clip_img
+    if sizes is None or sizes.get("c_embedding") != width:
+        raise ValueError(f"{run.arguments.image_encoder} is no image encoder of {width} numbers")
+    effnet = load_encoder(run.config, "the training").to(device)
+    text = TextEncoder.load(run.config.clip_text_path, torch.float32)
+    encoders = Encoders(effnet, text.to(device), image)
+    pools = {row.kind.side: Pool(max(1, round(row.capacity * run.arguments.pool))) for row in ROWS}
+    return Pools(drawers, encoders, pools, device)
+
+
+def fill(pools: Pools, run: Run) -> None:
+    """Wait for the first scenes."""
+    drawers, enough = pools.drawers, FIRST_SCENES * run.arguments.pool
+    drawers.start(pools.encoders.text, run.device.type == "cuda")
+    while sum(pool.seen for pool in pools.by_side.values()) < max(1, enough) and not run.stopped():
+        pools.absorb(1, block=True)
+    run.write({"event": "training can begin", "scenes": pools.counts()})
+
+
+# --- what is trained --------------------------------------------------------------------------------
+
+
+class Loss:
+    """The loss of a batch of one size, drawn by its share of the updates from what the pools hold."""
+
+    def __init__(self, run: Run, pools: Pools, part: str, step: int) -> None:
+        self.run, self.pools, self.part = run, pools, part
+        self._choose = random.Random(f"{run.arguments.seed}/{part}/{step}")
+        self._generator = torch.Generator(run.device).manual_seed(self._choose.getrandbits(40))
+        text = pools.encoders.text.encode([""], run.device)[""]
+        empty = conditions(text, None, stage_c_sizes(run.config).c_clip_img)
+        self._empty = empty.to(run.device, run.dtype)
+        self.target = target_named(run.config.target)
+
+    def draw(self) -> tuple[Row, Samples, SampleNoise, Conditions]:
+        """A row with samples, their noise and their conditions, some of which are left out."""
+        self.pools.absorb(ABSORBED)
+        ready = [row for row in ROWS if self.pools.by_side[row.kind.side].count]
+        row = self._choose.choices(ready, [row.often[self.part] for row in ready])[0]
+        pool = self.pools.by_side[row.kind.side]
+        if row.kind.side == LOW:  # every scene was drawn at low resolution
+            counts = [self.pools.by_side[r.kind.side].count for r in ready]
+            pool = self.pools.by_side[self._choose.choices(ready, counts)[0].kind.side]
+        samples = pool.draw(max(1, round(self.run.batch * row.batch)), self._generator).to(self.run.dtype)
+        if row.kind.side == LOW:
+            samples = replace(samples, z=samples.z_lr)
+        noise = self._noise(samples)
+        return row, samples, noise, drop_conditions(samples.conditions, self._empty, noise)
+
+    def _noise(self, samples: Samples) -> SampleNoise:
+        count, draw = len(samples.z), partial(torch.rand, generator=self._generator, device=self.run.device)
+        normal = partial(torch.randn, generator=self._generator, device=self.run.device)
+        # Evenly over all times, so that batches differ less than if each time was drawn for itself.
+        t = (torch.arange(count, device=self.run.device) + draw(count)) / count
+        return SampleNoise(
+            t.clamp(min=TIME_MIN), normal(samples.z.shape), normal(samples.z_lr.shape),
+            draw(count) < TEXT_DROPOUT[self.part], draw(count) < IMAGE_SHARE,
+        )  # fmt: skip
+
+    def result(self, row: Row, prediction: Tensor, target: Tensor, logsnr: Tensor) -> tuple[str, Tensor]:
+        """The name and the weighted mean of the samples' losses."""
+        losses = sample_losses(prediction, target) * LOSS_WEIGHT(logsnr)
+        return str(row.kind.side), losses.mean()
+
+
+class StageCLoss(Loss):
+    """Of Stage C alone."""
+
+    def __init__(self, run: Run, pools: Pools, stage_c: StageC, step: int) -> None:
+        super().__init__(run, pools, "stage_c", step)
+        self._stage_c = stage_c
+
+    def __call__(self) -> tuple[str, Tensor]:
+        row, samples, noise, held = self.draw()
+        latents = noised(samples.z, noise.t, noise.epsilon, self.target)
+        x = latents.x.to(self.run.dtype)
+        prediction = self._stage_c(x, latents.r, held.clip_text, held.clip_text_pooled, held.clip_img)
+        return self.result(row, prediction, latents.target, latents.logsnr)
+
+
+class GuidanceLoss(Loss):
+    """Of the guidance in a frozen Stage C (paper eq. 5)."""
+
+    def __init__(self, run: Run, pools: Pools, guided: GuidedStageC, step: int) -> None:
+        super().__init__(run, pools, "guidance", step)
+        self._guided = guided
+
+    def __call__(self) -> tuple[str, Tensor]:
+        row, samples, noise, held = self.draw()
+        latents = noise_latents(samples.z, samples.z_lr, noise, self.target)
+        prediction = self._guided(latents, held)
+        return self.result(row, prediction, latents.target, latents.logsnr)
+
+
+def part_of(run: Run, name: str, module: nn.Module) -> Part:
+    """A training of a module in float32, as far as it was got before."""
+    arguments = run.arguments
+    budget = Budget(minutes_of(arguments, name), LR, ema=EMA[name], max_updates=arguments.max_updates)
+    weights = Weights(module, run.dtype, budget.ema)
+    part = Part(name, weights, budget, run.state / f"{name}.safetensors")
+    resumed = part.resume()
+    count = sum(p.numel() for p in weights.master)
+    run.write({"event": f"{name} begins", "parameters": count, "step": weights.step, "resumed": resumed})
+    return part
+
+
+def train_part(run: Run, pools: Pools, part: Part, loss: Loss, name: str, sizes: object) -> None:
+    """Train, with the running means exported as the family's file."""
+    metadata = config_metadata(asdict(sizes))
+
+    def export(tensors: Mapping[str, Tensor], _step: int) -> None:
+        named = {name.removeprefix("guidance."): tensor for name, tensor in tensors.items()}
+        save_tensors(run.output / name, named, metadata)
+
+    def on_log(line: dict[str, object]) -> None:
+        memory = torch.cuda.max_memory_reserved() / 2**30 if run.device.type == "cuda" else 0.0
+        run.write({**line, "scenes": pools.counts(), "memory_gib": round(memory, 1)})
+
+    write = in_dtype(export, torch.float16)
+    part.run(
+        loss, on_log, lambda: write(part.weights.averaged(), part.weights.step), run.stopped, run.smaller
+    )
+
+
+def train_stage_c(run: Run, pools: Pools) -> None:
+    """Stage C, from nothing or from earlier weights."""
+    torch.manual_seed(run.arguments.seed)
+    sizes = stage_c_sizes(run.config)
+    stage_c = trained_module(partial(StageC, **asdict(sizes)), run.start_path(STAGE_C), run.device, "Stage C")
+    part = part_of(run, "stage_c", stage_c)
+    train_part(run, pools, part, StageCLoss(run, pools, stage_c, part.weights.step), STAGE_C, sizes)
+
+
+def train_guidance(run: Run, pools: Pools) -> None:
+    """The guidance, on the running means of Stage C."""
+    torch.manual_seed(run.arguments.seed)
+    sizes = guidance_sizes(run.config)
+    build = partial(Guidance, **asdict(sizes))
+    guidance = trained_module(build, run.start_path(GUIDANCE), run.device, "guidance", guidance_names)
+    stage_c = load_module(
+        partial(StageC, **asdict(stage_c_sizes(run.config))), run.path(STAGE_C), dtype=run.dtype,
+        device=run.device, what="Stage C",
+    )  # fmt: skip
+    guided = GuidedStageC(stage_c, guidance)
+    part = part_of(run, "guidance", guided)
+    train_part(run, pools, part, GuidanceLoss(run, pools, guided, part.weights.step), GUIDANCE, sizes)
+
+
+# --- what comes of it -------------------------------------------------------------------------------
+
+
+def open_pipeline(run: Run) -> UltraPixelPipeline:
+    """The family with the trained weights, in float32 as it is shipped."""
+    config = replace(run.config, generator_checkpoint_path=str(run.path(STAGE_C)), dtype="float32")
+    config_b = load_stage_b(run.arguments.config_b)
+    return UltraPixelPipeline(config, config_b, run.path(GUIDANCE), run.device, resident=True)
+
+
+def make_sheets(run: Run, pipeline: UltraPixelPipeline, settings: Settings) -> None:
+    """The same prompts at 128 x 128 and 512 x 512, and some of them at 1024 x 1024."""
+    cases = held_out_cases(run.arguments.shown, run.arguments.seed)
+    for side, count, batch in (
+        (128, len(cases), 128),
+        (PRESET.height, len(cases), 24),
+        (LARGE, LARGE_SHOWN, 4),
+    ):
+        made = in_batches(pipeline, cases[:count], side, batch, settings)
+        shown = (max(CELL, side), max(CELL, side))
+        cells = [(ImageOps.contain(to_image(pixels), shown), case.prompt) for case, pixels in made]
+        path = run.output / f"sheet_{side}.jpg"
+        save_image(contact_sheet(cells), path, "jpg", {"prompts": [prompt for _, prompt in cells]})
+        run.write({"event": f"wrote {path.name}"})
+        if run.stopped():
+            return
+
+
+def write_figures(run: Run, pipeline: UltraPixelPipeline, settings: Settings) -> None:
+    """The recogniser's figures of held-out scenes, at 512 x 512 also of the enlarged 128 x 128 pictures."""
+    arguments, large = run.arguments, (PRESET.height, PRESET.width)
+    sizes = read_config(arguments.recogniser)
+    recogniser = load_module(
+        partial(Recogniser, **(sizes or {})), arguments.recogniser, dtype=torch.float32, device=run.device,
+        what="recogniser",
+    )  # fmt: skip
+    judge, figures = Judge(recogniser, run.device), []
+    small = View("128", (128, 128))
+    enlarged = View(f"128 enlarged to {large[0]}", large, baseline=True)
+    for side, count, views, batch in (
+        (large[0], arguments.num_large, [View(str(large[0]), large)], 40),
+        (128, arguments.num_large, [enlarged], 200),
+        (128, arguments.num_image, [small], 250),
+    ):
+        cases = held_out_cases(count, arguments.seed)
+        figures += [asdict(m) for m in measured(pipeline, judge, cases, side, views, batch, settings)]
+        (run.output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+        last = figures[-1]
+        short = {key: round(last[key], 3) for key in ("frechet", "patch_frechet")}
+        accuracy = {key: round(share, 3) for key, share in last["accuracy"]["each"].items()}
+        run.write({"event": last["view"]["name"], **accuracy, **short})
+        if run.stopped():
+            return
+
+
+def show(run: Run) -> None:
+    """Sheets and figures of the weights as they are now."""
+    set_up(run.device)
+    settings = Settings(cfg=PRESET.cfg)
+    pipeline = open_pipeline(run)
+    make_sheets(run, pipeline, settings)
+    if not run.stopped():
+        write_figures(run, pipeline, settings)
+
+
+def set_up(device: torch.device) -> None:
+    """What float32 and attention run as on a GPU."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True  # a few sizes, over and over
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape
+
+
+def train(run: Run, drawers: Drawers) -> None:
+    """The trainings that were asked for."""
+    set_up(run.device)
+    pools = open_pools(drawers, run)
+    fill(pools, run)
+    for name, part in (("stage_c", train_stage_c), ("guidance", train_guidance)):
+        if name in run.arguments.parts and not run.stopped():
+            part(run, pools)
+
+
+def train_and_show(arguments: argparse.Namespace) -> None:
+    """Do the parts that the flags name; ValueError or OSError if a file of theirs cannot be used."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("image_encoder", "recogniser"):
+        setattr(arguments, name, located(getattr(arguments, name)))
+        check_file(getattr(arguments, name))
+    drawers = None
+    if TRAININGS & set(arguments.parts):  # before CUDA is used
+        drawers = Drawers([row.kind for row in ROWS], LOW, arguments.workers, first_scene(arguments))
+    with closing(Run(arguments)) as own:
+        if drawers is not None:
+            with closing(drawers):
+                train(own, drawers)
+        if "figures" in arguments.parts and not own.stopped():
+            show(own)

@@ -1,0 +1,12 @@
+"""The way of a prompt to a picture."""
+
+from core.lazily import exporting
+
+__getattr__, __dir__, __all__ = exporting(
+    __name__,
+    pipeline=("UltraPixelPipeline",),
+    made=("Picture", "Pictures"),
+    progress=("Progress", "Stopped"),
+    resolution=("Plan", "plan"),
+    steering=("Steering",),
+)

@@ -1,0 +1,152 @@
+"""Pictures that were made, and what is written into their files: settings, versions, hashes of weights."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from core.config.settings import Job, Settings
+from core.images import format_of, save_image, to_image
+from core.paths import at_home
+from core.weights.checkpoint import file_sha256
+
+PACKAGES = ("ultrapixel", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Record:
+    """How pictures were made, as it is written into them."""
+
+    settings: Settings
+    models: Mapping[str, Any]  # values of flags
+    model: str  # its name, for other programs
+    hashes: WeightHashes
+
+    def metadata(self, job: Job, wait: bool = True) -> dict[str, Any]:
+        """What `picture_metadata` gives; `wait` as in `WeightHashes.result`."""
+        return picture_metadata(job, self.settings, self.models, self.hashes.result(wait))
+
+    def text(self, job: Job) -> str:
+        """What `infotext` gives."""
+        return infotext(job, self.settings, self.model)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished picture: its job and its pixels (3, height, width) in [0, 1], float32 on the CPU."""
+
+    job: Job
+    pixels: Tensor
+    record: Record | None = None  # of what a call returns
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture, 8 bits a colour."""
+        return to_image(self.pixels)
+
+    @property
+    def seed(self) -> int:
+        """The seed that makes it again."""
+        return self.job.seed
+
+    def save(self, path: str | Path) -> Path:
+        """Write it with its settings inside, as .png, .jpg or .webp; an existing file is replaced.
+
+        The path comes back. ValueError for another suffix.
+        """
+        path = Path(at_home(str(path)))
+        metadata, text = asdict(self.job), self.job.prompt
+        if self.record is not None:
+            metadata, text = self.record.metadata(self.job), self.record.text(self.job)
+        return save_image(self.image, path, format_of(path), metadata, text)
+
+
+class Pictures(list[Picture]):
+    """Pictures in the order in which they were asked for."""
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """All of them as `Picture.image` gives them."""
+        return [picture.image for picture in self]
+
+
+class WeightHashes:
+    """SHA-256 of the weight files, computed beside the run in a thread of its own."""
+
+    def __init__(self, files: Mapping[str, str], known: WeightHashes | None = None) -> None:
+        """`known` are those of an earlier run: a file that is as it was is not read again."""
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
+        self._stamps = {path: _stamp(path) for path in files.values() if Path(path).is_file()}
+        self._hashes: dict[str, Future[str]] = {
+            path: known._hashes[path]
+            if known is not None and known._stamps.get(path) == stamp
+            else pool.submit(file_sha256, path)
+            for path, stamp in self._stamps.items()
+        }
+        pool.shutdown(wait=False)
+
+    def result(self, wait: bool = True) -> dict[str, str]:
+        """File name to hash, of those that can be read; those still being read are waited for or left out."""
+        done = {path: future for path, future in self._hashes.items() if wait or future.done()}
+        return {path: future.result() for path, future in done.items() if _was_read(path, future)}
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _was_read(path: str, future: Future[str]) -> bool:
+    error = future.exception()
+    if error is not None:
+        warnings.warn(f"the hash of {path} is left out of the pictures' settings: {error}", stacklevel=2)
+    return error is None
+
+
+def picture_metadata(
+    job: Job, settings: Settings, models: Mapping[str, Any], hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    """The settings that repeat a picture (--from_image), with versions and hashes to tell what made it."""
+    found = {package: _version(package) for package in PACKAGES}
+    versions = {package: number for package, number in found.items() if number is not None}
+    return {**asdict(job), **asdict(settings), **models, "versions": versions, "weights": dict(hashes)}
+
+
+def _version(package: str) -> str | None:
+    """The version of a package; None, and a warning, where it is not installed but lies on PYTHONPATH."""
+    with suppress(PackageNotFoundError, KeyError, ValueError):  # the others: of damaged metadata
+        if number := version(package):
+            return number
+    warnings.warn(
+        f"the version of {package} is not known and is left out of the pictures' settings", stacklevel=3
+    )
+    return None
+
+
+def infotext(job: Job, settings: Settings, model: str) -> str:
+    """A picture's settings in the form of A1111, which many programs read: prompts, then a line of values."""
+    values = {
+        "Steps": settings.steps,
+        "Sampler": settings.sampler,
+        "CFG scale": settings.cfg,
+        "Seed": job.seed,
+        "Size": f"{job.width}x{job.height}",
+        "Model": model,
+    }
+    negative = [f"Negative prompt: {job.negative_prompt}"] if job.negative_prompt else []
+    line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items())
+    return "\n".join([job.prompt, *negative, line])
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if set(value) & set(',:\n"') else value

@@ -1,0 +1,213 @@
+"""The passes of a picture: Stage C at low and at high resolution, Stage B, Stage A (paper section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from core.config.settings import Settings
+from core.pipeline.conditioning import Conditions
+from core.pipeline.resolution import Plan
+from core.random_keys import generator_of
+from gdf.noise_conditions import cosine_t
+from gdf.samplers import Denoise, Estimate, Sampled, Step, denoiser, sample, sampler_named, steps
+from gdf.scalers import variance_preserving
+from gdf.schedules import cosine
+from gdf.targets import Target
+from modules.guidance import GuidanceFeatures, PreparedGuidance
+from modules.stage_a import MAX_TILE, StageA
+from modules.stage_b import StageB, StageBConditions
+from modules.stage_c import StageC, StageCConditions
+
+C_LATENT = 16  # channels of Stage C's latent
+B_LATENT = 4  # channels of Stage B's latent
+
+OnStep = Callable[[Step, Estimate], None]
+Prepared = TypeVar("Prepared", StageCConditions, StageBConditions)
+Predict = Callable[[Tensor, Tensor, Prepared, Step], Tensor]  # (x, r, conditions, step)
+
+
+@dataclass(frozen=True)
+class NoiseSource:
+    """One picture's noise for one pass, drawn on the CPU in float32 so that every device sees the same."""
+
+    generator: torch.Generator
+    device: torch.device
+    count = 1  # pictures
+
+    @classmethod
+    def of(cls, seed: int, pass_index: int, device: torch.device) -> NoiseSource:
+        """The stream of a seed for a pass: each has its own, so that steps of one do not move another."""
+        return cls(generator_of((seed % 2**64, pass_index)), device)
+
+    def draw(self, *shape: int) -> Tensor:
+        """Standard normal noise of a shape, float32."""
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
+    def like(self, x: Tensor) -> Tensor:
+        """Standard normal noise shaped like x."""
+        return self.draw(*x.shape).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class NoiseSources:
+    """Several pictures' noise for one pass, each its own, so that none depends on what is made beside it."""
+
+    sources: tuple[NoiseSource, ...]
+
+    @property
+    def count(self) -> int:
+        """How many pictures."""
+        return len(self.sources)
+
+    def draw(self, _count: int, *shape: int) -> Tensor:
+        """Standard normal noise (pictures, *shape), float32."""
+        device = self.sources[0].device
+        return torch.cat([torch.randn((1, *shape), generator=s.generator) for s in self.sources]).to(device)
+
+    def like(self, x: Tensor) -> Tensor:
+        """Standard normal noise shaped like x (pictures, ...)."""
+        return self.draw(*x.shape).to(x.dtype)
+
+
+def _r(logsnr: Tensor, x: Tensor) -> Tensor:
+    return cosine_t(logsnr).to(x.device).expand(len(x))
+
+
+def in_halves(predict: Predict, conditions: Prepared, network: nn.Module) -> Callable[..., Tensor]:
+    """`predict(x, r, conditions, step)` as samplers call it, on one half or both, in the network's dtype."""
+    dtype = next(network.parameters()).dtype
+
+    def on_halves(x: Tensor, step: Step, both: bool) -> Tensor:
+        batch = (torch.cat([x, x]) if both else x).to(dtype)
+        held = conditions if both else conditions.first(len(x))
+        return predict(batch, _r(step.logsnr, batch), held, step)
+
+    return on_halves
+
+
+def prepare_stage_c(stage_c: StageC, conditions: Conditions) -> StageCConditions:
+    """Keys and values of the conditions, whose batch is [conditional] or [conditional, unconditional]."""
+    return stage_c.prepare(conditions.clip_text, conditions.clip_text_pooled, conditions.clip_img)
+
+
+# --- Stage C --------------------------------------------------------------------------------------
+
+
+def low_resolution_pass(
+    stage_c: StageC,
+    conditions: StageCConditions,
+    target: Target,
+    plan: Plan,
+    settings: Settings,
+    noise: NoiseSource | NoiseSources,
+    control: Sequence[Tensor | None] | None = None,
+    on_step: OnStep | None = None,
+) -> tuple[Sampled, GuidanceFeatures]:
+    """Denoise a latent at low resolution and take the features that guide the high one (section 3.1).
+
+    The features are the conditional half's, at the last step or, with few steps, at r = 0.05 (`Settings`).
+    """
+    taken: list[GuidanceFeatures] = []
+
+    def predict(x: Tensor, r: Tensor, held: StageCConditions, step: Step) -> Tensor:
+        if step.is_last and settings.extra_guidance_r is None:
+            prediction, features = stage_c.predict_with_features(x, r, held, control=control)
+            taken.append(features.first(noise.count))
+            return prediction
+        return stage_c.predict(x, r, held, control=control)
+
+    last: list[Estimate] = []
+
+    def after_step(step: Step, estimate: Estimate) -> None:
+        last[:] = [estimate]
+        if on_step is not None:
+            on_step(step, estimate)
+
+    x = noise.draw(noise.count, C_LATENT, *plan.lr_latent)
+    denoise = denoiser(in_halves(predict, conditions, stage_c), target, settings.cfg_stage_c)
+    sampled = _sample_stage_c(denoise, x, settings, noise, after_step)
+    if settings.extra_guidance_r is not None:
+        logsnr = cosine(torch.tensor(settings.extra_guidance_r))
+        a, b = variance_preserving(logsnr)
+        noised = (a * last[0].x0 + b * last[0].epsilon).to(next(stage_c.parameters()).dtype)
+        held = conditions.first(noise.count)
+        taken.append(stage_c.predict_with_features(noised, _r(logsnr, noised), held, control=control)[1])
+    return sampled, taken[0]
+
+
+def high_resolution_pass(
+    stage_c: StageC,
+    conditions: StageCConditions,
+    guidance: PreparedGuidance | None,
+    target: Target,
+    plan: Plan,
+    settings: Settings,
+    noise: NoiseSource | NoiseSources,
+    on_step: OnStep | None = None,
+) -> Sampled:
+    """Denoise a latent at the asked resolution, guided in both halves at every step (section 3.2)."""
+
+    def predict(x: Tensor, r: Tensor, held: StageCConditions, _: Step) -> Tensor:
+        return stage_c.predict(x, r, held, guidance=guidance)
+
+    denoise = denoiser(in_halves(predict, conditions, stage_c), target, settings.cfg_stage_c)
+    return _sample_stage_c(
+        denoise, noise.draw(noise.count, C_LATENT, *plan.hr_latent), settings, noise, on_step
+    )
+
+
+def _sample_stage_c(
+    denoise: Denoise, x: Tensor, settings: Settings, noise: NoiseSource | NoiseSources, on_step: OnStep | None
+) -> Sampled:
+    times = steps(cosine, settings.steps, settings.shift)
+    return sample(denoise, x, times, sampler_named(settings.sampler), noise.like, on_step)
+
+
+# --- Stage B and Stage A --------------------------------------------------------------------------
+
+
+def stage_b_pass(
+    stage_b: StageB,
+    latent: Tensor,
+    pooled: Tensor,
+    target: Target,
+    plan: Plan,
+    settings: Settings,
+    noise: NoiseSource | NoiseSources,
+    on_step: OnStep | None = None,
+) -> Sampled:
+    """Denoise Stage B's latent under Stage C's (1, 16, h, w) and the pooled texts [conditional, empty].
+
+    The unconditional half gets a latent of zeros and the empty prompt.
+    """
+    dtype = next(stage_b.parameters()).dtype
+    latent = latent.to(dtype)
+    effnet = torch.cat([latent, torch.zeros_like(latent)])[: len(pooled)]
+    conditions = stage_b.prepare(plan.stage_b_latent, effnet, pooled.to(dtype))
+
+    def predict(x: Tensor, r: Tensor, held: StageBConditions, _: Step) -> Tensor:
+        return stage_b.predict(x, r, held)
+
+    x = noise.draw(noise.count, B_LATENT, *plan.stage_b_latent)
+    denoise = denoiser(in_halves(predict, conditions, stage_b), target, settings.cfg_stage_b)
+    times = steps(cosine, settings.steps_b)
+    return sample(denoise, x, times, sampler_named(settings.sampler_b), noise.like, on_step)
+
+
+def needs_unconditional(settings: Settings) -> tuple[bool, bool]:
+    """Whether any step of Stage C, and of Stage B, computes the unconditional half."""
+    stage_c = any(settings.cfg_stage_c.needed_at(step.t) for step in steps(cosine, settings.steps))
+    return stage_c, settings.cfg_stage_b.needed_at(1.0)
+
+
+def decode_picture(stage_a: StageA, latent: Tensor, plan: Plan, tiled: bool) -> Tensor:
+    """Stage B's latent (1, 4, h, w) -> pixels (3, height, width) in [0, 1], cropped to the asked size."""
+    latent = latent.to(next(stage_a.parameters()).dtype)
+    large = max(latent.shape[-2:]) > MAX_TILE
+    pixels = stage_a.decode_tiled(latent) if tiled or large else stage_a.decode(latent)
+    return pixels[0, :, : plan.height, : plan.width].clamp(0, 1)

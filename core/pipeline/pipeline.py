@@ -1,0 +1,676 @@
+"""The way of a prompt to a picture: load what the job needs, condition, Stage C twice, Stage B, Stage A."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import auto
+
+from core.config.arguments import first_seed, number, picture_count, prompts_of, text, whole_number
+from core.config.control_types import control_type
+from core.config.presets import DEFAULT, models_folder, of_project, preset_named, with_models
+from core.config.schema import (
+    ControlConfig,
+    StageBConfig,
+    StageCConfig,
+    effnet_sizes,
+    guidance_sizes,
+    previewer_sizes,
+    stage_a_sizes,
+    stage_b_sizes,
+    stage_c_sizes,
+)
+from core.config.settings import Job, Settings, changed
+from core.config.sizes import GuidanceSizes
+from core.config.yaml import load_stage_b, load_stage_c
+from core.devices import device_named
+from core.memory import peak_memory
+from core.paths import at_home, located
+from core.pipeline.conditioning import Conditions, conditions, stack
+from core.pipeline.control import Control, ControlNetFile, open_controlnet
+from core.pipeline.made import Picture, Pictures, Record, WeightHashes
+from core.pipeline.offload import Offloaded
+from core.pipeline.passes import (
+    NoiseSource,
+    decode_picture,
+    high_resolution_pass,
+    low_resolution_pass,
+    needs_unconditional,
+    prepare_stage_c,
+    stage_b_pass,
+)
+from core.pipeline.progress import Observer, Progress, ProgressBars, Stopped, Together, harmless
+from core.pipeline.prompts import doubts
+from core.pipeline.resolution import Plan, guidance_strength, plan
+from core.pipeline.steering import CONTROLLED, Given, Steering, given_source, steering_flags, with_suffix
+from core.weights.checkpoint import check_files, load_module, read_config
+from core.weights.clip import TextCondition, TextEncoder, absent_text_files, find_text_encoder
+from core.weights.layouts import guidance_names
+from core.weights.lora.merging import LoraMerger, WeightedLora, check_loras, load_loras, lora_files, uncalled
+from gdf.samplers import Estimate, Step
+from gdf.targets import target_named
+from modules.controlnet import ControlNet
+from modules.effnet import EfficientNetEncoder
+from modules.guidance import UPSAMPLINGS, Guidance
+from modules.previewer import Previewer
+from modules.stage_a import StageA
+from modules.stage_b import StageB
+from modules.stage_c import StageC
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+GROUP = 8  # pictures that go through stages that move together: each moves to the device once for them
+NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
+
+
+@dataclass
+class StageUse:
+    """Seconds of a stage over all pictures, and the most memory (bytes) up to its end, 0 where unknown.
+
+    On a GPU the memory is the device's during the stage; on the CPU the process's since its start.
+    """
+
+    name: str
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+
+T = TypeVar("T")
+C = TypeVar("C", StageCConfig, StageBConfig)
+ControlEntries = list[Tensor | None] | None  # of one picture: as `modules.controlnet.ControlNet` returns them
+
+
+class UltraPixelPipeline:
+    """Text to image: `UltraPixelPipeline.from_preset("tiny")("a red house by the sea", seed=1)[0].image`.
+
+    Stages are loaded at their first use and lie on the device one at a time, unless `resident`.
+    """
+
+    def __init__(
+        self,
+        config_c: StageCConfig,
+        config_b: StageBConfig,
+        guidance_path: str | Path | None,
+        device: torch.device | str | None = None,
+        resident: bool = False,
+        allow_download: bool = False,
+    ) -> None:
+        self.config_c, self.config_b = config_c, config_b
+        self.device = device_named(device)
+        self.preset = DEFAULT  # of what a call leaves open
+        self.flags: dict[str, Any] = {}  # of the scripts, which tell the models
+        self._hashes: WeightHashes | None = None
+        self.rescued = Pictures()  # of a call that an error or Ctrl-C ended: what was done by then
+        self._steering: Steering | None = None
+        self._steering_flags: dict[str, Any] = {}
+        self.uses: dict[str, StageUse] = {}
+        self.control_file: ControlNetFile | None = None
+        self.controlnet: Offloaded[ControlNet] | None = None
+        dtype_c, dtype_b = DTYPES[config_c.dtype], DTYPES[config_b.dtype]
+        offloaded = partial(Offloaded, device=self.device, resident=resident)
+
+        def stage(build: Callable, path: str, dtype: torch.dtype, what: str) -> Offloaded:
+            return offloaded(lambda: load_module(build, path, dtype=dtype, what=what))
+
+        self._resident, self._allow_download = resident, allow_download
+        self._text_encoder: TextEncoder | None = None
+        self._guidance_path = guidance_path
+        build_c = partial(StageC, **asdict(stage_c_sizes(config_c)))
+        self._loras = LoraMerger()
+        self.stage_c = offloaded(
+            lambda: load_module(build_c, config_c.generator_checkpoint_path, dtype=dtype_c, what="Stage C"),
+            prepare=self._loras.into_stage_c,
+        )
+        self.guidance = None
+        if guidance_path is not None:
+            self.guidance = offloaded(lambda: load_guidance(config_c, guidance_path, dtype_c))
+        build_b = partial(StageB, **asdict(stage_b_sizes(config_b)))
+        self.stage_b = stage(build_b, config_b.generator_checkpoint_path, dtype_b, "Stage B")
+        # In bfloat16 neighbouring shades of the picture would fall together, so Stage A stays in float32.
+        build_a = partial(StageA, **asdict(stage_a_sizes(config_b)))
+        self.stage_a = stage(build_a, config_b.stage_a_checkpoint_path, torch.float32, "Stage A")
+
+    @classmethod
+    def from_config(
+        cls,
+        config_c: str | Path,
+        config_b: str | Path,
+        pretrained_path: str | Path | None,
+        device: torch.device | str | None = None,
+        dtype: str | None = None,
+        resident: bool = False,
+        allow_download: bool = False,
+    ) -> UltraPixelPipeline:
+        """The pipeline of two configuration files and a file of guidance weights (None: without guidance).
+
+        `device` None is the GPU where there is one, else the CPU. Nothing is loaded before it is used.
+        """
+        guidance_path = None if pretrained_path is None else located(str(pretrained_path))
+        overrides = [] if dtype is None else [f"dtype={dtype}"]
+        loaded = load_stage_c(config_c, overrides), load_stage_b(config_b, overrides)
+        pipeline = cls(*loaded, guidance_path, device, resident, allow_download)
+        pipeline.flags = _model_flags(config_c, config_b, pretrained_path, dtype)
+        return pipeline
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        device: torch.device | str | None = None,
+        models: str | Path | None = None,
+        dtype: str | None = None,
+        resident: bool = False,
+        allow_download: bool = False,
+    ) -> UltraPixelPipeline:
+        """The pipeline of a preset (`core.config.PRESETS`), whose size and cfg are the calls' defaults.
+
+        `models` is the folder that stands for models/, where the preset's weights lie, from any working
+        directory. The rest is as in `from_config`. ValueError for an unknown name and a missing folder.
+        """
+        preset = preset_named(name)
+        folder = models_folder(models)
+        guidance = None if preset.pretrained_path == "none" else with_models(preset.pretrained_path, folder)
+        named = preset.pretrained_path if folder is None else guidance
+        overrides = [] if dtype is None else [f"dtype={dtype}"]
+        loaded = (
+            load_stage_c(of_project(preset.config_c), overrides),
+            load_stage_b(of_project(preset.config_b), overrides),
+        )
+        pipeline = cls(
+            *(_with_models(config, folder) for config in loaded), guidance, device, resident, allow_download
+        )
+        pipeline.preset = replace(preset, control_file=with_models(preset.control_file, folder))
+        pipeline.flags = _model_flags(preset.config_c, preset.config_b, named, dtype)
+        return pipeline
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        num_images: int | None = None,
+        negative_prompt: str = "",
+        settings: Settings | None = None,
+        observer: Observer | None = None,
+        control: Control | None = None,
+        progress: bool = True,
+        num_image: int | None = None,
+        **changes: Any,
+    ) -> Pictures:
+        """Pictures of a prompt, or `num_images` of each of several; the i-th of all has seed `seed + i`.
+
+        What is left open is the preset's. Values of `Settings` may be given by name, as in `steps=10`. Seed
+        -1 draws one. `progress` shows bars. An observer is told of every step; where it returns True, the run
+        ends, and the pictures that are done come back. After an error, or Ctrl-C, they lie in `rescued`.
+        TypeError or ValueError names a wrong argument.
+        """
+        settings = changed(settings, self._default_settings(), changes)
+        count = picture_count(num_images, num_image)
+        wanted = [p for p in prompts_of(prompt) for _ in range(count)]
+        size, first = self._size(height, width), first_seed(seed)
+        negative = text("negative_prompt", negative_prompt)
+        jobs = [Job(p, *size, first + i, negative) for i, p in enumerate(wanted)]
+        plan(*size, self.config_c.geometry)  # raises what is wrong with the size
+        _check_callable(observer)
+        self.check_files()
+        if self._steering is not None and control is None:
+            jobs = [with_suffix(job) for job in jobs]
+            control = self._steering.control(size, self.config_c.geometry, self._encoder)
+        called = uncalled(self._loras.wanted, list(dict.fromkeys(wanted)))
+        for sentence in [*doubts(jobs, settings), *called]:
+            warnings.warn(sentence, stacklevel=2)
+        return self._in_groups(jobs, settings, observer, control, progress)
+
+    def _in_groups(
+        self,
+        jobs: Sequence[Job],
+        settings: Settings,
+        observer: Observer | None,
+        control: Control | None,
+        progress: bool,
+    ) -> Pictures:
+        self.rescued = made = Pictures()
+        record = self.record(settings)
+        with ExitStack() as stack:
+            bars = [stack.enter_context(closing(ProgressBars(jobs, auto.tqdm)))] if progress else []
+            told = Together([*bars, *([] if observer is None else [observer])])
+            for start in range(0, len(jobs), self.group):
+                group = jobs[start : start + self.group]
+                controls = () if control is None else [control] * len(group)
+                for picture in self.pictures(group, settings, told, controls):
+                    made.append(replace(picture, record=record))
+                if told.stopped:
+                    break
+        self.rescued = Pictures()
+        return made
+
+    def _default_settings(self) -> Settings:
+        return Settings(cfg=self.preset.cfg) if self._steering is None else CONTROLLED
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        if self._steering is not None:
+            height, width = self._steering.shape(height, width)
+        asked = {"height": height, "width": width}
+        return tuple(
+            getattr(self.preset, side) if value is None else whole_number(side, value)
+            for side, value in asked.items()
+        )
+
+    def _encoder(self) -> EfficientNetEncoder:
+        return load_encoder(self.config_c, "the control super_resolution")
+
+    def record(self, settings: Settings, models: Mapping[str, Any] | None = None) -> Record:
+        """How pictures are made now; `models` are values of the scripts' flags, None: this pipeline's."""
+        files = self.files()
+        self._hashes = WeightHashes(files, self._hashes)
+        name = Path(files.get("guidance", files["Stage C"])).stem
+        return Record(settings, self._flags() if models is None else models, name, self._hashes)
+
+    def _flags(self) -> dict[str, Any]:
+        loras = [f"{lora.path}:{lora.weight:g}" for lora in self._loras.wanted]
+        return {**self.flags, **({"lora": loras} if loras else {}), **self._steering_flags}
+
+    @torch.no_grad()
+    def run(
+        self,
+        jobs: Sequence[Job],
+        settings: Settings,
+        observer: Observer | None = None,
+        controls: Sequence[Control] = (),
+    ) -> Pictures:
+        """The pictures of `pictures`, once all are made; their files will tell how they were made."""
+        record = self.record(settings)
+        made = self.pictures(jobs, settings, observer, controls)
+        return Pictures(replace(picture, record=record) for picture in made)
+
+    @torch.no_grad()
+    def pictures(
+        self,
+        jobs: Sequence[Job],
+        settings: Settings,
+        observer: Observer | None = None,
+        controls: Sequence[Control] = (),
+    ) -> Iterator[Picture]:
+        """Pictures of the jobs, stage by stage, so that each stage visits the device once.
+
+        Each comes as soon as it is decoded. Where Stage B breaks off, those come that are through it, and
+        then the error. An observer that fails ends nothing: it costs a warning, and is not called again.
+        Where one returns True, no further step is made, and those come that are through Stage B.
+        `controls`, where there are any, are one for each job, for the ControlNet of `set_control`.
+        """
+        with suppress(Stopped):
+            yield from self._pictures(jobs, settings, observer and harmless(observer), controls)
+
+    def _pictures(
+        self,
+        jobs: Sequence[Job],
+        settings: Settings,
+        observer: Observer | None,
+        controls: Sequence[Control],
+    ) -> Iterator[Picture]:
+        plans = [plan(job.height, job.width, self.config_c.geometry) for job in jobs]
+        texts = self.encode_text(jobs)
+        entries = self.run_controlnet(controls)
+        latents = self.run_stage_c(jobs, plans, texts, settings, observer, entries)
+        latents, error = _until_error(self.run_stage_b(jobs, plans, texts, latents, settings, observer))
+        through = len(latents)
+        told = None if isinstance(error, Stopped) else observer
+        decoded = self.run_stage_a(jobs[:through], plans[:through], latents, settings, told)
+        for index, picture in enumerate(decoded if through else ()):
+            yield _kept(picture, controls[index]) if controls else picture
+        if error is not None:
+            raise error
+
+    @property
+    def group(self) -> int:
+        """How many jobs to give at a time: one, where stages stay in place, so that it is done the sooner."""
+        return 1 if self._resident or self.device.type == "cpu" else GROUP
+
+    def set_control(
+        self,
+        control: ControlConfig | str | None,
+        picture: Given | None = None,
+        mask: Given | None = None,
+        weight: float | None = None,
+        file: str | Path | None = None,
+        size: int | None = None,
+        keep_aspect: bool = False,
+        ready: bool = False,
+    ) -> ControlNetFile | None:
+        """Let a picture control all calls from now on: by "canny", "inpainting" or "super_resolution".
+
+        The picture is a file, a URL or a PIL picture, and so is `mask`, white where inpainting fills.
+        `weight` is the ControlNet's, `file` its weights, `size` (px) and `keep_aspect` are as in
+        `core.pipeline.control.edges`; `ready` says that the picture shows edges. None ends it. A
+        ControlConfig names only the ControlNet, for jobs that come with a control. What its file tells comes
+        back.
+        """
+        if control is None or isinstance(control, ControlConfig):
+            self._steering, self._steering_flags = None, {}
+            return self._set_controlnet(control)
+        control_type(control)
+        source = given_source(control, picture, mask, ready)
+        place = self.preset.control_file.format(control=control) if file is None else at_home(str(file))
+        side = None if size is None else whole_number("size", size)
+        config = ControlConfig(controlnet_filter=control, controlnet_checkpoint_path=place, control_size=side)
+        found = self._set_controlnet(config)
+        weight = self.preset.control_weight if weight is None else number("weight", weight)
+        self._steering = Steering(control, source, found.control_size, weight, keep_aspect, ready)
+        self._steering_flags = steering_flags(self._steering, found, picture, mask)
+        return found
+
+    def _set_controlnet(self, config: ControlConfig | None) -> ControlNetFile | None:
+        if config is None:
+            self.control_file = self.controlnet = None
+            return None
+        file = open_controlnet(config, stage_c_sizes(self.config_c))
+        build, dtype = partial(ControlNet, **asdict(file.sizes)), DTYPES[self.config_c.dtype]
+        self.control_file = file
+        self.controlnet = Offloaded(
+            lambda: load_module(build, file.path, dtype=dtype, what=file.name), self.device, self._resident
+        )
+        return file
+
+    def set_loras(self, loras: str | Path | Sequence[str | Path | WeightedLora]) -> None:
+        """Use these LoRAs and no others from now on: merged into the weights before their next use.
+
+        A LoRA is its file, as in "cat.safetensors", or with how much of it is added, "cat.safetensors:0.8".
+        Those of before are undone exactly. ValueError if one is for another size, or two bring one token.
+        """
+        given = [loras] if isinstance(loras, str | Path | WeightedLora) else list(loras)
+        wanted = tuple(self._lora(lora) for lora in given)
+        check_loras(wanted, self.config_c)
+        self._loras.wanted = wanted
+
+    def _lora(self, given: str | Path | WeightedLora) -> WeightedLora:
+        if isinstance(given, WeightedLora):
+            return given
+        if not isinstance(given, str | Path):
+            raise TypeError(f"a LoRA is named by its file, as in 'cat.safetensors:0.8', not by {given!r}")
+        return load_loras([at_home(str(given))], self.config_c)[0]
+
+    @property
+    def guidance_sizes(self) -> GuidanceSizes:
+        """The sizes of its guidance's file, which there must be."""
+        return sizes_of_guidance(self.config_c, self._guidance_path)
+
+    def files(self) -> dict[str, str]:
+        """The weight files of the job, by what they hold; the text encoder may be a folder or a hub id."""
+        named = {"Stage C": self.config_c.generator_checkpoint_path}
+        if self._guidance_path is not None:
+            named["guidance"] = str(self._guidance_path)
+        named |= lora_files(self._loras.wanted)
+        if self.control_file is not None:
+            named["ControlNet"] = self.control_file.path
+        named["Stage B"] = self.config_b.generator_checkpoint_path
+        named["Stage A"] = self.config_b.stage_a_checkpoint_path
+        return {**named, "text encoder": self.config_c.clip_text_path}
+
+    def check_files(self, others: Mapping[str, str] | None = None) -> None:
+        """Raise what is wrong with any of the files, before the first of them is loaded.
+
+        All that do not exist are named at once, those of `others` too: what each holds, by path.
+        """
+        files = {path: what for what, path in self.files().items()} | dict(others or {})
+        text_encoder = self.config_c.clip_text_path
+        del files[text_encoder]
+        check_files(files | absent_text_files(text_encoder))
+        find_text_encoder(text_encoder, self._allow_download)
+
+    # --- stages -----------------------------------------------------------------------------------
+
+    def encode_text(self, jobs: Sequence[Job]) -> dict[str, TextCondition]:
+        """Every distinct prompt's condition, on the device; the encoder leaves it again."""
+        distinct = list(dict.fromkeys(p for job in jobs for p in (job.prompt, job.negative_prompt, "")))
+        with self._measured("text"):
+            if self._text_encoder is None:
+                self._text_encoder = TextEncoder.load(
+                    self.config_c.clip_text_path, DTYPES[self.config_c.dtype], self._allow_download
+                )
+            self._loras.into_text(self._text_encoder)
+            texts = self._text_encoder.encode(distinct, self.device)
+            if not self._resident:
+                self._text_encoder.to("cpu")
+        return texts
+
+    def run_controlnet(self, controls: Sequence[Control]) -> list[ControlEntries]:
+        """The entries for Stage C of every control, times its weight, on the CPU; none for no controls."""
+        if not controls:
+            return []
+        if self.controlnet is None:
+            raise ValueError("a control was given, but no ControlNet: name one with set_control")
+        dtype = DTYPES[self.config_c.dtype]
+        with self._measured("control"), self.controlnet.on_device() as network:
+            made = [network(control.seen.to(self.device, dtype)) for control in controls]
+            return [
+                [None if entry is None else (control.weight * entry).cpu() for entry in entries]
+                for control, entries in zip(controls, made, strict=True)
+            ]
+
+    def run_stage_c(
+        self,
+        jobs: Sequence[Job],
+        plans: Sequence[Plan],
+        texts: dict[str, TextCondition],
+        settings: Settings,
+        observer: Observer | None = None,
+        entries: Sequence[ControlEntries] = (),
+    ) -> list[Tensor]:
+        """Both passes of Stage C for every job: latents (1, 16, h, w) on the CPU.
+
+        `entries`, where there are any, are those of `run_controlnet`; they act on the low-resolution pass.
+        """
+        target = target_named(self.config_c.target)
+        with (
+            self._measured("stage C"),
+            self.stage_c.on_device() as stage_c,
+            self._guidance_on_device() as guidance,
+        ):
+            latents = []
+            for job, sizes, control in zip(jobs, plans, entries or [None] * len(jobs), strict=True):
+                held = prepare_stage_c(stage_c, self._conditions(job, texts, settings))
+                low, features = low_resolution_pass(
+                    stage_c,
+                    held,
+                    target,
+                    sizes,
+                    settings,
+                    self._noise(job, "lr"),
+                    control=control and [e if e is None else e.to(self.device) for e in control],
+                    on_step=_report(observer, "stage C, low resolution", job),
+                )
+                prepared = None
+                if guidance is not None:
+                    strength = guidance_strength(sizes.hr_latent, self.config_c.guidance_strength)
+                    prepared = guidance.prepare(features, stage_c.site_sizes(sizes.hr_latent), strength)
+                high = high_resolution_pass(
+                    stage_c,
+                    held,
+                    prepared,
+                    target,
+                    sizes,
+                    settings,
+                    self._noise(job, "hr"),
+                    on_step=_report(observer, "stage C, high resolution", job),
+                )
+                latents.append(high.x0.cpu())
+        return latents
+
+    def run_stage_b(
+        self,
+        jobs: Sequence[Job],
+        plans: Sequence[Plan],
+        texts: dict[str, TextCondition],
+        latents: Sequence[Tensor],
+        settings: Settings,
+        observer: Observer | None = None,
+    ) -> Iterator[Tensor]:
+        """Stage B for every job: latents (1, 4, h, w) on the CPU, one after the other."""
+        target = target_named(self.config_b.target)
+        both = needs_unconditional(settings)[1]
+        with self._measured("stage B"), self.stage_b.on_device() as stage_b:
+            for job, sizes, latent in zip(jobs, plans, latents, strict=True):
+                pooled = torch.cat([texts[p].pooled for p in (job.prompt, "")[: 1 + both]]).to(self.device)
+                sampled = stage_b_pass(
+                    stage_b,
+                    latent.to(self.device),
+                    pooled,
+                    target,
+                    sizes,
+                    settings,
+                    self._noise(job, "stage_b"),
+                    on_step=_report(observer, "stage B", job),
+                )
+                yield sampled.x0.cpu()
+
+    def run_stage_a(
+        self,
+        jobs: Sequence[Job],
+        plans: Sequence[Plan],
+        latents: Sequence[Tensor],
+        settings: Settings,
+        observer: Observer | None = None,
+    ) -> Iterator[Picture]:
+        """Stage A for every job: the pictures, one after the other."""
+        with self._measured("stage A"):
+            _ = self.stage_a.module  # loaded; what is done with the pictures in between is not measured
+        with self.stage_a.on_device() as stage_a:
+            for job, sizes, latent in zip(jobs, plans, latents, strict=True):
+                with self._measured("stage A"):
+                    pixels = decode_picture(stage_a, latent.to(self.device), sizes, settings.stage_a_tiled)
+                    pixels = pixels.float().cpu()
+                stop = observer is not None and observer(Progress("stage A", job, 1, 1)) is True
+                yield Picture(job, pixels)
+                if stop:
+                    return
+
+    # --- helpers ----------------------------------------------------------------------------------
+
+    def _conditions(self, job: Job, texts: dict[str, TextCondition], settings: Settings) -> Conditions:
+        width = stage_c_sizes(self.config_c).c_clip_img
+        halves = [conditions(texts[p], None, width) for p in (job.prompt, job.negative_prompt)]
+        held = stack(*halves) if needs_unconditional(settings)[0] else halves[0]
+        return held.to(self.device, DTYPES[self.config_c.dtype])
+
+    def _noise(self, job: Job, stream: str) -> NoiseSource:
+        return NoiseSource.of(job.seed, NOISE_STREAMS[stream], self.device)
+
+    @contextmanager
+    def _guidance_on_device(self) -> Iterator[Guidance | None]:
+        if self.guidance is None:
+            yield None
+        else:
+            with self.guidance.on_device() as guidance:
+                yield guidance
+
+    @contextmanager
+    def _measured(self, name: str) -> Iterator[None]:
+        use = self.uses.setdefault(name, StageUse(name))
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        use.peak_memory = max(use.peak_memory, peak_memory(self.device))
+        use.seconds += time.perf_counter() - start
+
+
+def _until_error(made: Iterator[T]) -> tuple[list[T], Exception | KeyboardInterrupt | None]:
+    """All that is made, or what is until an error (out of memory, Ctrl-C) ends it, and that error."""
+    finished: list[T] = []
+    try:
+        for one in made:
+            finished.append(one)
+    except (Exception, KeyboardInterrupt) as error:
+        return finished, error
+    return finished, None
+
+
+def _kept(picture: Picture, control: Control) -> Picture:
+    """The picture, with what its control keeps."""
+    return picture if control.kept is None else replace(picture, pixels=control.kept.around(picture.pixels))
+
+
+def _report(observer: Observer | None, stage: str, job: Job) -> Callable[[Step, Estimate], None] | None:
+    if observer is None:
+        return None
+
+    def told(step: Step, estimate: Estimate) -> None:
+        if observer(Progress(stage, job, step.index + 1, step.count, estimate.x0)) is True:
+            raise Stopped
+
+    return told
+
+
+def _model_flags(
+    config_c: str | Path, config_b: str | Path, guidance: str | Path | None, dtype: str | None
+) -> dict[str, Any]:
+    """The values of the scripts' flags that tell the models."""
+    named = {"config_c": config_c, "config_b": config_b, "pretrained_path": guidance or "none"}
+    return {**{flag: str(value) for flag, value in named.items()}, "dtype": dtype}
+
+
+def _with_models(config: C, folder: Path | None) -> C:
+    """The configuration with the paths below models/ as `with_models` has them."""
+    paths = {key: value for key, value in vars(config).items() if key.endswith("_path")}
+    return replace(
+        config, **{key: with_models(value, folder) for key, value in paths.items() if isinstance(value, str)}
+    )
+
+
+def _check_callable(observer: object) -> None:
+    if observer is not None and not callable(observer):
+        raise TypeError(f"observer must be a function of the progress, not {observer!r}")
+
+
+def load_encoder(config: StageCConfig, what_for: str) -> EfficientNetEncoder:
+    """The encoder of Stage C's latents, on the CPU; ValueError (`what_for` needs it) where none is named."""
+    if config.effnet_checkpoint_path is None:
+        raise ValueError(f"{what_for} needs 'effnet_checkpoint_path' in the Stage C configuration")
+    build = partial(EfficientNetEncoder, **asdict(effnet_sizes(config)))
+    path = config.effnet_checkpoint_path
+    return load_module(build, path, dtype=torch.float32, what="EfficientNet encoder")
+
+
+def sizes_of_guidance(config: StageCConfig, path: str | Path) -> GuidanceSizes:
+    """The sizes of a guidance file for a Stage C configuration; how it upsamples, its metadata tells.
+
+    ValueError if that is unknown. A file that is not there yet is taken for one as configured.
+    """
+    sizes = guidance_sizes(config)
+    stored = (read_config(path) or {}) if Path(path).exists() else {}
+    upsampling = stored.get("upsampling", sizes.upsampling)
+    if upsampling not in UPSAMPLINGS:
+        raise ValueError(
+            f"{path}: its guidance upsamples by {upsampling!r}, which is not known here: "
+            f"{', '.join(UPSAMPLINGS)} are"
+        )
+    return replace(sizes, upsampling=upsampling)
+
+
+def load_guidance(
+    config: StageCConfig, path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Guidance:
+    """The guidance of a file, for a Stage C configuration."""
+    build = partial(Guidance, **asdict(sizes_of_guidance(config, path)))
+    return load_module(build, path, dtype=dtype, device=device, what="guidance", translate=guidance_names)
+
+
+def load_previewer(config: StageCConfig, device: torch.device | str) -> Previewer:
+    """The previewer of a Stage C configuration; ValueError where it names none."""
+    if config.previewer_checkpoint_path is None:
+        raise ValueError("a preview needs 'previewer_checkpoint_path' in the Stage C configuration")
+    build = partial(Previewer, **asdict(previewer_sizes(config)))
+    return load_module(
+        build, config.previewer_checkpoint_path, dtype=torch.float32, device=device, what="previewer"
+    )

@@ -1,0 +1,98 @@
+"""Sizes: from the picture that was asked for to the latents of every stage (paper sections 3.1 and 3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.config.schema import LatentGeometry
+from core.config.sizes import Size
+
+STAGE_A_COMPRESSION = 4  # pixels per side of one Stage B latent pixel
+STAGE_B_PATCH = 2  # Stage B's latent sides must divide by this
+MIN_SIDE = 64  # px; Stage B halves its patches three times, and less would leave it nothing
+MAX_SIDE = 16384  # px
+MAX_LR_TOKENS = 1024  # positions that the guidance knows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sizes on the way to one picture, as (height, width) unless named otherwise."""
+
+    height: int  # pixels, as asked
+    width: int
+    lr_height: int  # pixels of the low-resolution pass
+    lr_width: int
+    lr_latent: Size  # Stage C, low-resolution pass
+    hr_latent: Size  # Stage C, high-resolution pass
+    stage_b_latent: Size  # rounded up to whole patches
+    decoded_height: int  # pixels that Stage A decodes, cropped to height and width
+    decoded_width: int
+
+
+def plan(height: int, width: int, geometry: LatentGeometry) -> Plan:
+    """Plan the sizes of a picture of height x width pixels; ValueError where one of them cannot be."""
+    _check_size(height, width)
+    lr_height, lr_width = _lr_size(height, width, geometry.lr_cells, geometry.stride)
+    lr_latent = latent_size(lr_height, lr_width, geometry)
+    if lr_latent[0] * lr_latent[1] > MAX_LR_TOKENS:
+        raise ValueError(
+            f"a picture of {height} x {width} (height x width) would be guided by a latent of "
+            f"{lr_latent[0]} x {lr_latent[1]}, more than the {MAX_LR_TOKENS} pixels that the guidance knows; "
+            f"choose sides that are closer to each other, or lr_cells below {geometry.lr_cells}"
+        )
+    stage_b = _stage_b_size(height, width)
+    return Plan(
+        height=height,
+        width=width,
+        lr_height=lr_height,
+        lr_width=lr_width,
+        lr_latent=lr_latent,
+        hr_latent=latent_size(height, width, geometry),
+        stage_b_latent=stage_b,
+        decoded_height=stage_b[0] * STAGE_A_COMPRESSION,
+        decoded_width=stage_b[1] * STAGE_A_COMPRESSION,
+    )
+
+
+def latent_size(height: int, width: int, geometry: LatentGeometry) -> Size:
+    """Stage C's latent (height, width) of a picture in pixels."""
+    return math.ceil(height / geometry.compression), math.ceil(width / geometry.compression)
+
+
+def lr_training_size(height: int, width: int, geometry: LatentGeometry) -> Size:
+    """The low-resolution (height, width) in pixels that training pairs with a picture of height x width."""
+    return _lr_size(height, width, geometry.lr_train_cells, geometry.stride)
+
+
+def guidance_strength(latent: Size, table: Sequence[tuple[int, float]]) -> float:
+    """The guidance's strength on the up path for an HR latent (height, width).
+
+    `table` has (from this many latent pixels on, strength), large to small, the last from 0.
+    """
+    pixels = latent[0] * latent[1]
+    return next(strength for start, strength in table if pixels >= start)
+
+
+def _check_size(height: int, width: int) -> None:
+    for name, side in (("height", height), ("width", width)):
+        if not MIN_SIDE <= side <= MAX_SIDE:
+            raise ValueError(f"the {name} must be from {MIN_SIDE} to {MAX_SIDE} pixels, not {side}")
+
+
+def _lr_size(height: int, width: int, cells: int, stride: int) -> Size:
+    """About cells² cells of the same aspect ratio, in pixels (in floats, as the published sizes were)."""
+    root = math.sqrt(height / width)
+    lr = math.floor(cells * root) * stride, math.floor(cells / root) * stride
+    if 0 in lr:
+        raise ValueError(
+            f"a picture of {height} x {width} (height x width) is too narrow: "
+            f"one side may be {cells * cells} times the other at most"
+        )
+    return lr
+
+
+def _stage_b_size(height: int, width: int) -> Size:
+    patch = STAGE_A_COMPRESSION * STAGE_B_PATCH
+    return math.ceil(height / patch) * STAGE_B_PATCH, math.ceil(width / patch) * STAGE_B_PATCH

@@ -1,0 +1,302 @@
+"""CLIP's text and image towers through transformers, from a folder or a hub id, not fetched unasked."""
+
+from __future__ import annotations
+
+import modules.torchvision_operators  # noqa: F401  (before torchvision and transformers)
+
+# isort: split
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import functional as pictures
+from transformers import (
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from core.weights.checkpoint import read_tensors
+from core.weights.published import fetching, published_at
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]  # of the pixels CLIP was trained on, RGB
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MODEL_FILES = ("config.json", WEIGHTS, INDEX, "model-*.safetensors")
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
+)  # fmt: skip
+PUBLISHED_TEXT = {  # what each file holds
+    "text_encoder/model.safetensors": "text encoder", "text_encoder/config.json": "its sizes",
+    "tokenizer/vocab.json": "tokenizer", "tokenizer/merges.txt": "its merges",
+}  # fmt: skip
+
+
+OTHER_TOWER = {  # how names begin that a file of all of CLIP holds besides
+    CLIPTextModelWithProjection: ("vision_model.", "visual_projection."),
+    CLIPVisionModelWithProjection: ("text_model.", "text_projection."),
+}
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """What one prompt becomes."""
+
+    tokens: Tensor  # (1, L, D), the last layer's output before the final LayerNorm
+    pooled: Tensor  # (1, 1, P), the projected embedding at the end-of-text token
+
+
+# ----------------------------------------------------------------------------------------------- encoders
+
+
+@dataclass
+class TextEncoder:
+    """CLIP's text tower with its tokenizer."""
+
+    model: CLIPTextModelWithProjection
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, source: str, dtype: torch.dtype, allow_download: bool = False) -> TextEncoder:
+        """Load from a folder, or a hub id that is in the local cache or may be downloaded.
+
+        Either holds `text_encoder/` and `tokenizer/`, or the files of both side by side, as safetensors.
+        FileNotFoundError says what is missing and how to get it, ValueError what is wrong with a file.
+        """
+        model_folder, tokenizer_folder = find_text_encoder(source, allow_download)
+        tokenizer = _load_tokenizer(tokenizer_folder)
+        return cls(_load_model(CLIPTextModelWithProjection, model_folder, dtype), tokenizer)
+
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Move the model and return self."""
+        self.model.to(device)
+        return self
+
+    def encode(
+        self, prompts: Sequence[str], device: torch.device | str, together: bool = False
+    ) -> dict[str, TextCondition]:
+        """Encode every distinct prompt once, on `device`, where the model stays until it is moved away.
+
+        Prompts go through one by one, so that none depends on its neighbours in the last bit; `together` is
+        faster where that does not matter. A prompt that is too long is cut with a warning.
+        """
+        assert not isinstance(prompts, str), "prompts is a sequence of prompts"
+        self.to(device)
+        distinct = list(dict.fromkeys(prompts))
+        groups = [distinct] if together else [[prompt] for prompt in distinct]
+        with torch.no_grad():
+            parts = [self.embed(group, device) for group in groups]
+        rows = [TextCondition(tokens[i : i + 1], pooled[i : i + 1])
+                for tokens, pooled in parts for i in range(len(tokens))]  # fmt: skip
+        return dict(zip(distinct, rows, strict=True))
+
+    def embed(self, prompts: Sequence[str], device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L, D) and pooled embeddings (B, 1, P) of prompts in one pass, with gradients.
+
+        The model must be on `device`.
+        """
+        ids, mask = self.tokenize(prompts)
+        return self.embed_ids(ids.to(device), mask.to(device))
+
+    def embed_ids(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of token ids and their attention mask, both (B, L) on the model's device."""
+        norm, captured = _final_layer_norm(self.model), []
+        # What `hidden_states` holds depends on transformers' release; the input of the last norm does not.
+        with norm.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0])):
+            self.model(input_ids=ids, attention_mask=mask)
+        (tokens,) = captured  # (B, L, D)
+        # The first end of text: padding repeats it, and an added token may have a higher id.
+        ends = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)
+        last = tokens[torch.arange(len(ids), device=ids.device), ends][:, None]  # (B, 1, D)
+        return tokens, self.model.text_projection(norm(last))
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and their mask, both (B, L), of prompts; one that is too long is cut with a warning."""
+        length = self.model.config.max_position_embeddings
+        for whole in self.tokenizer(list(prompts), verbose=False)["input_ids"]:
+            if len(whole) > length:
+                self._warn_of_cut(whole[length - 1 : -1])  # the end-of-text token stays
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return tokens["input_ids"], tokens["attention_mask"]
+
+    def _warn_of_cut(self, cut: Sequence[int]) -> None:
+        start = self.tokenizer.decode(cut[:8])
+        warnings.warn(
+            f"the prompt is {len(cut)} tokens too long; what follows is cut: {start!r} …", stacklevel=2
+        )
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """CLIP's vision tower."""
+
+    model: CLIPVisionModelWithProjection
+
+    @classmethod
+    def load(cls, source: str, dtype: torch.dtype, allow_download: bool = False) -> ImageEncoder:
+        """Load as `TextEncoder.load` does; the files are in `image_encoder/` or at the top."""
+        root = _locate(source, ("image_encoder",), "image encoder", allow_download)
+        model_folder = _model_folder(root, "image_encoder", "image encoder")
+        return cls(_load_model(CLIPVisionModelWithProjection, model_folder, dtype))
+
+    def to(self, device: torch.device | str) -> ImageEncoder:
+        """Move the model and return self."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, image: Image.Image, device: torch.device | str) -> Tensor:
+        """The embedding (1, 1, I) of a picture, of which the central square counts, on `device`."""
+        pixels = clip_pixels(image, self.model.config.image_size).to(device, self.model.dtype)
+        return self.to(device).model(pixel_values=pixels).image_embeds[:, None]
+
+
+def clip_pixels(image: Image.Image, size: int) -> Tensor:
+    """What CLIP sees, (1, 3, size, size): shorter side resized (bicubic), centre-cropped, normalised."""
+    resized = pictures.resize(image.convert("RGB"), size, pictures.InterpolationMode.BICUBIC)
+    square = pictures.to_tensor(pictures.center_crop(resized, size))
+    return pictures.normalize(square, CLIP_MEAN, CLIP_STD)[None]
+
+
+def _final_layer_norm(model: nn.Module) -> nn.Module:
+    (norm,) = (module for name, module in model.named_modules() if name.split(".")[-1] == "final_layer_norm")
+    return norm
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def find_text_encoder(source: str, allow_download: bool = False) -> tuple[Path, Path]:
+    """The folders of the text model and of its tokenizer; FileNotFoundError says what is missing."""
+    root = _locate(source, ("text_encoder", "tokenizer"), "text encoder", allow_download)
+    return _model_folder(root, "text_encoder", "text encoder"), _tokenizer_folder(root)
+
+
+def _locate(source: str, parts: Sequence[str], what: str, allow_download: bool) -> Path:
+    """The folder `source`, or the one in which the hub's cache keeps that repository."""
+    if Path(source).is_dir():
+        return Path(source)
+    patterns = [f"{part}{name}" for part in ("", *(f"{part}/" for part in parts))
+                for name in MODEL_FILES + TOKENIZER_FILES]  # fmt: skip
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns, local_files_only=not allow_download))
+    except (OSError, ValueError) as error:
+        if not allow_download:
+            reason = "it is neither a folder nor a repository in the hub's local cache"
+        elif constants.HF_HUB_OFFLINE:
+            reason = "it is not in the hub's local cache, and HF_HUB_OFFLINE forbids the download"
+        else:
+            reason = f"it is not a folder, and the hub does not give it: {_one_line(error)}"
+        message = f"{source}: the {what} cannot be found ({reason}); {_way_out(what, Path(source))}"
+        raise FileNotFoundError(message) from None
+
+
+def absent_text_files(source: str) -> dict[str, str]:
+    """What the published text encoder lacks, if it belongs in the folder `source`: contents by path."""
+    try:
+        find_text_encoder(source)
+    except FileNotFoundError:
+        return {str(path): what for path, what in _absent_published(Path(source)).items()}
+    return {}
+
+
+def _absent_published(root: Path) -> dict[Path, str]:
+    paths = {root / name: what for name, what in PUBLISHED_TEXT.items()}
+    return {path: what for path, what in paths.items() if not path.exists() and published_at(path)}
+
+
+def _way_out(what: str, root: Path) -> str:
+    if what == "image encoder":
+        return "name its folder, or use the hub id openai/clip-vit-large-patch14 with --allow_download"
+    absent = [published_at(path) for path in _absent_published(root)]
+    first = f"run {fetching(absent)}" if absent else "name its folder"
+    return f"{first}, or use the hub id stabilityai/stable-cascade with --allow_download"
+
+
+def _model_folder(root: Path, part: str, what: str) -> Path:
+    folder = root / part if (root / part).is_dir() else root
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        missing.append(WEIGHTS)
+    return _complete(root, folder, missing, what)
+
+
+def _tokenizer_folder(root: Path) -> Path:
+    folder = root / "tokenizer" if (root / "tokenizer").is_dir() else root
+    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    return _complete(root, folder, [] if (folder / "tokenizer.json").is_file() else missing, "tokenizer")
+
+
+def _complete(root: Path, folder: Path, missing: Sequence[str], what: str) -> Path:
+    if missing:
+        names = " and ".join(missing)
+        raise FileNotFoundError(
+            f"{folder}: the {what} is incomplete, {names} is missing; {_way_out(what, root)}"
+        )
+    return folder
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # what the tokenizers library raises for a damaged file is a plain Exception
+        raise ValueError(f"{folder}: the tokenizer cannot be loaded ({_one_line(error)})") from None
+
+
+def _load_model(cls: type[Model], folder: Path, dtype: torch.dtype) -> Model:
+    """The model in `folder`, or a ValueError: transformers itself would draw missing tensors at random."""
+    try:
+        config = cls.config_class.from_pretrained(folder, local_files_only=True)
+        tensors = _read_model(folder, dtype, OTHER_TOWER[cls])
+        with _quiet_transformers():
+            model, report = cls.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {cls.__name__} cannot be loaded ({_one_line(error)})") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder}: {cls.__name__} lacks {len(missing)} tensors, {missing[0]} among them")
+    return model.eval().requires_grad_(False)
+
+
+def _read_model(folder: Path, dtype: torch.dtype, without: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a model in one file or, by its index, in several, but for those that begin so."""
+    files = [WEIGHTS]
+    if not (folder / WEIGHTS).is_file():
+        files = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
+    parts = [read_tensors(folder / file, dtype, without=without) for file in files]
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its progress bar, and its report of the other tower where a file holds all of CLIP."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
