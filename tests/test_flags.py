@@ -27,7 +27,7 @@ from core.commands.flags import (
 from core.config.presets import PRESETS
 from core.config.settings import Job, Settings
 from core.images import read_image_metadata, save_image
-from core.pipeline.prompts import doubts, taken_as_words
+from core.pipeline.prompts import doubts, taken_as_words, unknown
 from gdf.loss_weights import WEIGHTS
 from gdf.names import LOSS_WEIGHT_NAMES, SAMPLER_NAMES
 from gdf.samplers import SAMPLERS
@@ -171,6 +171,16 @@ def test_a_negative_prompt_without_effect_is_told(settings: dict, told: str | No
 def test_what_other_programs_act_on_is_told_once(prompt: str, found: list[str]) -> None:
     sentences = taken_as_words([prompt, f"{prompt} again"])
     assert [sentence.partition(" is taken as words")[0] for sentence in sentences] == found
+
+
+def test_words_that_the_family_does_not_know_are_told_once() -> None:
+    texts = ["A Cyberpunk samurai, a red house, 4k", "cyberpunk [Stripes] balloon", ""]
+    tiny = str(ROOT / "models" / "tiny")
+    assert unknown(texts, ["[stripes]"], tiny) == ["unknown to this family: cyberpunk, samurai, 4k"]
+    assert unknown(["a red house, on green hills."], [], tiny) == []
+    many = unknown([" ".join(f"w{i}" for i in range(15))], [], tiny)[0]
+    assert many.endswith("w11 and 3 more")
+    assert unknown(texts, [], "no/such/folder") == []  # another error tells that
 
 
 def test_a_drawn_seed_is_printed_and_used(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import subprocess
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from core.config.schema import SceneData
 from core.data.loader import LoaderSettings
+from core.family.text_encoder import texts_of
 from core.scenes.captions import caption
 from core.scenes.labelled import FILLERS, Captions, caption_batches, loosen, read_captions
 from core.scenes.scene import ATTRIBUTES, labels, sample_scene
-from core.weights.clip import TextEncoder
+from core.weights.clip import TextEncoder, words_of
 
 SCRIPT, CONFIG = (
     ROOT / "train" / "train_text_encoder.py",
@@ -56,6 +58,13 @@ def test_a_loosened_caption_keeps_the_words_that_mean_something() -> None:
         text = caption(sample_scene(number), number)
         telling = set(text.replace(",", " ").replace(":", " ").split()) - FILLERS
         assert telling <= set(loosen(text, random.Random(number)).split())
+
+
+def test_the_shipped_words_are_those_of_the_captions_and_a_token_each() -> None:
+    shipped = (TRAINED / "tokenizer" / "words.txt").read_text("utf-8").split()
+    assert shipped == sorted(words_of(texts_of(SceneData(), 0)))
+    vocabulary = json.loads((TRAINED / "tokenizer" / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    assert {f"{word}</w>" for word in shipped} <= set(vocabulary)
 
 
 # --- training -------------------------------------------------------------------------------------

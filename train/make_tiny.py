@@ -40,8 +40,8 @@ def same(*names: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, name) for name in names)
 
 
-TEXT = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json",
-        "text_encoder/model.safetensors")  # fmt: skip
+TEXT = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "tokenizer/words.txt",
+        "text_encoder/config.json", "text_encoder/model.safetensors")  # fmt: skip
 PARTS = (
     Part("train_text_encoder", "train_text_encoder", tuple((f"text/{name}", name) for name in TEXT)),
     Part("train_recogniser", "train_recogniser", same("recogniser.safetensors")),

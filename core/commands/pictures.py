@@ -26,7 +26,6 @@ from core.pipeline.control import Control
 from core.pipeline.made import Picture, Record
 from core.pipeline.pipeline import UltraPixelPipeline, load_previewer
 from core.pipeline.progress import Observer, Progress, ProgressBars, Together
-from core.pipeline.prompts import doubts
 from core.pipeline.resolution import plan
 from core.printable import say
 
@@ -125,7 +124,7 @@ def make_pictures(
     steers all of them, and is saved beside each.
     """
     plan(arguments.height, arguments.width, pipeline.config_c.geometry)  # raises what is wrong with the size
-    for sentence in doubts(jobs, settings):
+    for sentence in pipeline.doubts(jobs, settings):
         say(f"warning: {sentence}", sys.stderr)
     if arguments.dry_run:
         say(describe_plan(pipeline, jobs, settings), sys.stdout)

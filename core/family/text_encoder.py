@@ -7,7 +7,7 @@ import modules.torchvision_operators  # noqa: F401  (before transformers)
 # isort: split
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,15 +26,16 @@ from core.scenes.labelled import Captions, caption_batches, read_captions
 from core.scenes.scene import ATTRIBUTES, EXTRA_SUBJECTS
 from core.training.run import Run, as_keys, train
 from core.training.trainer import Recipe, StepLoss
-from core.weights.checkpoint import save_tensors
+from core.weights.checkpoint import save_tensors, save_text
+from core.weights.clip import WORDS, words_of
 from modules.recogniser import AttributeHeads, accuracies, attribute_losses
 
 log = logging.getLogger(__name__)
 
 EXPORT = "text"  # a folder
 FILES = (
-    "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json",
-    "text_encoder/model.safetensors",
+    "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", f"tokenizer/{WORDS}",
+    "text_encoder/config.json", "text_encoder/model.safetensors",
 )  # fmt: skip
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 READ_CAPTIONS = 4000  # whose words become tokens
@@ -48,12 +49,17 @@ NO_LOGSNR = 0.0
 
 def make_tokenizer(scenes: SceneData, seed: int) -> CLIPTokenizer:
     """CLIP's byte-level tokenizer with a token for every word of the captions, and for every byte."""
-    texts = read_captions(scenes, range(READ_CAPTIONS), seed).texts
-    extra = [words for subject in EXTRA_SUBJECTS for words in SUBJECTS[subject]]
-    merges = learn_merges([*texts, *extra, *extra])  # twice: words are joined in the order of their counts
+    merges = learn_merges(texts_of(scenes, seed))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *map("".join, merges), *SPECIAL]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+
+
+def texts_of(scenes: SceneData, seed: int) -> list[str]:
+    """Texts with every word that captions have."""
+    extra = [words for subject in EXTRA_SUBJECTS for words in SUBJECTS[subject]]
+    # twice: words are joined in the order of their counts
+    return [*read_captions(scenes, range(READ_CAPTIONS), seed).texts, *extra, *extra]
 
 
 def learn_merges(texts: list[str]) -> list[tuple[str, str]]:
@@ -169,7 +175,8 @@ def build(run: Run) -> Recipe:
     module = TextTraining(make_text_model(config.text_encoder, tokenizer, config.seed)).to(run.device)
     read = partial(tokenize, tokenizer, length=config.text_encoder.length)
     batches = partial(caption_batches, config.scenes, run.loader_settings, loosened=config.loosened_share)
-    export = partial(write_text_encoder, module.model, tokenizer, folder)
+    words = words_of(texts_of(config.scenes, config.seed))
+    export = partial(write_text_encoder, module.model, tokenizer, words, folder)
     check, use = make_check(run, module, read), as_keys(clip_text_path=folder)
     return Recipe(module, batches, make_loss(run, read), check, export, use)
 
@@ -177,12 +184,14 @@ def build(run: Run) -> Recipe:
 def write_text_encoder(
     model: CLIPTextModelWithProjection,
     tokenizer: CLIPTokenizer,
+    words: Collection[str],
     folder: Path,
     tensors: Mapping[str, Tensor],
     _step: int,
 ) -> None:
-    """The encoder's weights in bfloat16, without the classifiers, and the tokenizer, for transformers."""
+    """The encoder's weights in bfloat16, without the classifiers, the tokenizer, and the words it knows."""
     tokenizer.save_pretrained(folder / "tokenizer")
+    save_text(folder / "tokenizer" / WORDS, "".join(f"{word}\n" for word in sorted(words)))
     named = {name: tensors[f"model.{name}"].bfloat16() for name in model.state_dict()}
     config = copy(model.config)
     config.dtype, config.architectures = torch.bfloat16, [type(model).__name__]

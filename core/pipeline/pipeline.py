@@ -49,9 +49,17 @@ from core.pipeline.passes import (
     stage_b_pass,
 )
 from core.pipeline.progress import Observer, Progress, ProgressBars, Stopped, Together, harmless
-from core.pipeline.prompts import doubts
+from core.pipeline.prompts import doubts, unknown
 from core.pipeline.resolution import Plan, guidance_strength, plan
-from core.pipeline.steering import CONTROLLED, Given, Steering, given_source, steering_flags, with_suffix
+from core.pipeline.steering import (
+    CONTROLLED,
+    SUFFIX,
+    Given,
+    Steering,
+    given_source,
+    steering_flags,
+    with_suffix,
+)
 from core.weights.checkpoint import check_files, load_module, read_config
 from core.weights.clip import TextCondition, TextEncoder, absent_text_files, find_text_encoder
 from core.weights.layouts import guidance_names
@@ -226,9 +234,15 @@ class UltraPixelPipeline:
             jobs = [with_suffix(job) for job in jobs]
             control = self._steering.control(size, self.config_c.geometry, self._encoder)
         called = uncalled(self._loras.wanted, list(dict.fromkeys(wanted)))
-        for sentence in [*doubts(jobs, settings), *called]:
+        for sentence in [*self.doubts(jobs, settings), *called]:
             warnings.warn(sentence, stacklevel=2)
         return self._in_groups(jobs, settings, observer, control, progress)
+
+    def doubts(self, jobs: Sequence[Job], settings: Settings) -> list[str]:
+        """A sentence for everything in prompts and settings that may not do what it is meant to do."""
+        texts = [text for job in jobs for text in (job.prompt.removesuffix(SUFFIX), job.negative_prompt)]
+        tokens = [token for lora in self._loras.wanted for token in lora.tokens]
+        return [*doubts(jobs, settings), *unknown(texts, tokens, self.config_c.clip_text_path)]
 
     def _in_groups(
         self,

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from core.config.settings import Job, Settings
 from core.pipeline.passes import needs_unconditional
+from core.weights.clip import unknown_words
 
+NAMED = 12  # unknown words
 # As in (a house:1.3), but not in (at 10:30).
 WEIGHTED = r"\([^()]*(?:\([^()]*\)[^()]*)*:\s*[-+]?(?:\d(?:\.\d*)?|\.\d+)\s*\)"
 # What other programs act on, and nothing here does: its pattern, and what can be done.
@@ -27,6 +29,16 @@ def doubts(jobs: Sequence[Job], settings: Settings) -> list[str]:
     if any(job.negative_prompt for job in jobs) and not needs_unconditional(settings)[0]:
         sentences.append(f"the negative prompt has no effect, {_why_unguided(settings)}")
     return sentences
+
+
+def unknown(texts: Iterable[str], tokens: Iterable[str], source: str) -> list[str]:
+    """A sentence with the words that the text encoder at `source` does not know, without those of tokens."""
+    texts = list(texts)
+    for token in tokens:
+        texts = [re.sub(re.escape(token), " ", text, flags=re.IGNORECASE) for text in texts]
+    words = unknown_words(texts, source)
+    more = f" and {len(words) - NAMED} more" if len(words) > NAMED else ""
+    return [f"unknown to this family: {', '.join(words[:NAMED])}{more}"] if words else []
 
 
 def taken_as_words(texts: Iterable[str]) -> list[str]:

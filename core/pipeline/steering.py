@@ -29,7 +29,7 @@ from core.pipeline.control import (
     ready_control,
 )
 
-SUFFIX = " high quality"  # to every prompt, as published
+SUFFIX = " high quality"  # to every prompt under control, as published
 CONTROLLED = Settings(cfg=1.0, shift=2.0)  # as published
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 

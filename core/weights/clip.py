@@ -6,8 +6,9 @@ import modules.torchvision_operators  # noqa: F401  (before torchvision and tran
 
 # isort: split
 import json
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]  # of the pixels CLIP was trained on, RGB
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WORDS = "words.txt"  # beside a tokenizer: the words that its text encoder knows, if it knows few
 MODEL_FILES = ("config.json", WEIGHTS, INDEX, "model-*.safetensors")
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
@@ -213,6 +215,21 @@ def absent_text_files(source: str) -> dict[str, str]:
     except FileNotFoundError:
         return {str(path): what for path, what in _absent_published(Path(source)).items()}
     return {}
+
+
+def words_of(texts: Iterable[str]) -> list[str]:
+    """The words of texts in lower case, each once, in their order."""
+    return list(dict.fromkeys(word for text in texts for word in re.findall(r"[^\W_]+", text.lower())))
+
+
+def unknown_words(texts: Iterable[str], source: str) -> list[str]:
+    """The words of texts that a text encoder does not know, where its folder tells which it knows."""
+    try:
+        path = find_text_encoder(source)[1] / WORDS
+        known = set(path.read_text("utf-8").split())
+    except (OSError, ValueError):  # without one nothing is told here
+        return []
+    return [word for word in words_of(texts) if word not in known]
 
 
 def _absent_published(root: Path) -> dict[Path, str]:
