@@ -18,12 +18,14 @@ import yaml
 from conftest import ROOT, random_pipeline
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from core.commands.flags import run
 from core.config.settings import Settings
 from core.config.sizes import EffnetSizes
 from core.family.evaluation import (
     CROPS,
+    WINDOWS,
     Case,
     Evaluation,
     Judge,
@@ -179,6 +181,27 @@ def test_detail_tells_sharp_pictures_from_enlarged_ones(cases: list[Case]) -> No
     dull = torch.stack([enlarge(picture, (256, 256))[:, 64:192, 64:192] for picture in small])
     same = frechet_distance(detail(sharp[::2]), detail(sharp[1::2]))
     assert frechet_distance(detail(sharp), detail(dull)) > 2 * same
+
+
+def torn(picture: Tensor, seed: int) -> Tensor:
+    """A picture whose strong edges are displaced by up to a few pixels, another way every eight."""
+    height, width = picture.shape[-2:]
+    noise = torch.randn(1, 2, height // 8, width // 8, generator=torch.Generator().manual_seed(seed))
+    shift = 4 * F.interpolate(noise, size=(height, width), mode="bicubic")[0]
+    change = (picture - F.avg_pool2d(picture, 3, 1, 1)).abs().sum(dim=0) > 0.15
+    shift = shift * F.max_pool2d(change[None].float(), 9, 1, 4)
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    grid = torch.stack([2 * (x + shift[0]) / width - 1, 2 * (y + shift[1]) / height - 1], dim=-1)
+    return F.grid_sample(picture[None], grid[None], padding_mode="border", align_corners=False)[0]
+
+
+def test_the_patches_distance_sees_torn_outlines(judge: Judge) -> None:
+    real = [real_picture(case.scene, (256, 256)) for case in held_out_cases(24, 0)]
+    whole = torch.cat([judge.look(x, i).crops for i, x in enumerate(real)])
+    shreds = torch.cat([judge.look(torn(x, i), i).crops for i, x in enumerate(real)])
+    others = slice(-len(WINDOWS))  # the other features hardly mind
+    assert frechet_distance(shreds, whole) > 3 * frechet_distance(shreds[:, others], whole[:, others])
+    assert (shreds - whole).mean(dim=0)[-len(WINDOWS) :].min() > 0.3
 
 
 def test_a_picture_of_nan_is_refused(judge: Judge) -> None:

@@ -25,6 +25,8 @@ from modules.stage_a import StageA
 
 CROPS = 8  # of each picture
 BANDS = 4  # octaves of detail that a crop is told apart by
+WINDOWS = (3, 7, 13)  # px of a crop at half size, in which an outline has one direction
+STRONG_EDGE = 0.02  # squared difference of brightness over two of these
 
 OnPicture = Callable[["View", "Case", Tensor], None]
 
@@ -152,11 +154,31 @@ def detail(pictures: Tensor) -> Tensor:
     return torch.cat([*columns, pictures.mean(dim=(2, 3)), pictures.std(dim=(2, 3))], dim=1)
 
 
+def outlines(pictures: Tensor) -> Tensor:
+    """How torn the outlines in pictures (B, 3, H, W) in [0, 1] are: (B, len(WINDOWS)).
+
+    The logarithm of the share of the brightness' squared gradient that lies along an outline (a structure
+    tensor's smaller eigenvalue), of which a smooth outline has almost none; of strong edges, at half size.
+    """
+    x = F.avg_pool2d(pictures.mean(dim=1, keepdim=True), 2)
+    right, down = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
+    strong = (right.square() + down.square() > STRONG_EDGE).to(x)
+    products = [strong * product for product in (right * right, down * down, right * down)]
+    columns = []
+    for window in WINDOWS:
+        a, b, c = (F.avg_pool2d(product, window, 1) for product in products)
+        along = a + b - ((a - b).square() + 4 * c.square()).sqrt()  # twice the smaller eigenvalue
+        along, both = along.sum(dim=(1, 2, 3)), (a + b).sum(dim=(1, 2, 3))
+        columns.append(((along + 1e-3) / (2 * both + 1e-2)).log())  # without edges: a constant
+    return torch.stack(columns, dim=1)
+
+
 @dataclass(frozen=True)
 class Seen:
     """What is seen in a picture: answers (attributes,), features (D,), and of its crops (CROPS, D').
 
-    The crops' features are the recogniser's, which does not mind blur, and those of `detail`, which do.
+    The crops' features are the recogniser's, which minds neither blur nor torn outlines, and those of
+    `detail` and `outlines`, which do.
     """
 
     answers: Tensor
@@ -180,7 +202,7 @@ class Judge:
         views = torch.cat([resize(picture[None].to(self._device), SIDE), resize(patches, SIDE)])
         features = self._recogniser.features(views)
         answers = [logits.argmax() for logits in self._recogniser.heads(features[:1])]
-        of_crops = torch.cat([features[1:], detail(patches)], dim=1)
+        of_crops = torch.cat([features[1:], detail(patches), outlines(patches)], dim=1)
         return Seen(torch.stack(answers).cpu(), features[0].cpu(), of_crops.cpu())
 
     def real(self, case: Case, size: Size) -> Seen:
