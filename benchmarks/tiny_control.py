@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from core.commands.flags import (
-    Help,
+    Parser,
     add_model_flags,
     add_settings_flags,
     check_weights,
@@ -187,7 +187,7 @@ def report(rows: Sequence[Row]) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; the defaults are those of inference/test_controlnet.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     for side in ("height", "width"):
         parser.add_argument(f"--{side}", dest=f"asked_{side}", type=int, metavar="PX", help="the only one")
     parser.add_argument("--num_image", type=int, default=16, help="held-out scenes, 2 or more (default: 16)")

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.commands.flags import (
-    Help,
+    Parser,
     add_model_flags,
     add_settings_flags,
     check_weights,
@@ -46,7 +46,7 @@ LOSS = 0.05  # at most, of the attributes that ordinary pictures get right
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     group = parser.add_argument_group("measurement")
     group.add_argument("--lora", nargs="+", metavar="FILE[:WEIGHT]", help="one of them with a token")
     group.add_argument("--num_image", type=int, default=50, help="held-out scenes")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from core.commands.flags import (
-    Help,
+    Parser,
     add_model_flags,
     add_settings_flags,
     home_path,
@@ -25,7 +25,7 @@ SIZES = ((128, 128), (512, 512))  # at which the embedded family is measured
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; a size that is not given is None, whatever the preset says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--num_image", type=int, default=500, help="held-out scenes, with one picture each")
     for side in ("height", "width"):

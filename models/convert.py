@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from core.commands.flags import Help, home_path, run
+from core.commands.flags import Parser, home_path, run
 from core.config.sizes import STAGE_C_VERSIONS, StageCSizes
 from core.weights.lora.layouts import KOHYA, LAYOUTS
 
@@ -27,7 +27,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     parser.add_argument(
         "source", metavar="IN", type=home_path,
         help="a LoRA in any layout, or a folder of peft or OneTrainer; with --split, a combined file",

@@ -259,3 +259,16 @@ def test_a_package_that_is_missing_is_one_sentence(capsys: pytest.CaptureFixture
     )
     with pytest.raises(ImportError, match="no_such_module"):  # an error of the project itself
         run(lambda: __import__("core.no_such_module") and None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("--promt", "--prompt"), ("--seeds", "--seed"), ("--zzzz", None)]
+)
+def test_an_unknown_flag_names_the_nearest(
+    capsys: pytest.CaptureFixture[str], wrong: str, near: str | None
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(wrong, "x")
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and f"unrecognized arguments: {wrong}" in told
+    assert (f"(did you mean {near}" in told) if near else ("did you mean" not in told)

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from core.commands.flags import Help, home_path, run
+from core.commands.flags import Parser, home_path, run
 from core.config.batch_size import fit_batch
 from core.config.schema import TrainConfig
 from core.config.yaml import load
@@ -18,7 +18,7 @@ from core.printable import say
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     group = parser.add_argument_group("data")
     group.add_argument("folder", type=home_path, help="a folder of pictures with captions, or tar shards")
     group.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of the configuration")

@@ -12,7 +12,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from core.commands.flags import Help, home_path, run
+from core.commands.flags import Parser, home_path, run
 from core.config.presets import EMBEDDED, PRESETS
 
 PARTS = ("stage_c", "guidance", "figures")
@@ -20,7 +20,7 @@ PARTS = ("stage_c", "guidance", "figures")
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(__doc__)
     add_file_flags(parser)
     add = parser.add_argument_group("training").add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is done (default: all, in turn)")

@@ -7,6 +7,7 @@ scripts once their flags are read.
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 import traceback
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from core.config.arguments import DRAW_SEED, first_seed
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS
@@ -85,6 +86,19 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         if action.const is True or action.default is None:
             return f"{action.help} (default: {'off' if action.const else 'none'})"
         return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults, and names the nearest flags where one is not known."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=Help)
+
+    def error(self, message: str) -> NoReturn:
+        """End with the usage, a sentence and exit code 2."""
+        wrong = re.search(r"^unrecognized arguments: .*?(--[\w-]+)", message)
+        near = difflib.get_close_matches(wrong[1], self._option_string_actions, n=1) if wrong else []
+        super().error(f"{message} (did you mean {near[0]}?)" if near else message)
 
 
 def home_path(text: str) -> str:
@@ -196,7 +210,7 @@ def add_settings_flags(parser: argparse.ArgumentParser, own: Collection[str] = (
 
 def picture_parser(description: str, own: Collection[str] = ()) -> argparse.ArgumentParser:
     """A parser with the flags of all scripts that make pictures, for `parse_with_preset`; `own` as there."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+    parser = Parser(description)
     add_picture_flags(parser)
     add_settings_flags(parser, own)
     add_model_flags(parser)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import TypeVar, get_type_hints
 
 from core import launch
-from core.commands.flags import Help, home_path
+from core.commands.flags import Parser, home_path
 from core.config.batch_size import describe_batch, fitted_batch
 from core.config.schema import RunConfig
 from core.config.yaml import as_yaml, load, nearest_key
@@ -19,7 +18,7 @@ DRY_RUN = "dry_run"
 
 def read_command(cls: type[Config], description: str) -> Config:
     """The configuration of a training script's command line; --dry_run prints it, resolved, and ends it."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+    parser = Parser(description)
     group = parser.add_argument_group("configuration")
     group.add_argument("config", type=home_path, help="a YAML file such as configs/training/t2i.yaml")
     group.add_argument(
