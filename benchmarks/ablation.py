@@ -330,7 +330,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config_c", default="configs/tiny/stage_c.yaml", help="of Stage C")
     parser.add_argument("--config_b", default="configs/tiny/stage_b.yaml", help="of Stages B and A")
     parser.add_argument("--folder", default="runs/ablation", help="for checkpoints, results and sheets")
-    parser.add_argument("--figure", default="figures/ablation.png")
+    parser.add_argument("--figure", help="where the plot goes (default: ablation.png in --folder)")
     return parser.parse_args(given)
 
 
@@ -363,7 +363,7 @@ def main(given: Sequence[str] | None = None) -> int:
     few = results[VARIANTS[0]][0]["few_pictures"]
     report = "\n\n".join([table(results), setting, *([FEW.removeprefix("* ")] if few else [])])
     (Path(arguments.folder) / "table.md").write_text(report + "\n", "utf-8")
-    draw(results, Path(arguments.figure), setting)
+    draw(results, Path(arguments.figure or Path(arguments.folder, "ablation.png")), setting)
     print(report)
     return 0
 
