@@ -143,7 +143,7 @@ def main(given: Sequence[str] | None = None) -> None:
     for row in rows:
         pipeline.set_loras(loras if row.with_lora else [])
         evaluation = Evaluation(pipeline, judge, row.cases, settings)
-        total = arguments.num_image * (2 * settings.steps + settings.steps_b + 1)
+        total = arguments.num_image * (settings.steps + settings.steps_low + settings.steps_b + 1)
         with tqdm(desc=row.name, total=total, unit="step") as bar:
             measured += evaluation.pictures(size, [View(row.name, size)], counting(bar), sheet)
     path = sheet.save(Path(arguments.output_dir) / f"personalized_{by(size).replace(' ', '')}.png")

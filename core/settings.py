@@ -1,5 +1,5 @@
 """The settings and the job of a picture, under the short name that callers from Python use."""
 
-from core.config.settings import Job, Settings
+from core.config.settings import FAST, Job, Settings
 
-__all__ = ["Job", "Settings"]
+__all__ = ["FAST", "Job", "Settings"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modules.blocks import LAYER_NORM_EPS, ChannelNorm
 from modules.guidance import GuidanceFeatures, PreparedGuidance
-from modules.unet import CascadeUNet, LevelKeysValues, first_keys_values
+from modules.unet import CascadeUNet, InnerMaps, LevelKeysValues, first_keys_values
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,20 @@ class StageC(CascadeUNet):
         crp: Tensor | None = None,
         control: Sequence[Tensor | None] | None = None,
         guidance: PreparedGuidance | None = None,
+        inner: InnerMaps | None = None,
     ) -> Tensor:
         """The prediction (B, 16, H, W) for a latent of the same shape at noise condition r (B,).
 
         With guidance, control is ignored: it acts on the low-resolution pass and arrives through that.
+        `inner` as in `run_levels`.
         """
         r_embed = self.embed_time(r, [sca, crp][: len(self.t_conds)])
         if guidance is None:
-            return self._denoise(x, r_embed, conditions, control)
+            return self._denoise(x, r_embed, conditions, control, inner=inner)
         own = r_embed[:, : self.c_r]
-        return self._denoise(x, r_embed, conditions, None, lambda site, y: guidance.fuse(site, y, own))
+        return self._denoise(
+            x, r_embed, conditions, at_site=lambda site, y: guidance.fuse(site, y, own), inner=inner
+        )
 
     def predict_with_features(
         self,
@@ -219,7 +223,7 @@ class StageC(CascadeUNet):
         conditions = self.prepare(clip_text, clip_text_pooled, clip_img)
         return self.predict_with_features(x, r, conditions, sca=sca, crp=crp, control=control)
 
-    def _denoise(self, x, r_embed, conditions, control=None, at_site=None) -> Tensor:
+    def _denoise(self, x, r_embed, conditions, control=None, at_site=None, inner=None) -> Tensor:
         x = self.embedding(x.contiguous(memory_format=torch.channels_last))  # (B, C, H / patch, W / patch)
-        x = self.run_levels(x, r_embed, conditions.keys_values, control, at_site)
+        x = self.run_levels(x, r_embed, conditions.keys_values, control, at_site, inner)
         return self.clf(x)

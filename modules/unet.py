@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,30 @@ AtSite = Callable[
     [int, Tensor], Tensor
 ]  # called with the level's number in running order and its feature map
 Scaler = Callable[[int, int, int], nn.Module]  # (level, c_in, c_out) -> the change between two levels
+
+
+@dataclass
+class InnerMaps:
+    """What all levels but the outermost make of a step, kept for steps after it, as it changes little.
+
+    It is made anew every `every` steps (DeepCache, arXiv 2312.00858), and where there are more samples than
+    it has.
+    """
+
+    every: int
+    kept: Tensor | None = None  # (B, C0, H, W), as the outermost level gets it on the way up
+    age: int = 0  # steps since it was made
+
+    def of(self, samples: int) -> Tensor | None:
+        """The map of the first `samples` samples, for one more step; None where it has to be made."""
+        self.age += 1
+        if self.kept is None or self.age >= self.every or len(self.kept) < samples:
+            return None
+        return self.kept[:samples]
+
+    def keep(self, x: Tensor) -> None:
+        """Keep the map of this step."""
+        self.kept, self.age = x, 0
 
 
 def first_keys_values(levels: list[LevelKeysValues], count: int) -> list[LevelKeysValues]:
@@ -142,44 +167,42 @@ class CascadeUNet(nn.Module):
         keys_values: list[LevelKeysValues],
         control: Sequence[Tensor | None] | None = None,
         at_site: AtSite | None = None,
+        inner: InnerMaps | None = None,
     ) -> Tensor:
         """Down and up through all levels.
 
         x (B, C0, H, W) -> the same shape. `control` has an entry per ResBlock run, added before it.
         `at_site(n, x)` is called after the first attention block of level n, and what it returns goes on.
+        `inner` stands for all levels but the outermost in some steps; not with `control`.
         """
+        assert inner is None or not control, "control entries are counted over all levels"
         entries = iter(control or ())
         skips: list[Tensor] = []
         n = len(self.down_blocks)
-        for i in range(n):
+
+        def down(i: int, x: Tensor) -> Tensor:
             x = self.down_downscalers[i](x)
-            x = self._run_level(
-                self.down_blocks[i],
-                self.down_repeat_mappers[i],
-                x,
-                None,
-                r_embed,
-                keys_values[i],
-                entries,
-                at_site,
-                i,
-            )
+            blocks, mappers = self.down_blocks[i], self.down_repeat_mappers[i]
+            x = self._run_level(blocks, mappers, x, None, r_embed, keys_values[i], entries, at_site, i)
             skips.append(x)
-        for k in range(n):
-            skip = skips[-1 - k] if k else None
-            x = self._run_level(
-                self.up_blocks[k],
-                self.up_repeat_mappers[k],
-                x,
-                skip,
-                r_embed,
-                keys_values[n + k],
-                entries,
-                at_site,
-                n + k,
-            )
-            x = self.up_upscalers[k](x)
-        return x
+            return x
+
+        def up(k: int, x: Tensor) -> Tensor:
+            skip = skips[n - 1 - k] if k else None
+            blocks, mappers, kv = self.up_blocks[k], self.up_repeat_mappers[k], keys_values[n + k]
+            x = self._run_level(blocks, mappers, x, skip, r_embed, kv, entries, at_site, n + k)
+            return self.up_upscalers[k](x)
+
+        x = down(0, x)
+        kept = None if inner is None else inner.of(len(x))
+        if kept is None:
+            for i in range(1, n):
+                x = down(i, x)
+            for k in range(n - 1):
+                x = up(k, x)
+            if inner is not None:
+                inner.keep(x)
+        return up(n - 1, x if kept is None else kept)
 
     def init_trunk(self) -> None:
         """Initial values of the levels for training from nothing: timestep blocks and GRN start idle."""

@@ -15,11 +15,11 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from core.config.arguments import DRAW_SEED, first_seed
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS
-from core.config.settings import PUBLISHED_STEPS, TRAINING_R, Job, Settings
+from core.config.settings import FAST, FP8_NAMES, PUBLISHED_STEPS, TRAINING_R, Job, Settings
 from core.config.yaml import FLOAT16_REFUSED
 from core.devices import device_named
 from core.images import FORMATS, check_format, prepare_folder, read_image_metadata
@@ -180,7 +180,12 @@ def add_settings_flags(parser: argparse.ArgumentParser, own: Collection[str] = (
     d = Settings()
     preset = "" if "cfg" in own else " (default: the preset's, else %(default)s)"
     group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--fast", action="store_true",
+        help=f"a few times faster, a little worse: the same as {_as_flags(FAST)}",
+    )  # fmt: skip
     group.add_argument("--steps", type=int, default=d.steps, help="of each pass of Stage C")
+    group.add_argument("--steps_lr", type=int, help="of the low-resolution pass (default: --steps)")
     group.add_argument(
         "--cfg", type=float, default=d.cfg, help=f"guidance weight of Stage C; 1 for none{preset}"
     )
@@ -205,7 +210,21 @@ def add_settings_flags(parser: argparse.ArgumentParser, own: Collection[str] = (
     group.add_argument("--steps_b", type=int, default=d.steps_b, help="of Stage B")
     group.add_argument("--cfg_b", type=float, default=d.cfg_b, help="guidance weight of Stage B; 1 for none")
     group.add_argument("--sampler_b", choices=SAMPLER_NAMES, default=d.sampler_b, help="of Stage B")
+    group.add_argument(
+        "--reuse", type=int, default=d.reuse,
+        help="so many steps of the high-resolution pass share what Stage C's inner levels make",
+    )  # fmt: skip
+    group.add_argument(
+        "--fp8", choices=FP8_NAMES, default=d.fp8,
+        help="products in float8: auto where the device has them, on also elsewhere, by rounding (slow)",
+    )  # fmt: skip
     group.add_argument("--stage_a_tiled", action="store_true", help="decode in tiles also where it would fit")
+
+
+def _as_flags(values: Mapping[str, Any]) -> str:
+    """Values as flags that give them."""
+    parts = ((name, value if isinstance(value, tuple) else (value,)) for name, value in values.items())
+    return " ".join(f"--{name} {' '.join(map(str, value))}" for name, value in parts)
 
 
 def picture_parser(description: str, own: Collection[str] = ()) -> argparse.ArgumentParser:
@@ -236,6 +255,8 @@ def parse_with_preset(
     if known.preset is not None:
         preset = asdict(PRESETS[known.preset])
         parser.set_defaults(**{name: value for name, value in preset.items() if name not in own})
+    if getattr(known, "fast", False):
+        parser.set_defaults(**FAST)
     if getattr(known, "from_image", None) is not None:
         stored = read_image_metadata(known.from_image)
         others = [name for name in stored if stored[name] and not hasattr(known, name)]

@@ -72,7 +72,7 @@ def describe_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: S
         "# plan (sizes are height x width)",
         f"pictures: {len(jobs)} of {job.height} x {job.width} px on {pipeline.device}",
         f"seeds: {jobs[0].seed} to {jobs[-1].seed}",
-        f"Stage C, low resolution: latent {_by(sizes.lr_latent)} ({lr_pixels}), {settings.steps} steps",
+        f"Stage C, low resolution: latent {_by(sizes.lr_latent)} ({lr_pixels}), {settings.steps_low} steps",
         f"Stage C, high resolution: latent {_by(sizes.hr_latent)}, {settings.steps} steps, {guided}",
         f"Stage B: latent {_by(sizes.stage_b_latent)}, {settings.steps_b} steps",
         f"Stage A: {sizes.decoded_height} x {sizes.decoded_width} px, cropped",

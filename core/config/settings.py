@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, Literal
 
 from core.config.arguments import number, text, whole_number
@@ -13,6 +14,7 @@ from gdf.cfg import CfgSettings
 from gdf.names import SAMPLER_NAMES, check_name
 
 PUBLISHED_STEPS = 20  # at this many steps the last step's r is the one that training uses
+FP8_NAMES = ("off", "auto", "on")
 TRAINING_R = 0.05  # noise condition of the low-resolution pass in training (paper section 4.1)
 
 
@@ -46,12 +48,16 @@ class Settings:
     cfg_b: float = 1.1
     sampler_b: str = "ddpm"
     stage_a_tiled: bool = False  # True: always; False: only where the picture is large
+    steps_lr: int | None = None  # of the low-resolution pass; None: as steps
+    reuse: int = 1  # steps of the high-resolution pass that share what Stage C's inner levels make
+    fp8: Literal["off", "auto", "on"] = "off"  # products in float8: auto where the device has them
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("steps", "steps_b"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("steps", "steps_b", "steps_lr", "reuse"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        check_name("value of fp8", self.fp8, FP8_NAMES)
         for name in ("cfg", "cfg_end", "cfg_b"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:  # a NaN is neither
@@ -67,6 +73,11 @@ class Settings:
         _ = self.cfg_stage_c
 
     @property
+    def steps_low(self) -> int:
+        """Steps of Stage C's low-resolution pass."""
+        return self.steps if self.steps_lr is None else self.steps_lr
+
+    @property
     def cfg_stage_c(self) -> CfgSettings:
         """Classifier-free guidance of both Stage C passes."""
         return CfgSettings(self.cfg, self.cfg_end, self.cfg_rescale, self.cfg_interval)
@@ -79,9 +90,16 @@ class Settings:
     @property
     def extra_guidance_r(self) -> float | None:
         """The noise condition of an extra evaluation for the guidance; None: taken at the last step."""
-        if self.guidance_r == "last_step" or (self.guidance_r is None and self.steps == PUBLISHED_STEPS):
+        if self.guidance_r == "last_step" or (self.guidance_r is None and self.steps_low == PUBLISHED_STEPS):
             return None
         return TRAINING_R if self.guidance_r is None else float(self.guidance_r)
+
+
+# Pictures that take a fraction of the time and are a little worse: docs/performance.md has how much.
+FAST: Mapping[str, Any] = MappingProxyType({
+    "steps": 12, "steps_lr": 10, "sampler": "dpmpp_2m", "cfg_interval": (0.1, 0.9), "reuse": 2,
+    "steps_b": 6, "sampler_b": "dpmpp_2m", "cfg_b": 1.0, "fp8": "auto",
+})  # fmt: skip
 
 
 def changed(settings: Settings | None, default: Settings, changes: Mapping[str, Any]) -> Settings:
@@ -99,11 +117,11 @@ def changed(settings: Settings | None, default: Settings, changes: Mapping[str, 
 
 def _check_types(settings: Settings) -> None:
     """TypeError for the first value of another kind than its field's."""
-    for name in ("steps", "steps_b"):
+    for name in ("steps", "steps_b", "reuse", *(["steps_lr"] if settings.steps_lr is not None else [])):
         whole_number(name, getattr(settings, name))
     for name in ("cfg", "cfg_rescale", "shift", "cfg_b"):
         number(name, getattr(settings, name))
-    for name in ("sampler", "sampler_b"):
+    for name in ("sampler", "sampler_b", "fp8"):
         text(name, getattr(settings, name))
     if settings.cfg_end is not None:
         number("cfg_end", settings.cfg_end)

@@ -171,7 +171,7 @@ def evaluate(arguments: argparse.Namespace, settings: Settings, sizes: Sequence[
     steps = settings.steps_b + 1  # of Stages B and A
     for series in made:
         evaluation = replace(guided, pipeline=pipeline if series.guided else unguided)
-        total = count * (2 * settings.steps + steps)
+        total = count * (settings.steps + settings.steps_low + steps)
         with tqdm(desc=series.views[0].name, total=total, unit="step") as bar:
             measured += evaluation.pictures(series.size, series.views, counting(bar), sheets)
         measured.sort(key=lambda m: m.view.baseline)

@@ -18,10 +18,12 @@ from gdf.samplers import Denoise, Estimate, Sampled, Step, denoiser, sample, sam
 from gdf.scalers import variance_preserving
 from gdf.schedules import cosine
 from gdf.targets import Target
+from modules.fp8 import products_in_fp8
 from modules.guidance import GuidanceFeatures, PreparedGuidance
 from modules.stage_a import MAX_TILE, StageA
 from modules.stage_b import StageB, StageBConditions
 from modules.stage_c import StageC, StageCConditions
+from modules.unet import InnerMaps
 
 C_LATENT = 16  # channels of Stage C's latent
 B_LATENT = 4  # channels of Stage B's latent
@@ -130,7 +132,7 @@ def low_resolution_pass(
 
     x = noise.draw(noise.count, C_LATENT, *plan.lr_latent)
     denoise = denoiser(in_halves(predict, conditions, stage_c), target, settings.cfg_stage_c)
-    sampled = _sample_stage_c(denoise, x, settings, noise, after_step)
+    sampled = _sample_stage_c(denoise, x, settings.steps_low, settings, noise, after_step)
     if settings.extra_guidance_r is not None:
         logsnr = cosine(torch.tensor(settings.extra_guidance_r))
         a, b = variance_preserving(logsnr)
@@ -151,20 +153,26 @@ def high_resolution_pass(
     on_step: OnStep | None = None,
 ) -> Sampled:
     """Denoise a latent at the asked resolution, guided in both halves at every step (section 3.2)."""
+    inner = InnerMaps(settings.reuse) if settings.reuse > 1 else None
 
     def predict(x: Tensor, r: Tensor, held: StageCConditions, _: Step) -> Tensor:
-        return stage_c.predict(x, r, held, guidance=guidance)
+        return stage_c.predict(x, r, held, guidance=guidance, inner=inner)
 
     denoise = denoiser(in_halves(predict, conditions, stage_c), target, settings.cfg_stage_c)
-    return _sample_stage_c(
-        denoise, noise.draw(noise.count, C_LATENT, *plan.hr_latent), settings, noise, on_step
-    )
+    x = noise.draw(noise.count, C_LATENT, *plan.hr_latent)
+    with products_in_fp8(stage_c, settings.fp8):
+        return _sample_stage_c(denoise, x, settings.steps, settings, noise, on_step)
 
 
 def _sample_stage_c(
-    denoise: Denoise, x: Tensor, settings: Settings, noise: NoiseSource | NoiseSources, on_step: OnStep | None
+    denoise: Denoise,
+    x: Tensor,
+    count: int,
+    settings: Settings,
+    noise: NoiseSource | NoiseSources,
+    on_step: OnStep | None,
 ) -> Sampled:
-    times = steps(cosine, settings.steps, settings.shift)
+    times = steps(cosine, count, settings.shift)
     return sample(denoise, x, times, sampler_named(settings.sampler), noise.like, on_step)
 
 
@@ -196,13 +204,14 @@ def stage_b_pass(
     x = noise.draw(noise.count, B_LATENT, *plan.stage_b_latent)
     denoise = denoiser(in_halves(predict, conditions, stage_b), target, settings.cfg_stage_b)
     times = steps(cosine, settings.steps_b)
-    return sample(denoise, x, times, sampler_named(settings.sampler_b), noise.like, on_step)
+    with products_in_fp8(stage_b, settings.fp8):
+        return sample(denoise, x, times, sampler_named(settings.sampler_b), noise.like, on_step)
 
 
 def needs_unconditional(settings: Settings) -> tuple[bool, bool]:
     """Whether any step of Stage C, and of Stage B, computes the unconditional half."""
-    stage_c = any(settings.cfg_stage_c.needed_at(step.t) for step in steps(cosine, settings.steps))
-    return stage_c, settings.cfg_stage_b.needed_at(1.0)
+    times = (step.t for count in (settings.steps, settings.steps_low) for step in steps(cosine, count))
+    return any(map(settings.cfg_stage_c.needed_at, times)), settings.cfg_stage_b.needed_at(1.0)
 
 
 def decode_picture(stage_a: StageA, latent: Tensor, plan: Plan, tiled: bool) -> Tensor:

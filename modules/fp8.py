@@ -1,0 +1,79 @@
+"""Products in float8 (e4m3) of the ResBlocks' linear layers; where a device has none, their rounding alone.
+
+Every row of a weight and of an input has a scale of its own, so that its largest value becomes float8's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modules.blocks import ResBlock
+
+Fp8 = Literal["off", "auto", "on"]  # auto: where the device computes in float8; on: elsewhere its rounding
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max
+CAPABILITY = (8, 9)  # of the first CUDA devices that compute in float8
+MULTIPLE = 16  # which both sides of a matrix must divide by
+
+
+def computes_in_fp8(device: torch.device) -> bool:
+    """Whether a device has products in float8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
+def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (N, K) in float8, and the scales (N, 1), in float32, that make them what they were."""
+    rows = rows.float()
+    scales = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST
+    return (rows / scales).to(FLOAT8), scales
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer whose weight (out, in) and inputs (…, in) are rounded to float8; the bias is not."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, scale = to_fp8(linear.weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+        self.computes = computes_in_fp8(weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scales = to_fp8(x.flatten(0, -2))
+        if self.computes:
+            y = torch._scaled_mm(
+                rows, self.weight.t(), scales, self.scale.t(), bias=self.bias, out_dtype=x.dtype
+            )
+        else:
+            rows, weight = (a.float() * scale for a, scale in ((rows, scales), (self.weight, self.scale)))
+            y = F.linear(rows.to(x.dtype), weight.to(x.dtype), self.bias)
+        return y.unflatten(0, x.shape[:-1])
+
+
+@contextmanager
+def products_in_fp8(network: nn.Module, fp8: Fp8) -> Iterator[None]:
+    """Within it, the linear layers of a network's ResBlocks multiply in float8; after it, as before."""
+    device = next(network.parameters()).device
+    replaced = []
+    if fp8 == "on" or (fp8 == "auto" and computes_in_fp8(device)):
+        for layers in [block.channelwise for block in network.modules() if isinstance(block, ResBlock)]:
+            replaced += [(layers, i, layer) for i, layer in enumerate(layers) if _fits(layer)]
+    try:
+        for layers, i, layer in replaced:
+            layers[i] = Fp8Linear(layer)
+        yield
+    finally:
+        for layers, i, layer in replaced:
+            layers[i] = layer
+
+
+def _fits(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and not any(side % MULTIPLE for side in layer.weight.shape)
