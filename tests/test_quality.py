@@ -1,0 +1,37 @@
+"""benchmarks/quality.py: one table of what settings cost and save, which goes on where it stopped."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import quality  # noqa: E402
+
+
+def test_rows_are_made_once_and_what_is_missing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"exact": {}, "two steps": {"steps": 2}}
+    monkeypatch.setattr(quality, "ROWS_OF_FAST", rows)
+    monkeypatch.setattr(quality, "PAIRS", 1)
+    given = ["fast", "--num_image", "2", "--side", "64", "--folder", str(tmp_path)]
+    assert quality.main(given) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines if "%" in line] == ["| exact", "| two steps"]
+    assert {"fast.png", "exact.png", "two_steps.png"} <= {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setitem(rows, "three steps", {"steps": 3})
+    monkeypatch.setattr(quality, "measure", None)  # nothing is measured again
+    assert quality.main([*given, "--max_hours", "0"]) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert [line for line in again if "%" in line] == [line for line in lines if "%" in line]
+    assert "| three steps | not measured | | | | |" in again
+
+
+def test_every_row_can_be_asked_for() -> None:
+    for what in ("fast", "curves"):
+        for changes in quality.rows_of(what).values():
+            quality.replace(quality.Settings(), **changes)
