@@ -173,9 +173,8 @@ def main(given: Sequence[str] | None = None) -> int:
         name: result(name, changes, pipeline, judge, exact, arguments)
         for name, changes in rows_of(arguments.what).items()
     }
-    print(
-        f"{arguments.num_image} pictures of {arguments.side} x {arguments.side}, --preset {arguments.preset}\n"
-    )
+    size = f"{arguments.side} x {arguments.side}"
+    print(f"{arguments.num_image} pictures of {size}, --preset {arguments.preset}\n")
     print(table(results))
     if any(row and arguments.num_image <= 64 for row in results.values()):
         print(f"\n{FEW}")

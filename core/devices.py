@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
 
 def device_named(device: torch.device | str | None) -> torch.device:
     """The asked device, or the GPU where there is one; ValueError for one that is not there."""
+    if isinstance(device, str) and not re.fullmatch(r"[a-z]+(:\d+)?", device):
+        raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:N")
     import torch  # late: flags are read without it
 
     if device is None:

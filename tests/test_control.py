@@ -543,10 +543,10 @@ def test_control_acts_in_both_halves(pipeline: UltraPixelPipeline, monkeypatch: 
     stage_c, seen = pipeline.stage_c.module, []
     run_levels = stage_c.run_levels
 
-    def watched(x: Tensor, r_embed: Tensor, keys_values: list, control=None, at_site=None) -> Tensor:
+    def watched(x: Tensor, r_embed: Tensor, keys_values: list, control=None, *others) -> Tensor:
         if control is not None:
             seen.append((len(x), [None if e is None else len(e) for e in control]))
-        return run_levels(x, r_embed, keys_values, control, at_site)
+        return run_levels(x, r_embed, keys_values, control, *others)
 
     monkeypatch.setattr(stage_c, "run_levels", watched)
     control = edge_control(Source(noise_picture(96, 128)), (96, 128), GEOMETRY, 96)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,28 @@ def test_a_call_returns_pictures(tiny: UltraPixelPipeline, name: str) -> None:
     assert not ImageChops.difference(made.images[0], made[0].image).getbbox()
 
 
+def test_what_is_shown_of_pictures_and_pipelines(tiny: UltraPixelPipeline) -> None:
+    made = quick(tiny)
+    assert repr(made) == f"[Picture(seed=0, {SIDE} x {SIDE}, 'a red boat')]"
+    assert Image.open(BytesIO(made[0]._repr_png_())).size == (SIDE, SIDE)
+    assert repr(tiny).endswith(f"preset tiny, on {tiny.device})")
+
+
+def test_number_formats_have_the_names_that_the_scripts_take() -> None:
+    assert UltraPixelPipeline.from_preset("tiny", dtype="bf16").config_c.dtype == "bfloat16"
+    with pytest.raises(ValueError, match="float16 gives black pictures"):
+        UltraPixelPipeline.from_preset("tiny", dtype="fp16")
+
+
+def test_files_of_the_project_are_found_from_everywhere(
+    plain: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert plain.set_control("canny", "figures/example_control/lighthouse.png") is not None
+    plain.set_loras("models/tiny/lora_striped_balloon.safetensors")
+    plain.set_loras(None)
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG", "webp"])
 def test_a_saved_picture_tells_how_it_was_made(tiny: UltraPixelPipeline, tmp_path: Path, suffix: str) -> None:
     picture = quick(tiny, negative_prompt="fog", settings=Settings(steps=1, steps_b=1, cfg=2.0))[0]
@@ -181,6 +204,12 @@ def test_the_script_repeats_a_saved_picture(tiny: UltraPixelPipeline, tmp_path: 
         ({"settings": {"steps": 3}}, TypeError, "settings must be core.config.settings.Settings"),
         ({"observer": 5}, TypeError, "observer must be a function of the progress, not 5"),
         ({"step": 5}, TypeError, "no argument 'step': did you mean steps"),
+        ({"hight": 5}, TypeError, "did you mean height"),
+        ({"negativ_prompt": "x"}, TypeError, "did you mean negative_prompt"),
+        ({"guidance_scale": 5}, TypeError, "did you mean cfg"),
+        ({"num_inference_steps": 5}, TypeError, "did you mean steps"),
+        ({"control_weight": 1}, TypeError, "did you mean set_control"),
+        ({"banana": 5}, TypeError, "it takes prompt, height, .*, steps"),
         ({"steps": 2.5}, TypeError, r"steps must be a whole number, not 2\.5"),
         ({"steps": 0}, ValueError, "steps must be at least 1, not 0"),
         ({"cfg": "4"}, TypeError, "cfg must be a number, not '4'"),

@@ -16,6 +16,7 @@ from core.pipeline.resolution import (
     latent_size,
     lr_training_size,
     plan,
+    plan_for,
 )
 
 CASES = json.loads((Path(__file__).parent / "reference" / "latent_sizes.json").read_text())
@@ -82,6 +83,15 @@ def test_too_narrow_for_the_cells():
     assert plan(64, 8192, LatentGeometry(lr_cells=12)).lr_height == 32
     with pytest.raises(ValueError, match="64 x 16384 .* too narrow: .* 144 times"):
         plan(64, 16384, LatentGeometry(lr_cells=12))
+
+
+def test_a_stage_c_that_halves_its_latents_needs_two_pixels_a_side():
+    tiny = StageCConfig("tiny", "", geometry=LatentGeometry(10.67, 8, 16, 12))
+    assert plan_for(tiny, 64, 4096) == plan(64, 4096, tiny.geometry)
+    for size in ((64, 6144), (100, 16384)):
+        with pytest.raises(ValueError, match="too narrow for this Stage C.* be 1 x "):
+            plan_for(tiny, *size)
+    assert plan_for(StageCConfig("3.6B", ""), 64, 16384).lr_latent[0] == 2
 
 
 def test_latent_size_rounds_up():

@@ -17,10 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from core.config.arguments import DRAW_SEED, first_seed
+from core.config.arguments import DRAW_SEED, first_seed, number_format
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS
 from core.config.settings import FAST, FP8_NAMES, PUBLISHED_STEPS, TRAINING_R, Job, Settings
-from core.config.yaml import FLOAT16_REFUSED
 from core.devices import device_named
 from core.images import FORMATS, check_format, prepare_folder, read_image_metadata
 from core.launch import fail, processes
@@ -31,10 +30,6 @@ from gdf.names import SAMPLER_NAMES
 if TYPE_CHECKING:
     from core.pipeline.pipeline import StageUse, UltraPixelPipeline
 
-DTYPE_NAMES = {
-    "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32",
-}  # fmt: skip
-FLOAT16_NAMES = ("fp16", "float16", "half")
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype")  # what tells which models made a picture
 OWN_PACKAGES = ("core", "gdf", "modules")
 FACTS = ("versions", "weights")  # in pictures, besides the values of flags
@@ -110,12 +105,11 @@ def home_path(text: str) -> str:
 
 
 def dtype_name(text: str) -> str:
-    """The configuration's name of a number format given on the command line."""
-    if text in FLOAT16_NAMES:
-        raise argparse.ArgumentTypeError(f"{FLOAT16_REFUSED}: use bf16 or float32")
-    if text not in DTYPE_NAMES:
-        raise argparse.ArgumentTypeError(f"unknown number format {text!r}: use bf16 or float32")
-    return DTYPE_NAMES[text]
+    """The configuration's name of a number format."""
+    try:
+        return number_format(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def guidance_r(text: str) -> float | str:

@@ -26,7 +26,7 @@ from core.pipeline.control import Control
 from core.pipeline.made import Picture, Record
 from core.pipeline.pipeline import UltraPixelPipeline, load_previewer
 from core.pipeline.progress import Observer, Progress, ProgressBars, Together
-from core.pipeline.resolution import plan
+from core.pipeline.resolution import plan_for
 from core.printable import say
 
 PREVIEW_EVERY = 4  # steps of the high-resolution pass
@@ -123,7 +123,7 @@ def make_pictures(
     `model_flags` are those whose values go into the pictures, besides the jobs and the settings. `control`
     steers all of them, and is saved beside each.
     """
-    plan(arguments.height, arguments.width, pipeline.config_c.geometry)  # raises what is wrong with the size
+    plan_for(pipeline.config_c, arguments.height, arguments.width)  # raises what is wrong with the size
     for sentence in pipeline.doubts(jobs, settings):
         say(f"warning: {sentence}", sys.stderr)
     if arguments.dry_run:

@@ -21,7 +21,7 @@ from core.pipeline.estimate import (
 )
 from core.pipeline.passes import needs_unconditional
 from core.pipeline.pipeline import DTYPES, UltraPixelPipeline
-from core.pipeline.resolution import Plan, guidance_strength, plan
+from core.pipeline.resolution import Plan, guidance_strength, plan_for
 from modules.guidance import Guidance
 from modules.stage_a import StageA
 from modules.stage_b import StageB
@@ -60,7 +60,7 @@ def estimate_stages(pipeline: UltraPixelPipeline, sizes: Plan, settings: Setting
 def describe_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings) -> str:
     """The resolved configurations, sizes, steps, memory and files of a run, as text."""
     job = jobs[0]
-    sizes = plan(job.height, job.width, pipeline.config_c.geometry)
+    sizes = plan_for(pipeline.config_c, job.height, job.width)
     strength = guidance_strength(sizes.hr_latent, pipeline.config_c.guidance_strength)
     guided = f"guidance strength {strength} on the way up" if pipeline.guidance else "unguided"
     lr_pixels = f"{sizes.lr_height} x {sizes.lr_width} px"

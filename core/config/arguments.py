@@ -6,6 +6,11 @@ import secrets
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+DTYPE_NAMES = {
+    "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32",
+}  # fmt: skip
+FLOAT16_NAMES = ("fp16", "float16", "half")
+FLOAT16_REFUSED = "float16 gives black pictures or NaN in Stage B and C"
 DRAW_SEED = -1
 SEEDS = 2**31  # the drawn ones are below it
 
@@ -63,6 +68,15 @@ def first_seed(seed: object) -> int:
         raise TypeError(f"seed must be a whole number, not None: {DRAW_SEED} draws one")
     number = whole_number("seed", seed)
     return secrets.randbelow(SEEDS) if number == DRAW_SEED else number
+
+
+def number_format(name: str) -> str:
+    """The configuration's name of a number format, also called by another; ValueError for what is none."""
+    if name in FLOAT16_NAMES:
+        raise ValueError(f"{FLOAT16_REFUSED}: use bf16 or float32")
+    if name not in DTYPE_NAMES:
+        raise ValueError(f"unknown number format {name!r}: use bf16 or float32")
+    return DTYPE_NAMES[name]
 
 
 def _shown(value: object) -> str:

@@ -102,6 +102,16 @@ FAST: Mapping[str, Any] = MappingProxyType({
 })  # fmt: skip
 
 
+# Arguments of a call that are no settings, and what callers of other libraries call ours.
+OF_CALLS = ("prompt", "height", "width", "seed", "num_images", "negative_prompt", "observer", "progress")
+ELSEWHERE = {
+    "guidance_scale": "cfg", "cfg_scale": "cfg", "num_inference_steps": "steps", "generator": "seed",
+    "num_images_per_prompt": "num_images", "callback": "observer", "scheduler": "sampler",
+    "callback_on_step_end": "observer", "control_weight": "set_control(..., weight=)",
+    "control_image": "set_control", "lora": "set_loras", "loras": "set_loras", "image": "set_control",
+}  # fmt: skip
+
+
 def changed(settings: Settings | None, default: Settings, changes: Mapping[str, Any]) -> Settings:
     """The settings, or else the default ones, with changes by name; TypeError for an unknown name."""
     if settings is not None and not isinstance(settings, Settings):
@@ -109,8 +119,8 @@ def changed(settings: Settings | None, default: Settings, changes: Mapping[str, 
     known = Settings.__dataclass_fields__
     for name in changes:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            way = f"did you mean {near[0]}?" if near else f"beside its own, it takes {', '.join(known)}"
+            near = ELSEWHERE.get(name) or next(iter(get_close_matches(name, [*OF_CALLS, *known], n=1)), None)
+            way = f"did you mean {near}?" if near else f"it takes {', '.join((*OF_CALLS, *known))}"
             raise TypeError(f"a call has no argument {name!r}: {way}")
     return replace(settings or default, **changes)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from core.config.arguments import FLOAT16_NAMES, FLOAT16_REFUSED
 from core.config.schema import (
     ControlConfig,
     ControlTrainConfig,
@@ -48,7 +49,6 @@ REPLACES = {
     "webdataset_path": "scenes", "scenes": "webdataset_path", "prior_path": "prior_scenes",
     "prior_scenes": "prior_path", "image_size": "image_size_schedule", "pictures_at_once": "grad_accum_steps",
 }  # fmt: skip
-FLOAT16_REFUSED = "float16 gives black pictures or NaN in Stage B and C"
 # Written, so always from the working directory; other keys that end in _path are read.
 OUTPUT_PATHS = ("checkpoint_path", "output_path", "cache_path", "export_path", "export_effnet_path")
 
@@ -114,6 +114,8 @@ def _load(cls: type[T], path: str | Path, overrides: Sequence[str], dropped: Map
     path = located(str(path))
     values, own = _read(path, overrides), get_type_hints(cls)
     source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+    if cls is StageCConfig and "stage_a_checkpoint_path" in values:
+        raise ConfigError(f"{path} is a configuration of Stages B and A: name it as config_b")
     _refuse_unknown(values, [*own, *dropped], "", source)
     for key in [key for key in values if key not in own]:
         _convert(values.pop(key), dropped[key], key, source)
@@ -233,7 +235,7 @@ def _convert(value: Any, hint: Any, key: str, source: str) -> Any:
             return number
     elif type(value) is hint or (origin is Literal and value in options):  # type: isinstance(True, int)
         return value
-    reason = f" ({FLOAT16_REFUSED})" if hint == Dtype and value in ("float16", "fp16", "half") else ""
+    reason = f" ({FLOAT16_REFUSED})" if hint == Dtype and value in FLOAT16_NAMES else ""
     raise ConfigError(f"{source}: '{key}' must be {describe_type(hint)}, not {_show(value)}{reason}")
 
 

@@ -24,7 +24,7 @@ from core.paths import PROJECT, located
 from core.pipeline.made import WeightHashes
 from core.pipeline.pipeline import UltraPixelPipeline, load_encoder
 from core.pipeline.progress import counting
-from core.pipeline.resolution import plan
+from core.pipeline.resolution import plan_for
 from core.scenes.labelled import CLASSES
 from core.scenes.scene import ATTRIBUTES
 from core.training.preview import contact_sheet
@@ -145,7 +145,7 @@ def evaluate(arguments: argparse.Namespace, settings: Settings, sizes: Sequence[
     count, pipeline = arguments.num_image, make_pipeline(arguments)
     config, device, folder = pipeline.config_c, pipeline.device, Path(arguments.output_dir)
     for size in sizes:
-        plan(*size, config.geometry)  # raises what is wrong with the size
+        plan_for(config, *size)  # raises what is wrong with the size
     made = make_series(sizes, arguments.compare, pipeline.guidance is not None)
     prepare_folder(folder)
     recogniser = located(arguments.recogniser)

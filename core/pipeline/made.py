@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ class Picture:
     job: Job
     pixels: Tensor
     record: Record | None = None  # of what a call returns
+
+    def __repr__(self) -> str:
+        return f"Picture(seed={self.seed}, {self.job.height} x {self.job.width}, {self.job.prompt!r})"
+
+    def _repr_png_(self) -> bytes:
+        """The picture as a notebook shows it."""
+        content = BytesIO()
+        self.image.save(content, "PNG")
+        return content.getvalue()
 
     @property
     def image(self) -> Image.Image:

@@ -15,9 +15,17 @@ import torch
 from torch import Tensor
 from tqdm import auto
 
-from core.config.arguments import first_seed, number, picture_count, prompts_of, text, whole_number
+from core.config.arguments import (
+    first_seed,
+    number,
+    number_format,
+    picture_count,
+    prompts_of,
+    text,
+    whole_number,
+)
 from core.config.control_types import control_type
-from core.config.presets import DEFAULT, models_folder, of_project, preset_named, with_models
+from core.config.presets import DEFAULT, PRESETS, models_folder, of_project, preset_named, with_models
 from core.config.schema import (
     ControlConfig,
     StageBConfig,
@@ -50,7 +58,7 @@ from core.pipeline.passes import (
 )
 from core.pipeline.progress import Observer, Progress, ProgressBars, Stopped, Together, harmless
 from core.pipeline.prompts import doubts, unknown
-from core.pipeline.resolution import Plan, guidance_strength, plan
+from core.pipeline.resolution import Plan, guidance_strength, plan_for
 from core.pipeline.steering import (
     CONTROLLED,
     SUFFIX,
@@ -162,7 +170,7 @@ class UltraPixelPipeline:
         `device` None is the GPU where there is one, else the CPU. Nothing is loaded before it is used.
         """
         guidance_path = None if pretrained_path is None else located(str(pretrained_path))
-        overrides = [] if dtype is None else [f"dtype={dtype}"]
+        overrides = [] if dtype is None else [f"dtype={number_format(dtype)}"]
         loaded = load_stage_c(config_c, overrides), load_stage_b(config_b, overrides)
         pipeline = cls(*loaded, guidance_path, device, resident, allow_download)
         pipeline.flags = _model_flags(config_c, config_b, pretrained_path, dtype)
@@ -187,7 +195,7 @@ class UltraPixelPipeline:
         folder = models_folder(models)
         guidance = None if preset.pretrained_path == "none" else with_models(preset.pretrained_path, folder)
         named = preset.pretrained_path if folder is None else guidance
-        overrides = [] if dtype is None else [f"dtype={dtype}"]
+        overrides = [] if dtype is None else [f"dtype={number_format(dtype)}"]
         loaded = (
             load_stage_c(of_project(preset.config_c), overrides),
             load_stage_b(of_project(preset.config_b), overrides),
@@ -227,7 +235,7 @@ class UltraPixelPipeline:
         size, first = self._size(height, width), first_seed(seed)
         negative = text("negative_prompt", negative_prompt)
         jobs = [Job(p, *size, first + i, negative) for i, p in enumerate(wanted)]
-        plan(*size, self.config_c.geometry)  # raises what is wrong with the size
+        plan_for(self.config_c, *size)  # raises what is wrong with the size
         _check_callable(observer)
         self.check_files()
         if self._steering is not None and control is None:
@@ -331,7 +339,7 @@ class UltraPixelPipeline:
         observer: Observer | None,
         controls: Sequence[Control],
     ) -> Iterator[Picture]:
-        plans = [plan(job.height, job.width, self.config_c.geometry) for job in jobs]
+        plans = [plan_for(self.config_c, job.height, job.width) for job in jobs]
         texts = self.encode_text(jobs)
         entries = self.run_controlnet(controls)
         latents = self.run_stage_c(jobs, plans, texts, settings, observer, entries)
@@ -394,13 +402,14 @@ class UltraPixelPipeline:
         )
         return file
 
-    def set_loras(self, loras: str | Path | Sequence[str | Path | WeightedLora]) -> None:
+    def set_loras(self, loras: str | Path | Sequence[str | Path | WeightedLora] | None) -> None:
         """Use these LoRAs and no others from now on: merged into the weights before their next use.
 
         A LoRA is its file, as in "cat.safetensors", or with how much of it is added, "cat.safetensors:0.8".
+        None, or an empty list, ends it.
         Those of before are undone exactly. ValueError if one is for another size, or two bring one token.
         """
-        given = [loras] if isinstance(loras, str | Path | WeightedLora) else list(loras)
+        given = [loras] if isinstance(loras, str | Path | WeightedLora) else list(loras or ())
         wanted = tuple(self._lora(lora) for lora in given)
         check_loras(wanted, self.config_c)
         self._loras.wanted = wanted
@@ -439,6 +448,11 @@ class UltraPixelPipeline:
         del files[text_encoder]
         check_files(files | absent_text_files(text_encoder))
         find_text_encoder(text_encoder, self._allow_download)
+
+    def __repr__(self) -> str:
+        named = next((name for name, preset in PRESETS.items() if preset == self.preset), None)
+        weights = self.config_c.generator_checkpoint_path
+        return f"UltraPixelPipeline({weights}, preset {named}, on {self.device})"
 
     # --- stages -----------------------------------------------------------------------------------
 

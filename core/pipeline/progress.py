@@ -95,6 +95,9 @@ class ProgressBars:
             bar = self._bar(total=total, desc=progress.stage.ljust(24), unit="step")
             self._bars[progress.stage] = bar
         bar.update()
+        if bar.n == bar.total:  # its clock stands still, as it is drawn again when others move
+            ended = bar._time()
+            bar._time = lambda: ended
 
     def say(self, text: str) -> None:
         """Write a line to standard output, beside which the bars stay whole."""

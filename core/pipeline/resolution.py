@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.config.schema import LatentGeometry
+from core.config.schema import LatentGeometry, StageCConfig, stage_c_sizes
 from core.config.sizes import Size
 
 STAGE_A_COMPRESSION = 4  # pixels per side of one Stage B latent pixel
@@ -54,6 +54,19 @@ def plan(height: int, width: int, geometry: LatentGeometry) -> Plan:
         decoded_height=stage_b[0] * STAGE_A_COMPRESSION,
         decoded_width=stage_b[1] * STAGE_A_COMPRESSION,
     )
+
+
+def plan_for(config: StageCConfig, height: int, width: int) -> Plan:
+    """The plan of a picture by a Stage C, which may halve its latents; ValueError for too small ones."""
+    sizes = plan(height, width, config.geometry)
+    least = 2 ** sum(stage_c_sizes(config).switch_level)
+    if min(*sizes.lr_latent, *sizes.hr_latent) < least:
+        low = f"{sizes.lr_latent[0]} x {sizes.lr_latent[1]}"
+        raise ValueError(
+            f"a picture of {height} x {width} (height x width) is too narrow for this Stage C, which halves "
+            f"its latents, of which one would be {low}: choose sides that are closer to each other"
+        )
+    return sizes
 
 
 def latent_size(height: int, width: int, geometry: LatentGeometry) -> Size:

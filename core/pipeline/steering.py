@@ -16,7 +16,7 @@ from core.config.schema import LatentGeometry
 from core.config.settings import Job, Settings
 from core.config.sizes import Size
 from core.images import NamedBytes
-from core.paths import at_home
+from core.paths import located
 from core.pipeline.control import (
     Control,
     ControlNetFile,
@@ -94,7 +94,7 @@ def given_source(kind: str, picture: Given | None, mask: Given | None, ready: bo
 
 def _readable(what: str, given: Given) -> str | NamedBytes:
     if isinstance(given, str | Path):
-        return at_home(str(given))
+        return str(given) if "://" in str(given) else located(str(given))
     if not isinstance(given, Image.Image):
         raise TypeError(f"{what} must be a file, an http(s) URL or a PIL picture, not {given!r}")
     upright = ImageOps.exif_transpose(given)

@@ -35,7 +35,6 @@ from core.training.preview import preview_row, row_of, sheet, with_latents
 from core.training.run import Run, train, trained_module
 from core.training.trainer import Recipe, StepLoss, compile_blocks
 from core.weights.checkpoint import config_metadata, save_tensors
-from core.weights.clip import find_text_encoder
 from gdf.diffusion import sample_losses
 from gdf.targets import target_named
 from modules.controlnet import ControlNet
@@ -245,7 +244,6 @@ def check(config: ControlTrainConfig) -> None:
         raise ValueError("'use_fsdp' is for trainings of whole stages: a ControlNet is small, leave it out")
     if not config.train_encoder and config.pretrained_path is None:
         raise ValueError("'train_encoder: false' needs 'pretrained_path': the encoder would stay random")
-    find_text_encoder(config.clip_text_path)
 
 
 def train_controlnet(config: ControlTrainConfig) -> int:

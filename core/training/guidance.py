@@ -23,7 +23,6 @@ from core.training.preview import preview_row, sample_latents, sheet, with_laten
 from core.training.run import Run, train, trained_module
 from core.training.trainer import Recipe, StepLoss, compile_blocks
 from core.weights.checkpoint import config_metadata, save_tensors
-from core.weights.clip import find_text_encoder
 from core.weights.layouts import guidance_names, to_published_guidance
 from gdf.diffusion import sample_losses
 from gdf.schedules import draw_times
@@ -244,7 +243,6 @@ def check(config: TrainConfig) -> None:
     if config.use_fsdp:
         raise ValueError("'use_fsdp' is for trainings of whole stages: the guidance is small, leave it out")
     check_cache(config)
-    find_text_encoder(config.clip_text_path)
 
 
 def train_guidance(config: TrainConfig) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,6 +56,16 @@ def tracker_named(name: str) -> str | None:
     return name
 
 
+def _draws_curves() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+def tell_of_curve() -> None:
+    """Say that the loss by noise level will not be drawn, where matplotlib is missing."""
+    if not _draws_curves():
+        log.warning("%s will not be drawn, as matplotlib is missing: pip install matplotlib", CURVE)
+
+
 class UpdateBar:
     """A progress bar, the log file and the trackers, for every update."""
 
@@ -98,11 +107,10 @@ def save_losses(seen: LossesSeen, folder: Path, step: int) -> None:
     points = binned_losses(seen)
     if not points:
         return
-    try:
-        from matplotlib.figure import Figure  # here, as nothing else needs it
-    except ModuleNotFoundError:
-        _tell_of_no_curve()
+    if not _draws_curves():
         return
+    from matplotlib.figure import Figure  # here, as nothing else needs it
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*points, strict=True), marker="o", markersize=3)
@@ -110,8 +118,3 @@ def save_losses(seen: LossesSeen, folder: Path, step: int) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     figure.savefig(folder / CURVE, dpi=100)
-
-
-@cache  # told once
-def _tell_of_no_curve() -> None:
-    log.warning("%s is not drawn, as matplotlib is missing: pip install matplotlib", CURVE)

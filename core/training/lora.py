@@ -36,7 +36,6 @@ from core.training.preview import preview_row, sample_latents, sheet, with_laten
 from core.training.run import Run, train
 from core.training.trainer import Recipe, StepLoss
 from core.weights.checkpoint import load_module
-from core.weights.clip import find_text_encoder
 from core.weights.lora.files import PEFT_CONFIG, PEFT_WEIGHTS
 from core.weights.lora.names import PEFT
 from core.weights.lora.reading import read_lora
@@ -181,7 +180,6 @@ def check(config: PersonalizedTrainConfig) -> None:
         if getattr(config, name):
             raise ValueError(f"'{name}' is for trainings of all weights: a LoRA is small, leave it out")
     check_layout(config)
-    find_text_encoder(config.clip_text_path)
 
 
 def train_personalized(config: PersonalizedTrainConfig) -> int:

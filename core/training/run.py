@@ -27,7 +27,7 @@ from core.data.loader import Batch, LoaderSettings, Position
 from core.data.sources import Data, open_data, stream
 from core.training.distributed import ignore_accelerate_variables, join
 from core.training.exports import Export, Exports
-from core.training.log import UpdateBar, save_losses, tracker_named
+from core.training.log import UpdateBar, save_losses, tell_of_curve, tracker_named
 from core.training.trainer import Recipe, Trainer, TrainSettings, checkpoints
 from core.weights.checkpoint import (
     Translate,
@@ -37,6 +37,7 @@ from core.weights.checkpoint import (
     save_tensors,
     save_text,
 )
+from core.weights.clip import absent_text_files, find_text_encoder
 from gdf.loss_weights import loss_weight_named
 
 log = logging.getLogger(__name__)
@@ -70,17 +71,17 @@ def sheet_folder(config: RunConfig) -> Path:
 def check_run(config: RunConfig, files: Iterable[str | None]) -> Data:
     """The data, indexed; raises what is wrong with it, a file or the folders of the run."""
     read = {path: "weights" for path in chain(files, [config.pretrained_path]) if path is not None}
-    if (text_encoder := getattr(config, "clip_text_path", None)) is not None:
-        from core.weights.clip import absent_text_files
-
-        read |= absent_text_files(text_encoder)
-    check_files(read)
+    text_encoder = getattr(config, "clip_text_path", None)
+    check_files(read if text_encoder is None else read | absent_text_files(text_encoder))
+    if text_encoder is not None:
+        find_text_encoder(text_encoder)
+    _check_continues(config)
+    data = open_data(config)
     for folder in (run_folder(config), sheet_folder(config)):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise ValueError(f"{folder} cannot be written to: choose another folder")
-    _check_continues(config)
-    return open_data(config)
+    return data
 
 
 def _check_continues(config: RunConfig) -> None:
@@ -300,6 +301,7 @@ def _run(trainer: Trainer, config: RunConfig) -> None:
         trainer.run()
     elif trainer.accelerator.is_main_process:
         log_file = trainer.folder / LOG_FILE
+        tell_of_curve()
         with closing(UpdateBar(trainer.accelerator, log_file, trainer.step, config.updates)) as bar:
             trainer.run(bar, lambda seen: save_losses(seen, trainer.folder, trainer.step))
     else:

@@ -25,7 +25,7 @@ from core.training.preview import row_of, sheet
 from core.training.run import Run, export_with_encoder, train, trained_module
 from core.training.trainer import Recipe, StepLoss
 from core.weights.checkpoint import load_module
-from core.weights.clip import TextEncoder, find_text_encoder
+from core.weights.clip import TextEncoder
 from gdf.diffusion import pyramid_noise, sample_losses
 from gdf.schedules import draw_times
 from gdf.targets import target_named
@@ -239,7 +239,6 @@ def build(run: Run) -> Recipe:
 
 def train_stage_b(config: StageBTrainConfig) -> int:
     """Run this training, or go on with it; return the exit code."""
-    find_text_encoder(config.clip_text_path)
     check_cache(config)
     files = [config.stage_a_checkpoint_path, config.effnet_checkpoint_path, config.effnet_pretrained_path]
     return train(config, files, build, mixed_precision=config.dtype == "bfloat16")

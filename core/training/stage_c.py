@@ -24,7 +24,6 @@ from core.training.preview import preview_row, sheet, with_latents
 from core.training.run import Run, as_keys, train, trained_module
 from core.training.trainer import Recipe, StepLoss
 from core.weights.checkpoint import config_metadata, save_tensors
-from core.weights.clip import find_text_encoder
 from gdf.diffusion import sample_losses
 from gdf.targets import target_named
 from modules.stage_c import StageC
@@ -112,5 +111,4 @@ def train_stage_c(config: StageCTrainConfig) -> int:
     if config.effnet_checkpoint_path is None:
         raise ValueError("training needs 'effnet_checkpoint_path' in the configuration")
     check_cache(config)
-    find_text_encoder(config.clip_text_path)
     return train(config, [config.effnet_checkpoint_path], build, config.dtype == "bfloat16")

@@ -242,7 +242,8 @@ def _way_out(what: str, root: Path) -> str:
         return "name its folder, or use the hub id openai/clip-vit-large-patch14 with --allow_download"
     absent = [published_at(path) for path in _absent_published(root)]
     first = f"run {fetching(absent)}" if absent else "name its folder"
-    return f"{first}, or use the hub id stabilityai/stable-cascade with --allow_download"
+    fetched = "which the scripts in inference/ fetch with --allow_download"
+    return f"{first}, or use the hub id stabilityai/stable-cascade, {fetched}"
 
 
 def _model_folder(root: Path, part: str, what: str) -> Path:
@@ -261,9 +262,9 @@ def _tokenizer_folder(root: Path) -> Path:
 
 def _complete(root: Path, folder: Path, missing: Sequence[str], what: str) -> Path:
     if missing:
-        names = " and ".join(missing)
+        names = f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'}"
         raise FileNotFoundError(
-            f"{folder}: the {what} is incomplete, {names} is missing; {_way_out(what, root)}"
+            f"{folder}: the {what} is incomplete, {names} missing; {_way_out(what, root)}"
         )
     return folder
 
