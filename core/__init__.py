@@ -1,4 +1,4 @@
-"""What wires the networks: configuration, weight files, pipelines, data and trainings."""
+"""What wires the networks: configuration, weights, pipelines, commands, data, trainings, scenes, family."""
 
 import os
 

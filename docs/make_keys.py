@@ -13,7 +13,8 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from core.config.schema import (
     ControlConfig,
@@ -43,6 +44,9 @@ as `key=value`, and a key inside another one with a dot, such as `geometry.strid
 here is an error that names the nearest known one. A relative path in a YAML file is looked for from the
 working directory first, then from the root of the repository that the file lies in.
 
+A list is shown by an example of what stands in it: `8` for a whole number, `0.5` for any number, `text` and
+`true`. The sign `…` means more of the same.
+
 The sections of the trainings list what each adds to the keys of [every training](#every-training) and, where
 they say so, to those of a stage.
 """
@@ -64,6 +68,7 @@ SECTIONS: tuple[tuple[type, str, str], ...] = (
 )
 TITLES = {cls: title for cls, title, _ in SECTIONS}
 INSIDE = "Keys inside others"
+EXAMPLES = {int: "8", float: "0.5", str: "text", bool: "true"}
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,26 @@ def keys(cls: type) -> list[Key]:
 
 
 def _type_of(hint: Any) -> str:
-    inner = dataclasses_of(hint)
-    return f"[keys of its own](#{nested()[inner[0]]})" if inner else describe_type(hint)
+    if inner := dataclasses_of(hint):
+        return f"[keys of its own](#{nested()[inner[0]]})"
+    lists = [f"a list: `{_example_of(option)}`" for option in _options(hint) if get_origin(option) is tuple]
+    others = [describe_type(option) for option in _options(hint) if get_origin(option) is not tuple]
+    return ", or ".join([*others, *lists])
+
+
+def _options(hint: Any) -> list[Any]:
+    """The types that a value may have, but for none."""
+    union = get_origin(hint) in (Union, UnionType)
+    return [option for option in (get_args(hint) if union else [hint]) if option is not NoneType]
+
+
+def _example_of(hint: Any) -> str:
+    """What one writes for a type, such as `[[8, text], …]`."""
+    first = _options(hint)[0]
+    if get_origin(first) is not tuple:
+        return EXAMPLES[first]
+    parts = ["…" if part is Ellipsis else _example_of(part) for part in get_args(first)]
+    return f"[{', '.join(parts)}]"
 
 
 def _default_of(field: Field) -> str:

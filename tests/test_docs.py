@@ -118,6 +118,7 @@ class Example:
     # has two lines
     above: str | None = None
     behind: tuple[int, ...] = (1, 2)  # a comment behind
+    rows: int | tuple[tuple[str, tuple[float, ...]], ...] | None = None  # a list of lists
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,19 @@ class Silent:
 
 
 def test_keys_take_their_meaning_from_comments() -> None:
-    above, behind = make_keys.keys(Example)
+    above, behind, _ = make_keys.keys(Example)
     assert (above.type, above.default, above.meaning) == (
         "text",
         "none",
         "a comment above, which is long, has two lines",
     )
     assert (behind.default, behind.meaning) == ("`[1, 2]`", "a comment behind")
+
+
+def test_a_list_is_shown_by_an_example() -> None:
+    _, behind, rows = make_keys.keys(Example)
+    assert behind.type == "a list: `[8, …]`"
+    assert rows.type == "a whole number, or a list: `[[text, [0.5, …]], …]`"
 
 
 def test_a_key_without_a_comment_is_an_error() -> None:

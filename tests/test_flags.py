@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import random_family
@@ -25,12 +26,16 @@ from core.commands.flags import (
     settings_of,
 )  # fmt: skip
 from core.config.presets import PRESETS
+from core.config.schema import PersonalizedTrainConfig
 from core.config.settings import Job, Settings
+from core.config.sizes import Upsampling
 from core.images import read_image_metadata, save_image
 from core.pipeline.prompts import doubts, taken_as_words, unknown
+from core.weights.lora.layouts import LAYOUTS
 from gdf.loss_weights import WEIGHTS
 from gdf.names import LOSS_WEIGHT_NAMES, SAMPLER_NAMES
 from gdf.samplers import SAMPLERS
+from modules.guidance import UPSAMPLINGS
 
 SCRIPTS = sorted([*(ROOT / "inference").glob("*.py"), *(ROOT / "train").glob("*.py")])
 HEAVY = ("torch", "torchvision", "transformers", "accelerate", "matplotlib", "skia", "numpy", "cv2")
@@ -94,9 +99,11 @@ def test_every_flag_has_a_text_a_group_and_its_default(path: Path, monkeypatch: 
             assert text.endswith("(default: 1.0)")
 
 
-def test_the_names_that_flags_know_are_those_of_the_functions() -> None:
+def test_the_names_that_flags_and_keys_know_are_those_of_the_tables() -> None:
     assert SAMPLER_NAMES == tuple(SAMPLERS)
     assert LOSS_WEIGHT_NAMES == tuple(WEIGHTS)
+    assert get_args(Upsampling) == tuple(UPSAMPLINGS)
+    assert get_args(get_type_hints(PersonalizedTrainConfig)["lora_layout"]) == LAYOUTS
 
 
 # --- what is refused ------------------------------------------------------------------------------

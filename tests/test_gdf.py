@@ -184,10 +184,20 @@ def test_a_pass_with_a_perfect_denoiser_returns_x0(name, seed, count, shift):
     sampled = sample(knows_it_all(x0), x, plan, samplers.sampler_named(name), lambda _: drawn.append(z) or z)
     last_noise = (sampled.x - plan[-1].a_next * x0) / plan[-1].b_next
     assert torch.equal(sampled.x0, x0)
-    assert len(drawn) == (count if name in ("ddpm", "lcm") else 0)
-    if name != "ddpm":  # which mixes old and fresh noise; the deterministic rules keep the old
-        torch.testing.assert_close(last_noise, z if name == "lcm" else epsilon, rtol=0, atol=2e-3)
+    if not drawn:  # deterministic rules keep the noise that they were given
+        torch.testing.assert_close(last_noise, epsilon, rtol=0, atol=2e-3)
     assert sampled.x.isfinite().all()
+
+
+@pytest.mark.parametrize("rule", [samplers.ddpm, samplers.lcm])
+def test_ddpm_and_lcm_draw_noise_at_every_step(rule):
+    x0, start, *noise = torch.randn(9, 1, 2, 4, 4, generator=rng())
+    plan, left = steps(schedules.cosine, len(noise)), iter(noise)
+    sampled = sample(knows_it_all(x0), start, plan, rule, lambda _: next(left))
+    assert next(left, None) is None
+    if rule is samplers.lcm:  # the last noise is all that it keeps
+        last_noise = (sampled.x - plan[-1].a_next * x0) / plan[-1].b_next
+        torch.testing.assert_close(last_noise, noise[-1], rtol=0, atol=2e-3)
 
 
 def gaussian_error(rule: samplers.Rule, count: int, deviation: float = 0.5) -> float:
@@ -315,7 +325,7 @@ def test_denoiser_reads_out_the_guided_prediction():
         (lambda: CfgSettings(interval=(0.8, 0.2)), "interval is 0.8 to 0.2"),
         (lambda: CfgSettings(interval=(0.0, 2.0)), "interval is 0.0 to 2.0"),
         (lambda: target_named("eps"), "'eps': use one of epsilon, x0, v, rectified_flow"),
-        (lambda: samplers.sampler_named("euler"), "'euler' is not one of ddpm, ddim, lcm, dpmpp_2m"),
+        (lambda: samplers.sampler_named("none"), f"'none' is not one of {', '.join(samplers.SAMPLERS)}"),
     ],
 )
 def test_impossible_settings_are_refused_by_name_and_value(make, message):

@@ -16,6 +16,7 @@ from core.pipeline.offload import Offloaded
 from core.pipeline.passes import NoiseSource, needs_unconditional
 from core.pipeline.pipeline import Job, Progress, UltraPixelPipeline
 from core.weights.checkpoint import config_metadata, save_tensors
+from gdf.names import SAMPLER_NAMES
 from modules.guidance import Guidance
 
 QUICK = Settings(steps=2, steps_b=2)
@@ -93,7 +94,7 @@ def test_an_upsampling_of_another_program_is_named(family_folder: Path, tmp_path
         make(pipeline, JOB)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
 def test_every_sampler_makes_a_picture(pipeline: UltraPixelPipeline, sampler: str) -> None:
     pixels = make(pipeline, JOB, replace(QUICK, sampler=sampler, sampler_b=sampler))
     assert torch.isfinite(pixels).all()
@@ -163,7 +164,7 @@ def test_noise_is_a_function_of_seed_and_pass_alone() -> None:
         ({"shift": 0.0}, "shift must be above 0"),
         ({"guidance_r": 1.5}, "guidance_r must lie"),
         ({"guidance_r": "first"}, "'first'"),
-        ({"sampler": "euler"}, "'euler'.*ddpm"),
+        ({"sampler": "unheard of"}, "'unheard of'.*ddpm"),
         ({"cfg_interval": (0.8, 0.2)}, "interval"),
     ],
 )

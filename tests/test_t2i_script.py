@@ -128,7 +128,7 @@ def test_a_dry_run_of_the_published_configuration_needs_no_weights() -> None:
         ({"dtype": "int8"}, ["int8", "bf16"]),
         ({"device": "tpu"}, ["tpu", "cpu"]),
         ({"device": "cuda:7"}, ["cuda:7", "cpu"]),
-        ({"sampler": "euler"}, ["euler", "ddpm"]),
+        ({"sampler": "unheard_of"}, ["unheard_of", "ddpm"]),
         ({"config_c": "nowhere.yaml"}, ["nowhere.yaml", "does not exist"]),
         ({"pretrained_path": "nowhere.safetensors"}, ["nowhere.safetensors", "does not exist"]),
         ({"from_image": "nowhere.png"}, ["nowhere.png", "does not exist"]),

@@ -181,10 +181,12 @@ def add_settings_flags(parser: argparse.ArgumentParser, own: Collection[str] = (
     group.add_argument("--steps", type=int, default=d.steps, help="of each pass of Stage C")
     group.add_argument("--steps_lr", type=int, help="of the low-resolution pass (default: --steps)")
     group.add_argument(
-        "--cfg", type=float, default=d.cfg, help=f"guidance weight of Stage C; 1 for none{preset}"
-    )
+        "--cfg", type=float, default=d.cfg,
+        help="how strongly the prompt counts in Stage C (classifier-free guidance); 1 turns cfg off, not "
+        f"UltraPixel's guidance{preset}",
+    )  # fmt: skip
     group.add_argument(
-        "--cfg_end", type=float, help="guidance weight at the last step, linear in between (default: --cfg)"
+        "--cfg_end", type=float, help="cfg at the last step, linear in between (default: --cfg)"
     )
     group.add_argument(
         "--cfg_interval", type=float, nargs=2, default=d.cfg_interval, metavar=("LOW", "HIGH"),
@@ -202,7 +204,7 @@ def add_settings_flags(parser: argparse.ArgumentParser, own: Collection[str] = (
         f"{PUBLISHED_STEPS} steps, else {TRAINING_R})",
     )  # fmt: skip
     group.add_argument("--steps_b", type=int, default=d.steps_b, help="of Stage B")
-    group.add_argument("--cfg_b", type=float, default=d.cfg_b, help="guidance weight of Stage B; 1 for none")
+    group.add_argument("--cfg_b", type=float, default=d.cfg_b, help="cfg of Stage B; 1 turns it off")
     group.add_argument("--sampler_b", choices=SAMPLER_NAMES, default=d.sampler_b, help="of Stage B")
     group.add_argument(
         "--reuse", type=int, default=d.reuse,
