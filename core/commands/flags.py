@@ -194,7 +194,7 @@ def add_settings_flags(parser: argparse.ArgumentParser, own: Collection[str] = (
     )  # fmt: skip
     group.add_argument(
         "--cfg_rescale", type=float, default=d.cfg_rescale,
-        help="how far, 0 to 1, the guided prediction is drawn back to its contrast without guidance",
+        help="how far, 0 to 1, the guided prediction is drawn back to its contrast without cfg",
     )  # fmt: skip
     group.add_argument("--shift", type=float, default=d.shift, help="of the noise schedule of Stage C")
     group.add_argument("--sampler", choices=SAMPLER_NAMES, default=d.sampler, help="of Stage C")

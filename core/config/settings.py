@@ -61,7 +61,7 @@ class Settings:
         for name in ("cfg", "cfg_end", "cfg_b"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:  # a NaN is neither
-                raise ValueError(f"{name} must be a number from 0 up, not {value}; 1 is no guidance")
+                raise ValueError(f"{name} must be a number from 0 up, not {value}; 1 turns cfg off")
         if self.shift <= 0:
             raise ValueError(f"shift must be above 0, not {self.shift}")
         if isinstance(self.guidance_r, float | int) and not 0 < self.guidance_r < 1:
