@@ -78,8 +78,8 @@ def describe(found: Sequence[Found], batch: int) -> str:
         "height x width: " + ", ".join(f"{name} {h} x {w}" for name, (h, w) in sizes.items()),
         f"enlarged to fill their bucket: {enlarged}",
         f"captions that are empty: {sum(not entry.caption.strip() for entry in found)}",
-        f"buckets, height x width (thin: fewer pictures than the {batch} that go through the network at once, "
-        "so they are repeated):",
+        f"buckets, height x width (thin: fewer pictures than the {batch} that go through the network "
+        "at once, so they are repeated):",
     ]
     for (height, width), count in sorted(counts.items()):
         lines.append(f"{height:>8} x {width:<5}{count:>9}{'  thin' if count < batch else ''}")
