@@ -7,16 +7,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
-import modules.torchvision_operators  # noqa: F401  before torchvision
-
-from torchvision.models import efficientnet_v2_s  # isort: skip
-from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig  # isort: skip
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BACKBONE_WIDTH = 1280
 BACKBONE_STEM = 24
-BLOCK_KINDS = {"fused": FusedMBConvConfig, "mb": MBConvConfig}
 
 StageRow = tuple[str, int, int, int, int]  # kind of block, expansion, stride, width, blocks
 
@@ -34,16 +28,23 @@ def efficientnet_features(
 
     (B, 3, H, W) -> (B, head, H / stride, W / stride); the stride is the stem's 2 times the stages', 32 for S.
     """
+    # Here, as torchvision's models take two seconds to import, and most pictures need none.
+    import modules.torchvision_operators  # noqa: F401  before torchvision
+    from torchvision.models import efficientnet, efficientnet_v2_s
+
     if stages is None:
         return efficientnet_v2_s(weights=None).features
+    kinds = {"fused": efficientnet.FusedMBConvConfig, "mb": efficientnet.MBConvConfig}
     rows, width = [], stem
     for kind, expand, stride, wider, count in stages:
-        if kind not in BLOCK_KINDS:
-            raise ValueError(f"unknown encoder block {kind!r}: known are {', '.join(BLOCK_KINDS)}")
-        rows.append(BLOCK_KINDS[kind](expand, 3, stride, width, wider, count))
+        if kind not in kinds:
+            raise ValueError(f"unknown encoder block {kind!r}: known are {', '.join(kinds)}")
+        rows.append(kinds[kind](expand, 3, stride, width, wider, count))
         width = wider
     norm = partial(nn.BatchNorm2d, eps=1e-3)  # as in V2-S
-    return EfficientNet(rows, dropout=0, stochastic_depth_prob=0, last_channel=head, norm_layer=norm).features
+    return efficientnet.EfficientNet(
+        rows, dropout=0, stochastic_depth_prob=0, last_channel=head, norm_layer=norm
+    ).features
 
 
 class EfficientNetEncoder(nn.Module):

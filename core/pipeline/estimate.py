@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from core.pipeline.resolution import Plan
+from core.weights.checkpoint import build_empty
 from modules.stage_a import MAX_TILE
 
 # Maps of a ResBlock's width that live at its peak: input, normed, and the hidden layer (4 times as wide)
@@ -33,8 +33,7 @@ class StageEstimate:
 
 def parameter_count(build: Callable[[], nn.Module]) -> int:
     """Number of parameters of a module, built on the meta device."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build().parameters())
+    return sum(p.numel() for p in build_empty(build).parameters())
 
 
 def stage_c_activations(plan: Plan, width: int, halves: int, element: int) -> int:

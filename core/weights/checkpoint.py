@@ -16,11 +16,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from core.weights.combined import is_combined
 from core.weights.layouts import UNKNOWN, describe_mismatch, identify
@@ -30,6 +31,7 @@ from core.weights.quantised import dequantise, is_quantised, split_scales
 
 PathLike = str | os.PathLike[str]
 Content = Literal["safetensors", "zip", "pickle"]
+Built = TypeVar("Built", bound=nn.Module)
 Translate = Callable[[Iterable[str]], Mapping[str, str]]  # a file's names -> own names of those to keep
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -302,6 +304,24 @@ def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
 # --- loading --------------------------------------------------------------------------------------
 
 
+class _NoValues(TorchFunctionMode):
+    """Leaves initial values out. Without memory there are none, and to draw them torch imports its compiler."""
+
+    def __torch_function__(
+        self, func: Callable, _types: object, args: tuple = (), kwargs: Mapping | None = None
+    ) -> object:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
+def build_empty(build: Callable[[], Built]) -> Built:
+    """The module that `build` constructs, without memory (on the meta device)."""
+    with torch.device("meta"), _NoValues():
+        return build()
+
+
 def load_module(
     build: Callable[[], nn.Module],
     path: PathLike,
@@ -319,8 +339,7 @@ def load_module(
     have none. Raises CheckpointError if the file is not one, or not exactly this module's.
     """
     path = Path(path)
-    with torch.device("meta"):
-        module = build()
+    module = build_empty(build)
     wanted = module.state_dict()
     tensors, scales = _open_weights(path)
     shapes = _shapes(tensors)

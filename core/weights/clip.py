@@ -1,37 +1,30 @@
-"""CLIP's text and image towers through transformers, from a folder or a hub id, not fetched unasked."""
+"""CLIP's text tower, and its image tower through transformers, from a folder or a hub id, not fetched unasked.
+
+transformers, torchvision and huggingface_hub take seconds to import: each is, once something needs it.
+"""
 
 from __future__ import annotations
 
-import modules.torchvision_operators  # noqa: F401  (before torchvision and transformers)
-
-# isort: split
 import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
 from PIL import Image
-from torch import Tensor, nn
-from torchvision.transforms import functional as pictures
-from transformers import (
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from torch import Tensor
 
-from core.weights.checkpoint import read_tensors
+from core.weights.checkpoint import build_empty, read_tensors
 from core.weights.published import fetching, published_at
+from modules.clip_text import ClipText, ClipTextConfig
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]  # of the pixels CLIP was trained on, RGB
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -47,10 +40,9 @@ PUBLISHED_TEXT = {  # what each file holds
 }  # fmt: skip
 
 
-OTHER_TOWER = {  # how names begin that a file of all of CLIP holds besides
-    CLIPTextModelWithProjection: ("vision_model.", "visual_projection."),
-    CLIPVisionModelWithProjection: ("text_model.", "text_projection."),
-}
+# How names begin that a file of all of CLIP holds besides one tower.
+OF_VISION = ("vision_model.", "visual_projection.")
+OF_TEXT = ("text_model.", "text_projection.")
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ class TextCondition:
 class TextEncoder:
     """CLIP's text tower with its tokenizer."""
 
-    model: CLIPTextModelWithProjection
+    model: ClipText
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
@@ -80,7 +72,7 @@ class TextEncoder:
         """
         model_folder, tokenizer_folder = find_text_encoder(source, allow_download)
         tokenizer = _load_tokenizer(tokenizer_folder)
-        return cls(_load_model(CLIPTextModelWithProjection, model_folder, dtype), tokenizer)
+        return cls(_load_text_model(model_folder, dtype), tokenizer)
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the model and return self."""
@@ -115,15 +107,11 @@ class TextEncoder:
 
     def embed_ids(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The same of token ids and their attention mask, both (B, L) on the model's device."""
-        norm, captured = _final_layer_norm(self.model), []
-        # What `hidden_states` holds depends on transformers' release; the input of the last norm does not.
-        with norm.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0])):
-            self.model(input_ids=ids, attention_mask=mask)
-        (tokens,) = captured  # (B, L, D)
+        tokens = self.model(ids, mask)  # (B, L, D)
         # The first end of text: padding repeats it, and an added token may have a higher id.
         ends = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)
         last = tokens[torch.arange(len(ids), device=ids.device), ends][:, None]  # (B, 1, D)
-        return tokens, self.model.text_projection(norm(last))
+        return tokens, self.model.project(last)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and their mask, both (B, L), of prompts; one that is too long is cut with a warning."""
@@ -154,7 +142,7 @@ class ImageEncoder:
         """Load as `TextEncoder.load` does; the files are in `image_encoder/` or at the top."""
         root = _locate(source, ("image_encoder",), "image encoder", allow_download)
         model_folder = _model_folder(root, "image_encoder", "image encoder")
-        return cls(_load_model(CLIPVisionModelWithProjection, model_folder, dtype))
+        return cls(_load_image_model(model_folder, dtype))
 
     def to(self, device: torch.device | str) -> ImageEncoder:
         """Move the model and return self."""
@@ -170,14 +158,12 @@ class ImageEncoder:
 
 def clip_pixels(image: Image.Image, size: int) -> Tensor:
     """What CLIP sees, (1, 3, size, size): shorter side resized (bicubic), centre-cropped, normalised."""
+    import modules.torchvision_operators  # noqa: F401  (before torchvision)
+    from torchvision.transforms import functional as pictures
+
     resized = pictures.resize(image.convert("RGB"), size, pictures.InterpolationMode.BICUBIC)
     square = pictures.to_tensor(pictures.center_crop(resized, size))
     return pictures.normalize(square, CLIP_MEAN, CLIP_STD)[None]
-
-
-def _final_layer_norm(model: nn.Module) -> nn.Module:
-    (norm,) = (module for name, module in model.named_modules() if name.split(".")[-1] == "final_layer_norm")
-    return norm
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -193,6 +179,8 @@ def _locate(source: str, parts: Sequence[str], what: str, allow_download: bool) 
     """The folder `source`, or the one in which the hub's cache keeps that repository."""
     if Path(source).is_dir():
         return Path(source)
+    from huggingface_hub import constants, snapshot_download
+
     patterns = [f"{part}{name}" for part in ("", *(f"{part}/" for part in parts))
                 for name in MODEL_FILES + TOKENIZER_FILES]  # fmt: skip
     try:
@@ -270,27 +258,59 @@ def _complete(root: Path, folder: Path, missing: Sequence[str], what: str) -> Pa
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import CLIPTokenizer
+
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what the tokenizers library raises for a damaged file is a plain Exception
         raise ValueError(f"{folder}: the tokenizer cannot be loaded ({_one_line(error)})") from None
 
 
-def _load_model(cls: type[Model], folder: Path, dtype: torch.dtype) -> Model:
-    """The model in `folder`, or a ValueError: transformers itself would draw missing tensors at random."""
-    try:
-        config = cls.config_class.from_pretrained(folder, local_files_only=True)
-        tensors = _read_model(folder, dtype, OTHER_TOWER[cls])
+def _load_text_model(folder: Path, dtype: torch.dtype) -> ClipText:
+    """The text model in `folder`; ValueError, of one sentence, for what is missing or does not fit."""
+    with _told_of(folder, "the text encoder"):
+        config = _text_config(json.loads((folder / "config.json").read_text("utf-8")))
+        tensors = _read_model(folder, dtype, OF_VISION)
+        model = build_empty(partial(ClipText, config))
+        report = model.load_state_dict(tensors, strict=False, assign=True)
+        _check_complete(report.missing_keys)
+    return model.eval().requires_grad_(False)
+
+
+def _text_config(stored: dict[str, Any]) -> ClipTextConfig:
+    """The sizes in a config.json, of the text tower or of all of CLIP."""
+    stored = stored.get("text_config") or stored
+    return ClipTextConfig(**{f.name: stored[f.name] for f in fields(ClipTextConfig) if f.name in stored})
+
+
+def _load_image_model(folder: Path, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
+    """The image model in `folder`, or a ValueError: transformers itself would draw missing tensors at random."""
+    import modules.torchvision_operators  # noqa: F401  (before transformers' models)
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with _told_of(folder, "the image encoder"):
+        config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
+        tensors = _read_model(folder, dtype, OF_TEXT)
         with _quiet_transformers():
-            model, report = cls.from_pretrained(
+            model, report = CLIPVisionModelWithProjection.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {cls.__name__} cannot be loaded ({_one_line(error)})") from None
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(f"{folder}: {cls.__name__} lacks {len(missing)} tensors, {missing[0]} among them")
+        _check_complete(report["missing_keys"])
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _told_of(folder: Path, what: str) -> Iterator[None]:
+    """Within it, what goes wrong becomes a ValueError of one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {what} cannot be loaded ({_one_line(error)})") from None
+
+
+def _check_complete(missing: Iterable[str]) -> None:
+    if names := sorted(missing):
+        raise ValueError(f"{len(names)} tensors are missing, {names[0]} among them")
 
 
 def _read_model(folder: Path, dtype: torch.dtype, without: tuple[str, ...]) -> dict[str, Tensor]:
@@ -305,6 +325,8 @@ def _read_model(folder: Path, dtype: torch.dtype, without: tuple[str, ...]) -> d
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Without its progress bar, and its report of the other tower where a file holds all of CLIP."""
+    from transformers.utils import logging
+
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

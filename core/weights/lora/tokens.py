@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import modules.torchvision_operators  # noqa: F401  (before transformers)
-
-# isort: split
 import copy
 import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken, Regex, normalizers
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from core.weights.clip import TextEncoder
 from core.weights.lora.files import LoraTokens
+from modules.clip_text import ClipText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WORD_END = "</w>"  # of a vocabulary entry that ends a word
 PRIVATE = 0xF0000  # the first of the characters that stand for the rows of a token with several
@@ -253,11 +254,11 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {entry: row for entry, row in tokenizer.get_vocab().items() if entry not in added}
 
 
-def _embedding(model: CLIPTextModelWithProjection) -> Tensor:
+def _embedding(model: ClipText) -> Tensor:
     return model.get_input_embeddings().weight
 
 
-def _resize(model: CLIPTextModelWithProjection, count: int) -> None:
+def _resize(model: ClipText, count: int) -> None:
     """Cut the embedding to `count` rows, or add rows of zeros."""
     embedding = model.get_input_embeddings()
     old = embedding.weight
