@@ -1,4 +1,4 @@
-"""CLIP's text tower, with the names of its published files; transformers', which takes long to import, equals it.
+"""CLIP's text tower, as in transformers, which takes long to import, and with the names of its files.
 
 A causal transformer over the tokens of a prompt, and a projection of the token that ends it.
 """
@@ -125,7 +125,7 @@ class ClipTextTower(nn.Module):
 
 
 class ClipText(nn.Module):
-    """Token ids (B, L) and their mask (B, L), 0 at padding, to the last layer's output (B, L, D), not normed."""
+    """Token ids (B, L) and their mask (B, L), 0 at padding, to the last layer's output (B, L, D)."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()

@@ -29,8 +29,9 @@ def efficientnet_features(
     (B, 3, H, W) -> (B, head, H / stride, W / stride); the stride is the stem's 2 times the stages', 32 for S.
     """
     # Here, as torchvision's models take two seconds to import, and most pictures need none.
-    import modules.torchvision_operators  # noqa: F401  before torchvision
     from torchvision.models import efficientnet, efficientnet_v2_s
+
+    import modules.torchvision_operators  # noqa: F401  before torchvision
 
     if stages is None:
         return efficientnet_v2_s(weights=None).features

@@ -111,7 +111,7 @@ def test_tokens_are_added_once_and_keep_their_rows(loaded: TextEncoder) -> None:
     assert add_tokens(fresh, ["[x]", "[STRIPES]"]) == [count + 2, count]
     assert len(embedding(fresh)) == fresh.model.config.vocab_size == count + 3
     assert not embedding(fresh)[count:].any()
-    assert torch.equal(embedding(fresh)[:count].to(loaded.model.dtype), embedding(loaded))
+    assert torch.equal(embedding(fresh)[:count].to(embedding(loaded).dtype), embedding(loaded))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_known_words_move_and_come_back(encoder: TextEncoder) -> None:
     for names in (None, ("balloon</w>",), ("balloon",)):
         tokens = LoraTokens(torch.randn(1, width(encoder)), (row,), names)
         merged = MergedTokens(encoder, tokens)
-        assert torch.equal(embedding(encoder)[row], (before + tokens.values[0]).to(encoder.model.dtype))
+        assert torch.equal(embedding(encoder)[row], (before + tokens.values[0]).to(embedding(encoder).dtype))
         assert merged.names == []
         merged.undo()
 
@@ -176,7 +176,7 @@ def test_a_token_of_several_rows_stands_for_all_of_them(encoder: TextEncoder) ->
     values = torch.randn(3, width(encoder))
     tokens = LoraTokens(values, names=("[m]", "sks", "[m]"), absolute=True)
     merged = MergedTokens(encoder, tokens, weight=0.1)  # whole rows have no weight
-    assert torch.equal(embedding(encoder)[merged.rows], values.to(encoder.model.dtype))
+    assert torch.equal(embedding(encoder)[merged.rows], values.to(embedding(encoder).dtype))
     first, word, second = merged.rows
     found = ids(encoder, "a [M], sks [m]")
     assert [row for row in found if row in merged.rows] == [first, second, word, first, second]
@@ -191,7 +191,7 @@ def test_tokens_of_several_loras_do_not_see_each_other(encoder: TextEncoder) -> 
     for pairs in ([(moved, 1.0), (from_red, 0.5)], [(from_red, 0.5), (moved, 1.0)]):
         merged = MergedTokens(encoder, *pairs[0], others=[pairs[1], (from_red, 0.25)])
         new = len(embedding(encoder)) - 1
-        dtype = encoder.model.dtype
+        dtype = embedding(encoder).dtype
         assert torch.equal(embedding(encoder)[red], (base + moved.values[0]).to(dtype))
         torch.testing.assert_close(
             embedding(encoder)[new].float(), (base + 0.75 * from_red.values[0]).to(dtype).float()

@@ -168,3 +168,15 @@ def test_a_preset_sets_what_belongs_together_and_flags_win() -> None:
         assert all((ROOT / path).is_file() for path in (preset.config_c, preset.config_b))
     found = parse_with_preset(parser, ["--preset", "big-big", "--height", "512", "--pretrained_path", "none"])
     assert (found.height, found.width, found.pretrained_path) == (512, 2048, "none")
+
+
+def test_a_picture_imports_nothing_heavy_that_it_does_not_need(family_folder: Path, tmp_path: Path) -> None:
+    heavy = ("torchvision", "torch._dynamo", "sympy", "scipy", "accelerate", "transformers.modeling_utils")
+    flags = ["--config_c", family_folder / "stage_c.yaml", "--config_b", family_folder / "stage_b.yaml"]
+    flags += ["--pretrained_path", family_folder / "ultrapixel_t2i.safetensors", "--prompt", "a fox"]
+    flags += ["--height", 64, "--width", 64, "--steps", 1, "--steps_b", 1, "--output_dir", tmp_path]
+    code = f"import sys\nfrom test_t2i import main\nmain(sys.argv[1:])\nprint([n for n in {heavy} if n in sys.modules])"
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "inference", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -105,8 +105,8 @@ def test_padding_repeats_the_end_of_text(small: Path) -> None:
     encoder = TextEncoder.load(str(small), torch.float32)
     ids = encoder.tokenizer("a tree", padding="max_length", max_length=8)["input_ids"]
     assert ids[3:] == [encoder.tokenizer.eos_token_id] * 5
-    config = encoder.model.config
-    assert (config.bos_token_id, config.eos_token_id) == (ids[0], ids[3])
+    config = json.loads((small / "text_encoder" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (ids[0], ids[3])
 
 
 # --- the trained files ----------------------------------------------------------------------------

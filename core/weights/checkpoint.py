@@ -305,7 +305,7 @@ def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
 
 
 class _NoValues(TorchFunctionMode):
-    """Leaves initial values out. Without memory there are none, and to draw them torch imports its compiler."""
+    """Leaves initial values out: without memory there are none, and torch would import its compiler."""
 
     def __torch_function__(
         self, func: Callable, _types: object, args: tuple = (), kwargs: Mapping | None = None

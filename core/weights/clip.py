@@ -1,4 +1,4 @@
-"""CLIP's text tower, and its image tower through transformers, from a folder or a hub id, not fetched unasked.
+"""CLIP's text and image towers, from a folder or a hub id, not fetched unasked.
 
 transformers, torchvision and huggingface_hub take seconds to import: each is, once something needs it.
 """
@@ -158,8 +158,9 @@ class ImageEncoder:
 
 def clip_pixels(image: Image.Image, size: int) -> Tensor:
     """What CLIP sees, (1, 3, size, size): shorter side resized (bicubic), centre-cropped, normalised."""
-    import modules.torchvision_operators  # noqa: F401  (before torchvision)
     from torchvision.transforms import functional as pictures
+
+    import modules.torchvision_operators  # noqa: F401  (before torchvision)
 
     resized = pictures.resize(image.convert("RGB"), size, pictures.InterpolationMode.BICUBIC)
     square = pictures.to_tensor(pictures.center_crop(resized, size))
@@ -284,9 +285,10 @@ def _text_config(stored: dict[str, Any]) -> ClipTextConfig:
 
 
 def _load_image_model(folder: Path, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
-    """The image model in `folder`, or a ValueError: transformers itself would draw missing tensors at random."""
-    import modules.torchvision_operators  # noqa: F401  (before transformers' models)
+    """The image model in `folder`; ValueError where transformers would draw missing tensors at random."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    import modules.torchvision_operators  # noqa: F401  (before transformers' models)
 
     with _told_of(folder, "the image encoder"):
         config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
