@@ -31,7 +31,7 @@ from core.config.yaml import as_yaml, load
 from core.data.loader import Batch
 from core.family.evaluation import Evaluation, Judge, Measured, View, held_out_cases
 from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
-from core.pipeline.offload import Offloaded
+from core.pipeline.offload import Offloaded, Placement
 from core.pipeline.passes import C_LATENT, in_halves, prepare_stage_c
 from core.pipeline.pipeline import DTYPES, ControlEntries, Job, Observer, UltraPixelPipeline
 from core.pipeline.progress import counting
@@ -225,7 +225,7 @@ def make_pipeline(
     pipeline = kind.from_config(arguments.config_c, arguments.config_b, None, device_named(None))
     if guidance is not None:
         dtype = DTYPES[pipeline.config_c.dtype]
-        pipeline.guidance = Offloaded(lambda: guidance.to(dtype), pipeline.device)
+        pipeline.guidance = Offloaded(lambda *_: guidance.to(dtype), Placement(pipeline.device))
     return pipeline
 
 

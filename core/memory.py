@@ -1,9 +1,10 @@
-"""How much memory was taken."""
+"""How much memory was taken, and how much is left."""
 
 from __future__ import annotations
 
 import sys
 
+import psutil
 import torch
 
 try:
@@ -17,9 +18,25 @@ def peak_memory(device: torch.device) -> int:
 
     0 where the system does not tell (Windows).
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_memory()
+
+
+def peak_host_memory() -> int:
+    """The most memory of this process since its start, in bytes, weights in mapped files included.
+
+    0 where the system does not tell (Windows).
+    """
     if resource is None:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device: torch.device) -> int:
+    """What this process can still take on a device, in bytes."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+        device
+    )  # by torch, for what comes
+    return torch.cuda.mem_get_info(device)[0] + kept

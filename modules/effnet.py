@@ -29,12 +29,12 @@ def efficientnet_features(
     (B, 3, H, W) -> (B, head, H / stride, W / stride); the stride is the stem's 2 times the stages', 32 for S.
     """
     # Here, as torchvision's models take two seconds to import, and most pictures need none.
-    from torchvision.models import efficientnet, efficientnet_v2_s
+    from modules.torchvision_operators import torchvision
 
-    import modules.torchvision_operators  # noqa: F401  before torchvision
+    efficientnet = torchvision.models.efficientnet
 
     if stages is None:
-        return efficientnet_v2_s(weights=None).features
+        return efficientnet.efficientnet_v2_s(weights=None).features
     kinds = {"fused": efficientnet.FusedMBConvConfig, "mb": efficientnet.MBConvConfig}
     rows, width = [], stem
     for kind, expand, stride, wider, count in stages:

@@ -98,11 +98,12 @@ def test_what_is_done_before_the_run_breaks_off_is_kept(
 
     def breaks_off(*args: object, **named: object) -> object:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) >= 3:
             raise error
         return work(*args, **named)
 
     monkeypatch.setattr(core.pipeline.pipeline, stage, breaks_off)
+    monkeypatch.setattr(pipeline, "_shrink", lambda _: False)  # no mode that takes less is left
     with pytest.raises(type(error)):
         make(pipeline, tmp_path)
     assert seeds(tmp_path) == [0, 1]

@@ -12,7 +12,7 @@ from random_family import Family
 from torch import Tensor
 
 from core.config.settings import Settings
-from core.pipeline.offload import Offloaded
+from core.pipeline.offload import Offloaded, Placement
 from core.pipeline.passes import NoiseSource, needs_unconditional
 from core.pipeline.pipeline import Job, Progress, UltraPixelPipeline
 from core.weights.checkpoint import config_metadata, save_tensors
@@ -191,7 +191,7 @@ def test_the_gpu_makes_the_same_picture_and_is_empty_afterwards(family_folder: P
 def test_offloading_gives_the_weights_their_place_back() -> None:
     linear = torch.nn.Linear(3, 3)
     places = [p.data_ptr() for p in linear.parameters()]
-    offloaded = Offloaded(lambda: linear, torch.device("meta"))
+    offloaded = Offloaded(lambda *_: linear, Placement(torch.device("meta")))
     with pytest.raises(RuntimeError, match="stop"), offloaded.on_device() as module:
         assert all(p.is_meta for p in module.parameters())
         raise RuntimeError("stop")

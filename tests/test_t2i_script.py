@@ -175,7 +175,8 @@ def test_a_picture_imports_nothing_heavy_that_it_does_not_need(family_folder: Pa
     flags = ["--config_c", family_folder / "stage_c.yaml", "--config_b", family_folder / "stage_b.yaml"]
     flags += ["--pretrained_path", family_folder / "ultrapixel_t2i.safetensors", "--prompt", "a fox"]
     flags += ["--height", 64, "--width", 64, "--steps", 1, "--steps_b", 1, "--output_dir", tmp_path]
-    code = f"import sys\nfrom test_t2i import main\nmain(sys.argv[1:])\nprint([n for n in {heavy} if n in sys.modules])"
+    code = "import sys\nfrom test_t2i import main\nmain(sys.argv[1:])\n"
+    code += f"print([name for name in {heavy} if name in sys.modules])"
     command = [sys.executable, "-c", code, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "inference", timeout=120)
     assert done.returncode == 0, done.stderr

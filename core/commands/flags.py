@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from core.config.arguments import DRAW_SEED, first_seed, number_format
+from core.config.offloading import AUTO, NONE, OFFLOAD_NAMES
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS
 from core.config.settings import FAST, FP8_NAMES, PUBLISHED_STEPS, TRAINING_R, Job, Settings
 from core.devices import device_named
@@ -63,7 +64,7 @@ def run(main: Callable[[], int | None]) -> None:
             fail(traceback.format_exc().rstrip(), 1)
         cause = str(error).splitlines()[0]
         fail(
-            f"error: the device's memory is full ({cause}): make a smaller picture, without --resident; for "
+            f"error: the device's memory is full ({cause}): make a smaller picture, or use --device cpu; for "
             "a training, set a smaller image_size, pictures_at_once=1 and gradient_checkpointing=true",
             2,
         )
@@ -142,7 +143,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", type=dtype_name, help="bf16 or float32 (default: the configuration's)")
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU where there is one, else cpu)")
     group.add_argument(
-        "--resident", action="store_true", help="keep all stages on the device (faster, more memory)"
+        "--offload", choices=OFFLOAD_NAMES, default=AUTO,
+        help="where weights rest: all on the device (none), there one stage at a time (stage), or block by "
+        "block (block: the least memory); auto chooses by what is free",
+    )  # fmt: skip
+    group.add_argument(
+        "--resident", dest="offload", action="store_const", const=NONE, default=AUTO, help="as --offload none"
     )
     group.add_argument(
         "--allow_download", action="store_true", help="let the text encoder be fetched from its hub"
@@ -276,8 +282,8 @@ def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
     guidance = None if arguments.pretrained_path == "none" else arguments.pretrained_path
     device = device_named(arguments.device)
     return UltraPixelPipeline.from_config(
-        arguments.config_c, arguments.config_b, guidance, device, arguments.dtype, arguments.resident,
-        arguments.allow_download,
+        arguments.config_c, arguments.config_b, guidance, device, arguments.dtype,
+        allow_download=arguments.allow_download, offload=arguments.offload,
     )  # fmt: skip
 
 
@@ -349,9 +355,15 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def usage_table(uses: Sequence[StageUse]) -> str:
     """Elapsed time and peak memory per stage, as text."""
-    lines = [f"{'stage':<10}{'seconds':>10}{'peak memory':>16}"]
+    on_device = any(use.peak_memory != use.host_memory for use in uses)
+    host = f"{'host memory':>16}" if on_device else ""
+    lines = [f"{'stage':<10}{'seconds':>10}{'peak memory':>16}{host}"]
     for use in uses:
-        memory = f"{use.peak_memory / 2**30:.2f} GiB" if use.peak_memory else "-"
-        lines.append(f"{use.name:<10}{use.seconds:>10.2f}{memory:>16}")
+        host = f"{_in_gib(use.host_memory):>16}" if on_device else ""
+        lines.append(f"{use.name:<10}{use.seconds:>10.2f}{_in_gib(use.peak_memory):>16}{host}")
     lines.append(f"{'all':<10}{sum(use.seconds for use in uses):>10.2f}")
     return "\n".join(lines)
+
+
+def _in_gib(memory: int) -> str:
+    return f"{memory / 2**30:.2f} GiB" if memory else "-"

@@ -132,6 +132,7 @@ def make_pictures(
     check_weights(pipeline, arguments.preset)
     if pipeline.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # Stage A runs in float32
+    say(pipeline.settle_offload(arguments.height, arguments.width, settings), sys.stderr)
     models = {name: getattr(arguments, name) for name in model_flags}
     folder, format = arguments.output_dir, arguments.format
     gallery = Gallery(folder, format, pipeline.record(settings, models))

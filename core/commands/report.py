@@ -3,58 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-import torch
-
-from core.config.schema import stage_a_sizes, stage_b_sizes, stage_c_sizes
 from core.config.settings import Job, Settings
 from core.config.yaml import as_yaml
-from core.pipeline.estimate import (
-    StageEstimate,
-    parameter_count,
-    stage_a_activations,
-    stage_b_activations,
-    stage_c_activations,
-)
-from core.pipeline.passes import needs_unconditional
-from core.pipeline.pipeline import DTYPES, UltraPixelPipeline
-from core.pipeline.resolution import Plan, guidance_strength, plan_for
-from modules.guidance import Guidance
-from modules.stage_a import StageA
-from modules.stage_b import StageB
-from modules.stage_c import StageC
-
-GIB = 2**30
-
-
-def estimate_stages(pipeline: UltraPixelPipeline, sizes: Plan, settings: Settings) -> list[StageEstimate]:
-    """Device memory of each stage for a picture, counted from the networks' sizes."""
-    c, b, a = (
-        stage_c_sizes(pipeline.config_c),
-        stage_b_sizes(pipeline.config_b),
-        stage_a_sizes(pipeline.config_b),
-    )
-    bytes_c, bytes_b = (DTYPES[config.dtype].itemsize for config in (pipeline.config_c, pipeline.config_b))
-    halves_c, halves_b = (1 + both for both in needs_unconditional(settings))
-    count_c = parameter_count(partial(StageC, **asdict(c)))
-    if pipeline.guidance is not None:
-        count_c += parameter_count(partial(Guidance, **asdict(pipeline.guidance_sizes)))
-    count_b = parameter_count(partial(StageB, **asdict(b)))
-    count_a = parameter_count(partial(StageA, **asdict(a)))
-    with torch.device("meta"):
-        halo = StageA(**asdict(a)).halo
-    return [
-        StageEstimate(
-            "stage C", count_c * bytes_c, stage_c_activations(sizes, c.c_hidden[0], halves_c, bytes_c)
-        ),
-        StageEstimate(
-            "stage B", count_b * bytes_b, stage_b_activations(sizes, b.c_hidden[0], halves_b, bytes_b)
-        ),
-        StageEstimate("stage A", count_a * 4, stage_a_activations(sizes, a.c_hidden, halo)),
-    ]
+from core.pipeline.estimate import GIB, weights_on_disk
+from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.resolution import guidance_strength, plan_for
 
 
 def describe_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings) -> str:
@@ -78,12 +33,20 @@ def describe_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: S
         f"Stage A: {sizes.decoded_height} x {sizes.decoded_width} px, cropped",
         "# memory on the device (estimate)",
     ]
-    for stage in estimate_stages(pipeline, sizes, settings):
+    for stage in pipeline.estimate(sizes, settings):
         weights, maps = stage.weights / GIB, stage.activations / GIB
         lines.append(f"{stage.name}: {stage.total / GIB:.2f} GiB (weights {weights:.2f}, maps {maps:.2f})")
-    lines.append("# files")
+    lines += [describe_offload(pipeline, job, settings), "# files"]
     lines += [f"{what}: {path}, {_file_size(path)}" for what, path in pipeline.files().items()]
     return "\n".join(lines)
+
+
+def describe_offload(pipeline: UltraPixelPipeline, job: Job, settings: Settings) -> str:
+    """Where the weights of a run would rest, and what auto would choose."""
+    if pipeline.device.type == "cpu":
+        return pipeline.settle_offload(job.height, job.width, settings)
+    mode, why = pipeline.best_offload(job.height, job.width, settings)
+    return f"offload: {pipeline.offload}; auto would choose {mode} ({why})"
 
 
 def _by(size: tuple[int, int]) -> str:
@@ -92,9 +55,7 @@ def _by(size: tuple[int, int]) -> str:
 
 def _file_size(path: str) -> str:
     target = Path(path)
-    folder = target / "text_encoder" if (target / "text_encoder").is_dir() else target
-    files = [target] if target.is_file() else list(folder.glob("model*.safetensors"))
-    if not files:
+    size = target.stat().st_size if target.is_file() else weights_on_disk(path)
+    if not size:
         return "not there"
-    size = sum(file.stat().st_size for file in files)
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

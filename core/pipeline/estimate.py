@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 
 from torch import nn
 
+from core.config.offloading import BLOCK, NONE, STAGE
+from core.config.schema import StageBConfig, StageCConfig, stage_a_sizes, stage_b_sizes, stage_c_sizes
+from core.config.sizes import GuidanceSizes
 from core.pipeline.resolution import Plan
 from core.weights.checkpoint import build_empty
-from modules.stage_a import MAX_TILE
+from modules.guidance import Guidance
+from modules.stage_a import MAX_TILE, StageA
+from modules.stage_b import StageB
+from modules.stage_c import StageC
+
+GIB = 2**30
+ELEMENT = {"bfloat16": 2, "float32": 4}  # bytes of a number
 
 # Maps of a ResBlock's width that live at its peak: input, normed, and the hidden layer (4 times as wide)
 # before and
 # after GELU and normalisation; a level's skip and the guidance are counted with them.
 MAPS_AT_PEAK = 16
-STAGE_A_MAPS = 12  # without skips
+# Of Stage A's width at the latent's size. Its last block has half the width at twice the size, so twice as
+# many: the hidden layer before and after GELU, the input of the block and of its MLP, and what is normed.
+STAGE_A_MAPS = 22
+MIN_TILE = 32  # latent pixels: smaller tiles are hardly more than their margin
+SHARE = 0.9  # of what is free; the rest is for what is not counted, and is lost between the pieces
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,62 @@ def stage_b_activations(plan: Plan, width: int, halves: int, element: int) -> in
     return pixels * width * halves * element * MAPS_AT_PEAK
 
 
-def stage_a_activations(plan: Plan, width: int, halo: int) -> int:
+def stage_a_activations(plan: Plan, width: int, halo: int, tile: int = MAX_TILE) -> int:
     """Bytes of Stage A's maps for its largest tile, float32, and of the picture itself."""
-    rows, columns = (min(side, MAX_TILE + 2 * halo) for side in plan.stage_b_latent)
+    rows, columns = (min(side, tile + 2 * halo) for side in plan.stage_b_latent)
     return rows * columns * width * 4 * STAGE_A_MAPS + 3 * 4 * plan.decoded_height * plan.decoded_width
+
+
+def fitting_tile(stage_a: StageA, plan: Plan, free: int, largest: int | None) -> int | None:
+    """The largest tile (None: the usual one) that fits into `free` bytes, at most `largest`."""
+    tile = MAX_TILE if largest is None else largest
+    while (
+        tile > MIN_TILE
+        and stage_a_activations(plan, stage_a.up_blocks[0][0].out_channels, stage_a.halo, tile) > SHARE * free
+    ):
+        tile //= 2
+    return largest if tile == MAX_TILE else tile
+
+
+def estimate_stages(
+    config_c: StageCConfig,
+    config_b: StageBConfig,
+    guidance: GuidanceSizes | None,
+    sizes: Plan,
+    both: tuple[bool, bool],
+) -> list[StageEstimate]:
+    """Device memory of each stage for a picture; `both` as `core.pipeline.passes.needs_unconditional`."""
+    c, b, a = stage_c_sizes(config_c), stage_b_sizes(config_b), stage_a_sizes(config_b)
+    bytes_c, bytes_b = (ELEMENT[config.dtype] for config in (config_c, config_b))
+    count_c = parameter_count(partial(StageC, **asdict(c)))
+    if guidance is not None:
+        count_c += parameter_count(partial(Guidance, **asdict(guidance)))
+    count_b = parameter_count(partial(StageB, **asdict(b)))
+    stage_a = build_empty(partial(StageA, **asdict(a)))
+    maps_c = stage_c_activations(sizes, c.c_hidden[0], 1 + both[0], bytes_c)
+    maps_b = stage_b_activations(sizes, b.c_hidden[0], 1 + both[1], bytes_b)
+    maps_a = stage_a_activations(sizes, a.c_hidden, stage_a.halo)
+    return [
+        StageEstimate("stage C", count_c * bytes_c, maps_c),
+        StageEstimate("stage B", count_b * bytes_b, maps_b),
+        StageEstimate("stage A", sum(p.numel() for p in stage_a.parameters()) * 4, maps_a),
+    ]
+
+
+def best_mode(stages: Sequence[StageEstimate], text: int, free: int) -> tuple[str, str]:
+    """The fastest way to offload that fits into `free` bytes, and why; `text`: bytes of the text encoder."""
+    resident = text + sum(stage.weights for stage in stages) + max(stage.activations for stage in stages)
+    largest = max(text, *(stage.total for stage in stages))
+    told = f"{free / GIB:.1f} GiB are free on the device"
+    if resident <= SHARE * free:
+        return NONE, f"{told}, all stages together take about {resident / GIB:.1f}"
+    if largest <= SHARE * free:
+        return STAGE, f"{told}, the largest stage takes about {largest / GIB:.1f}, all {resident / GIB:.1f}"
+    return BLOCK, f"{told}, the largest stage alone would take about {largest / GIB:.1f}"
+
+
+def weights_on_disk(source: str) -> int:
+    """Bytes of the text encoder's file; 0 where it is not in a folder."""
+    target = Path(source)
+    folder = target / "text_encoder" if (target / "text_encoder").is_dir() else target
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))

@@ -214,9 +214,15 @@ def needs_unconditional(settings: Settings) -> tuple[bool, bool]:
     return any(map(settings.cfg_stage_c.needed_at, times)), settings.cfg_stage_b.needed_at(1.0)
 
 
-def decode_picture(stage_a: StageA, latent: Tensor, plan: Plan, tiled: bool) -> Tensor:
-    """Stage B's latent (1, 4, h, w) -> pixels (3, height, width) in [0, 1], cropped to the asked size."""
+def decode_picture(
+    stage_a: StageA, latent: Tensor, plan: Plan, tiled: bool, tile: int | None = None
+) -> Tensor:
+    """Stage B's latent (1, 4, h, w) -> pixels (3, height, width) in [0, 1], cropped to the asked size.
+
+    What has more than `tile` latent pixels a side (None: MAX_TILE) is decoded in tiles.
+    """
+    tile = MAX_TILE if tile is None else tile
     latent = latent.to(next(stage_a.parameters()).dtype)
-    large = max(latent.shape[-2:]) > MAX_TILE
-    pixels = stage_a.decode_tiled(latent) if tiled or large else stage_a.decode(latent)
+    large = max(latent.shape[-2:]) > tile
+    pixels = stage_a.decode_tiled(latent, tile) if tiled or large else stage_a.decode(latent)
     return pixels[0, :, : plan.height, : plan.width].clamp(0, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import auto
 
 from core.config.arguments import (
@@ -25,6 +25,7 @@ from core.config.arguments import (
     whole_number,
 )
 from core.config.control_types import control_type
+from core.config.offloading import AUTO, NONE, offload_named, smaller
 from core.config.presets import DEFAULT, PRESETS, models_folder, of_project, preset_named, with_models
 from core.config.schema import (
     ControlConfig,
@@ -41,12 +42,20 @@ from core.config.settings import Job, Settings, changed
 from core.config.sizes import GuidanceSizes
 from core.config.yaml import load_stage_b, load_stage_c
 from core.devices import device_named
-from core.memory import peak_memory
+from core.memory import free_memory, peak_host_memory, peak_memory
 from core.paths import at_home, located
 from core.pipeline.conditioning import Conditions, conditions, stack
 from core.pipeline.control import Control, ControlNetFile, open_controlnet
+from core.pipeline.estimate import (
+    MIN_TILE,
+    StageEstimate,
+    best_mode,
+    estimate_stages,
+    fitting_tile,
+    weights_on_disk,
+)
 from core.pipeline.made import Picture, Pictures, Record, WeightHashes
-from core.pipeline.offload import Offloaded
+from core.pipeline.offload import Offloaded, Placement
 from core.pipeline.passes import (
     NoiseSource,
     decode_picture,
@@ -68,7 +77,7 @@ from core.pipeline.steering import (
     steering_flags,
     with_suffix,
 )
-from core.weights.checkpoint import check_files, load_module, read_config
+from core.weights.checkpoint import check_files, check_finite, load_module, read_config
 from core.weights.clip import TextCondition, TextEncoder, absent_text_files, find_text_encoder
 from core.weights.layouts import guidance_names
 from core.weights.lora.merging import LoraMerger, WeightedLora, check_loras, load_loras, lora_files, uncalled
@@ -78,7 +87,7 @@ from modules.controlnet import ControlNet
 from modules.effnet import EfficientNetEncoder
 from modules.guidance import UPSAMPLINGS, Guidance
 from modules.previewer import Previewer
-from modules.stage_a import StageA
+from modules.stage_a import MAX_TILE, StageA
 from modules.stage_b import StageB
 from modules.stage_c import StageC
 
@@ -91,12 +100,14 @@ NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
 class StageUse:
     """Seconds of a stage over all pictures, and the most memory (bytes) up to its end, 0 where unknown.
 
-    On a GPU the memory is the device's during the stage; on the CPU the process's since its start.
+    On a GPU `peak_memory` is the device's during the stage; on the CPU the process's since its start, which
+    `host_memory` is everywhere.
     """
 
     name: str
     seconds: float = 0.0
     peak_memory: int = 0
+    host_memory: int = 0
 
 
 T = TypeVar("T")
@@ -107,7 +118,9 @@ ControlEntries = list[Tensor | None] | None  # of one picture: as `modules.contr
 class UltraPixelPipeline:
     """Text to image: `UltraPixelPipeline.from_preset("tiny")("a red house by the sea", seed=1)[0].image`.
 
-    Stages are loaded at their first use and lie on the device one at a time, unless `resident`.
+    Stages are loaded at their first use. `offload` says where they rest: all on the device (none, or
+    `resident`), there one at a time (stage), or block by block (block); auto chooses by what is free. Where
+    the device's memory is full, the run goes on with the next smaller of these.
     """
 
     def __init__(
@@ -118,6 +131,7 @@ class UltraPixelPipeline:
         device: torch.device | str | None = None,
         resident: bool = False,
         allow_download: bool = False,
+        offload: str = AUTO,
     ) -> None:
         self.config_c, self.config_b = config_c, config_b
         self.device = device_named(device)
@@ -131,23 +145,28 @@ class UltraPixelPipeline:
         self.control_file: ControlNetFile | None = None
         self.controlnet: Offloaded[ControlNet] | None = None
         dtype_c, dtype_b = DTYPES[config_c.dtype], DTYPES[config_b.dtype]
-        offloaded = partial(Offloaded, device=self.device, resident=resident)
+        mode = offload_named(offload, resident)
+        self._placement = Placement(self.device, NONE if mode == AUTO and self.device.type == "cpu" else mode)
+        self._tile: int | None = None  # of Stage A, once its memory was full
 
-        def stage(build: Callable, path: str, dtype: torch.dtype, what: str) -> Offloaded:
-            return offloaded(lambda: load_module(build, path, dtype=dtype, what=what))
+        def stage(build: Callable, path: str, dtype: torch.dtype, what: str, **named: Any) -> Offloaded:
+            def load(home: torch.device, checked: bool) -> nn.Module:
+                return load_module(build, path, dtype=dtype, device=home, what=what, checked=checked)
 
-        self._resident, self._allow_download = resident, allow_download
+            return Offloaded(load, self._placement, check=partial(check_finite, path), **named)
+
+        self._allow_download = allow_download
         self._text_encoder: TextEncoder | None = None
         self._guidance_path = guidance_path
         build_c = partial(StageC, **asdict(stage_c_sizes(config_c)))
         self._loras = LoraMerger()
-        self.stage_c = offloaded(
-            lambda: load_module(build_c, config_c.generator_checkpoint_path, dtype=dtype_c, what="Stage C"),
-            prepare=self._loras.into_stage_c,
-        )
+        path_c = config_c.generator_checkpoint_path
+        self.stage_c = stage(build_c, path_c, dtype_c, "Stage C", prepare=self._loras.into_stage_c)
         self.guidance = None
         if guidance_path is not None:
-            self.guidance = offloaded(lambda: load_guidance(config_c, guidance_path, dtype_c))
+            self.guidance = Offloaded(
+                lambda home, _: load_guidance(config_c, guidance_path, dtype_c, home), self._placement
+            )
         build_b = partial(StageB, **asdict(stage_b_sizes(config_b)))
         self.stage_b = stage(build_b, config_b.generator_checkpoint_path, dtype_b, "Stage B")
         # In bfloat16 neighbouring shades of the picture would fall together, so Stage A stays in float32.
@@ -164,6 +183,7 @@ class UltraPixelPipeline:
         dtype: str | None = None,
         resident: bool = False,
         allow_download: bool = False,
+        offload: str = AUTO,
     ) -> UltraPixelPipeline:
         """The pipeline of two configuration files and a file of guidance weights (None: without guidance).
 
@@ -172,7 +192,7 @@ class UltraPixelPipeline:
         guidance_path = None if pretrained_path is None else located(str(pretrained_path))
         overrides = [] if dtype is None else [f"dtype={number_format(dtype)}"]
         loaded = load_stage_c(config_c, overrides), load_stage_b(config_b, overrides)
-        pipeline = cls(*loaded, guidance_path, device, resident, allow_download)
+        pipeline = cls(*loaded, guidance_path, device, resident, allow_download, offload)
         pipeline.flags = _model_flags(config_c, config_b, pretrained_path, dtype)
         return pipeline
 
@@ -185,6 +205,7 @@ class UltraPixelPipeline:
         dtype: str | None = None,
         resident: bool = False,
         allow_download: bool = False,
+        offload: str = AUTO,
     ) -> UltraPixelPipeline:
         """The pipeline of a preset (`core.config.PRESETS`), whose size and cfg are the calls' defaults.
 
@@ -201,8 +222,9 @@ class UltraPixelPipeline:
             load_stage_b(of_project(preset.config_b), overrides),
         )
         pipeline = cls(
-            *(_with_models(config, folder) for config in loaded), guidance, device, resident, allow_download
-        )
+            *(_with_models(config, folder) for config in loaded), guidance, device, resident,
+            allow_download, offload,
+        )  # fmt: skip
         pipeline.preset = replace(preset, control_file=with_models(preset.control_file, folder))
         pipeline.flags = _model_flags(preset.config_c, preset.config_b, named, dtype)
         return pipeline
@@ -261,6 +283,7 @@ class UltraPixelPipeline:
         progress: bool,
     ) -> Pictures:
         self.rescued = made = Pictures()
+        self.settle_offload(jobs[0].height, jobs[0].width, settings)
         record = self.record(settings)
         with ExitStack() as stack:
             bars = [stack.enter_context(closing(ProgressBars(jobs, auto.tqdm)))] if progress else []
@@ -355,7 +378,71 @@ class UltraPixelPipeline:
     @property
     def group(self) -> int:
         """How many jobs to give at a time: one, where stages stay in place, so that it is done the sooner."""
-        return 1 if self._resident or self.device.type == "cpu" else GROUP
+        return 1 if self._placement.mode == NONE or self.device.type == "cpu" else GROUP
+
+    # --- where weights rest ---------------------------------------------------------------------------
+
+    @property
+    def offload(self) -> str:
+        """Where the stages rest now: auto until the first picture settles it."""
+        return self._placement.mode
+
+    def settle_offload(self, height: int, width: int, settings: Settings) -> str:
+        """Settle auto by what is free on the device, for pictures of this size; a sentence that tells it."""
+        if self.device.type == "cpu":
+            return f"offload: {self.offload} (on the CPU weights rest where they compute)"
+        if self.offload != AUTO:
+            return f"offload: {self.offload}"
+        mode, why = self.best_offload(height, width, settings)
+        self._placement.mode = mode
+        return f"offload: {mode} ({why})"
+
+    def best_offload(self, height: int, width: int, settings: Settings) -> tuple[str, str]:
+        """What auto would choose now for pictures of this size, and why."""
+        sizes = plan(height, width, self.config_c.geometry)
+        stages = self.estimate(sizes, settings)
+        return best_mode(stages, weights_on_disk(self.config_c.clip_text_path), free_memory(self.device))
+
+    def estimate(self, sizes: Plan, settings: Settings) -> list[StageEstimate]:
+        """Device memory of each stage for a picture, counted from the networks' sizes."""
+        guidance = None if self.guidance is None else self.guidance_sizes
+        return estimate_stages(self.config_c, self.config_b, guidance, sizes, needs_unconditional(settings))
+
+    def _in_turn(self, stage: str, count: int, work: Callable[[int], Iterator[T]]) -> Iterator[T]:
+        """What `work(first)` makes of jobs from the first on; where memory is full, the rest with less."""
+        done = 0
+        while done < count:
+            try:
+                for made in work(done):
+                    done += 1
+                    yield made
+                return
+            except torch.OutOfMemoryError:
+                if not self._shrink(stage):
+                    raise
+            self._make_room()  # here, where the error no longer holds what it found
+
+    def _shrink(self, stage: str) -> bool:
+        """Take less memory from now on, and say so; False where there is no way left."""
+        tile, mode = (self._tile or MAX_TILE) // 2, smaller(self.offload)
+        if stage == "stage A" and tile >= MIN_TILE:
+            self._tile, way = tile, f"tiles of {tile} latent pixels"
+        elif mode is not None:
+            self._placement.mode, way = mode, f"--offload {mode}"
+        else:
+            return False
+        warnings.warn(f"the device's memory is full in {stage}: it goes on with {way}", stacklevel=2)
+        return True
+
+    def _make_room(self) -> None:
+        """Let the device's memory go that the mode does not need."""
+        for each in (self.stage_c, self.guidance, self.controlnet, self.stage_b, self.stage_a):
+            if each is not None:
+                each.settle()
+        if self._text_encoder is not None:
+            self._text_encoder.to(self._placement.home)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def set_control(
         self,
@@ -398,7 +485,8 @@ class UltraPixelPipeline:
         build, dtype = partial(ControlNet, **asdict(file.sizes)), DTYPES[self.config_c.dtype]
         self.control_file = file
         self.controlnet = Offloaded(
-            lambda: load_module(build, file.path, dtype=dtype, what=file.name), self.device, self._resident
+            lambda home, _: load_module(build, file.path, dtype=dtype, device=home, what=file.name),
+            self._placement,
         )
         return file
 
@@ -459,6 +547,10 @@ class UltraPixelPipeline:
     def encode_text(self, jobs: Sequence[Job]) -> dict[str, TextCondition]:
         """Every distinct prompt's condition, on the device; the encoder leaves it again."""
         distinct = list(dict.fromkeys(p for job in jobs for p in (job.prompt, job.negative_prompt, "")))
+        (texts,) = self._in_turn("text", 1, lambda _: iter([self._encode(distinct)]))
+        return texts
+
+    def _encode(self, distinct: Sequence[str]) -> dict[str, TextCondition]:
         with self._measured("text"):
             if self._text_encoder is None:
                 self._text_encoder = TextEncoder.load(
@@ -466,8 +558,7 @@ class UltraPixelPipeline:
                 )
             self._loras.into_text(self._text_encoder)
             texts = self._text_encoder.encode(distinct, self.device)
-            if not self._resident:
-                self._text_encoder.to("cpu")
+            self._text_encoder.to(self._placement.home)
         return texts
 
     def run_controlnet(self, controls: Sequence[Control]) -> list[ControlEntries]:
@@ -476,13 +567,14 @@ class UltraPixelPipeline:
             return []
         if self.controlnet is None:
             raise ValueError("a control was given, but no ControlNet: name one with set_control")
+        return list(self._in_turn("control", len(controls), lambda first: self._controlled(controls[first:])))
+
+    def _controlled(self, controls: Sequence[Control]) -> Iterator[ControlEntries]:
         dtype = DTYPES[self.config_c.dtype]
         with self._measured("control"), self.controlnet.on_device() as network:
-            made = [network(control.seen.to(self.device, dtype)) for control in controls]
-            return [
-                [None if entry is None else (control.weight * entry).cpu() for entry in entries]
-                for control, entries in zip(controls, made, strict=True)
-            ]
+            for control in controls:
+                entries = network(control.seen.to(self.device, dtype))
+                yield [None if entry is None else (control.weight * entry).cpu() for entry in entries]
 
     def run_stage_c(
         self,
@@ -497,14 +589,32 @@ class UltraPixelPipeline:
 
         `entries`, where there are any, are those of `run_controlnet`; they act on the low-resolution pass.
         """
+        controls = entries or [None] * len(jobs)
+
+        def work(first: int) -> Iterator[Tensor]:
+            rest = jobs[first:], plans[first:], texts, settings, observer, controls[first:]
+            return self._stage_c_latents(*rest)
+
+        return list(self._in_turn("stage C", len(jobs), work))
+
+    def _stage_c_latents(
+        self,
+        jobs: Sequence[Job],
+        plans: Sequence[Plan],
+        texts: dict[str, TextCondition],
+        settings: Settings,
+        observer: Observer | None,
+        entries: Sequence[ControlEntries],
+    ) -> Iterator[Tensor]:
         target = target_named(self.config_c.target)
         with (
             self._measured("stage C"),
             self.stage_c.on_device() as stage_c,
             self._guidance_on_device() as guidance,
         ):
-            latents = []
-            for job, sizes, control in zip(jobs, plans, entries or [None] * len(jobs), strict=True):
+            self.stage_b.load_ahead()
+            self.stage_a.load_ahead()
+            for job, sizes, control in zip(jobs, plans, entries, strict=True):
                 held = prepare_stage_c(stage_c, self._conditions(job, texts, settings))
                 low, features = low_resolution_pass(
                     stage_c,
@@ -530,8 +640,7 @@ class UltraPixelPipeline:
                     self._noise(job, "hr"),
                     on_step=_report(observer, "stage C, high resolution", job),
                 )
-                latents.append(high.x0.cpu())
-        return latents
+                yield high.x0.cpu()
 
     def run_stage_b(
         self,
@@ -543,6 +652,22 @@ class UltraPixelPipeline:
         observer: Observer | None = None,
     ) -> Iterator[Tensor]:
         """Stage B for every job: latents (1, 4, h, w) on the CPU, one after the other."""
+
+        def work(first: int) -> Iterator[Tensor]:
+            rest = jobs[first:], plans[first:], texts, latents[first:], settings, observer
+            return self._stage_b_latents(*rest)
+
+        return self._in_turn("stage B", len(jobs), work)
+
+    def _stage_b_latents(
+        self,
+        jobs: Sequence[Job],
+        plans: Sequence[Plan],
+        texts: dict[str, TextCondition],
+        latents: Sequence[Tensor],
+        settings: Settings,
+        observer: Observer | None,
+    ) -> Iterator[Tensor]:
         target = target_named(self.config_b.target)
         both = needs_unconditional(settings)[1]
         with self._measured("stage B"), self.stage_b.on_device() as stage_b:
@@ -569,12 +694,28 @@ class UltraPixelPipeline:
         observer: Observer | None = None,
     ) -> Iterator[Picture]:
         """Stage A for every job: the pictures, one after the other."""
+
+        def work(first: int) -> Iterator[Picture]:
+            return self._decoded(jobs[first:], plans[first:], latents[first:], settings, observer)
+
+        return self._in_turn("stage A", len(jobs), work)
+
+    def _decoded(
+        self,
+        jobs: Sequence[Job],
+        plans: Sequence[Plan],
+        latents: Sequence[Tensor],
+        settings: Settings,
+        observer: Observer | None,
+    ) -> Iterator[Picture]:
         with self._measured("stage A"):
             _ = self.stage_a.module  # loaded; what is done with the pictures in between is not measured
         with self.stage_a.on_device() as stage_a:
             for job, sizes, latent in zip(jobs, plans, latents, strict=True):
                 with self._measured("stage A"):
-                    pixels = decode_picture(stage_a, latent.to(self.device), sizes, settings.stage_a_tiled)
+                    tile = fitting_tile(stage_a, sizes, free_memory(self.device), self._tile)
+                    latent = latent.to(self.device)
+                    pixels = decode_picture(stage_a, latent, sizes, settings.stage_a_tiled, tile)
                     pixels = pixels.float().cpu()
                 stop = observer is not None and observer(Progress("stage A", job, 1, 1)) is True
                 yield Picture(job, pixels)
@@ -610,6 +751,7 @@ class UltraPixelPipeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         use.peak_memory = max(use.peak_memory, peak_memory(self.device))
+        use.host_memory = max(use.host_memory, peak_host_memory())
         use.seconds += time.perf_counter() - start
 
 

@@ -279,6 +279,7 @@ def _checked_copy(
     scale: Tensor | None,
     dtype: torch.dtype,
     device: torch.device | str,
+    checked: bool = True,
 ) -> Tensor:
     """A contiguous copy, of what a quantised tensor means; CheckpointError for NaN or infinity."""
     copy = torch.empty(tensor.shape, dtype=dtype, device=device)
@@ -287,18 +288,25 @@ def _checked_copy(
             dequantise(tensor, scale, copy)
         except ValueError as error:
             raise CheckpointError(f"{path}: {name} cannot be read: {error}") from None
-        _check_finite(path, name, copy)
-        return copy
-    _check_finite(path, name, tensor)
-    return copy.copy_(tensor)
+    else:
+        copy.copy_(tensor)
+    if checked:  # in the file's numbers: finite ones may be infinite in another format, as they are used
+        check_finite(path, {name: tensor if copy.device.type == "cpu" and scale is None else copy})
+    return copy
 
 
-def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
-    # The sum is several times cheaper than `isfinite`, but finite values can overflow it.
-    if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
-        raise CheckpointError(
-            f"{path}: {name} holds NaN or infinity: {_fetch_again(path)}, or use an earlier checkpoint"
-        )
+def check_finite(path: PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """CheckpointError, which names a tensor of the file, where one of these holds NaN or infinity."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not floats:
+        return
+    # Sums are several times cheaper than `isfinite`, and all of them are waited for once, but finite values
+    # can overflow them.
+    sums = torch.stack([tensor.sum().float() for tensor in floats.values()]).cpu()
+    for name, total in zip(floats, sums, strict=True):
+        if not total.isfinite() and not floats[name].isfinite().all():
+            way_out = f"{_fetch_again(Path(path))}, or use an earlier checkpoint"
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity: {way_out}")
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -330,13 +338,15 @@ def load_module(
     device: torch.device | str = "cpu",
     translate: Translate | None = None,
     what: str,
+    checked: bool = True,
 ) -> nn.Module:
     """The module that `build` constructs with a file's weights, for inference (eval, no gradients).
 
     Built without memory, then filled one by one in `dtype` on `device`; integer buffers keep their type.
     `translate` gives the own names of the file's tensors (`core.weights.layouts.guidance_names`); `what`
     names the module in errors. Buffers that are not in the module's state_dict cannot be filled: modules
-    have none. Raises CheckpointError if the file is not one, or not exactly this module's.
+    have none. Raises CheckpointError if the file is not one, or not exactly this module's. Where it is not
+    `checked`, NaN is not looked for: `check_finite` does it later, where the weights compute.
     """
     path = Path(path)
     module = build_empty(build)
@@ -350,7 +360,7 @@ def load_module(
         if name in names:
             goal = wanted[names[name]]
             copied = dtype if goal.is_floating_point() else goal.dtype
-            state[names[name]] = _checked_copy(path, name, tensor, scale, copied, device)
+            state[names[name]] = _checked_copy(path, name, tensor, scale, copied, device, checked)
     for counter in wanted.keys() - state.keys():
         state[counter] = torch.zeros_like(wanted[counter], device=device)
     module.load_state_dict(state, assign=True)

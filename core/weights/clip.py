@@ -158,10 +158,9 @@ class ImageEncoder:
 
 def clip_pixels(image: Image.Image, size: int) -> Tensor:
     """What CLIP sees, (1, 3, size, size): shorter side resized (bicubic), centre-cropped, normalised."""
-    from torchvision.transforms import functional as pictures
+    from modules.torchvision_operators import torchvision
 
-    import modules.torchvision_operators  # noqa: F401  (before torchvision)
-
+    pictures = torchvision.transforms.functional
     resized = pictures.resize(image.convert("RGB"), size, pictures.InterpolationMode.BICUBIC)
     square = pictures.to_tensor(pictures.center_crop(resized, size))
     return pictures.normalize(square, CLIP_MEAN, CLIP_STD)[None]
@@ -286,9 +285,10 @@ def _text_config(stored: dict[str, Any]) -> ClipTextConfig:
 
 def _load_image_model(folder: Path, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
     """The image model in `folder`; ValueError where transformers would draw missing tensors at random."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    import modules.torchvision_operators  # noqa: F401  (before transformers)
 
-    import modules.torchvision_operators  # noqa: F401  (before transformers' models)
+    # isort: split
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     with _told_of(folder, "the image encoder"):
         config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,277 @@
+"""Where weights rest: every mode makes the same picture, and where memory is full the next one goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import Tensor, nn
+
+import core.pipeline.pipeline
+from core.commands.flags import picture_parser
+from core.config.offloading import MODES, offload_named
+from core.config.settings import Job, Settings
+from core.pipeline.control import Control
+from core.pipeline.estimate import (
+    GIB,
+    StageEstimate,
+    best_mode,
+    fitting_tile,
+    stage_a_activations,
+)
+from core.pipeline.offload import BlockStream, Offloaded, PackedBlock, Placement
+from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.resolution import plan
+from core.weights.checkpoint import CheckpointError
+from modules.blocks import AttnBlock, ResBlock
+from modules.stage_a import StageA
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from training_memory import LiveBytes  # noqa: E402
+
+CPU = torch.device("cpu")
+QUICK = Settings(steps=2, steps_b=2)
+JOBS = [Job("a fox", 96, 64, seed) for seed in range(2)]
+
+
+def pipeline_of(folder: Path, offload: str = "auto", **named: object) -> UltraPixelPipeline:
+    return UltraPixelPipeline.from_config(
+        folder / "stage_c.yaml", folder / "stage_b.yaml", folder / "ultrapixel_t2i.safetensors", "cpu",
+        offload=offload, **named,
+    )  # fmt: skip
+
+
+def pixels(pipeline: UltraPixelPipeline, controls: tuple[Control, ...] = ()) -> list[Tensor]:
+    return [picture.pixels for picture in pipeline.run(JOBS, QUICK, controls=controls)]
+
+
+@pytest.fixture(scope="module")
+def expected(family_folder: Path) -> list[Tensor]:
+    return pixels(pipeline_of(family_folder, "none"))
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+# --- the modes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_makes_the_same_pictures(family_folder: Path, expected: list[Tensor], mode: str) -> None:
+    pipeline = pipeline_of(family_folder, mode)
+    assert same(pixels(pipeline), expected)
+    assert same(pixels(pipeline), expected)  # again, with what the first run left
+    assert pipeline.offload == mode
+
+
+def test_blocks_are_brought_one_ahead_of_their_use(
+    family_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought, used = [], []
+    bring, call = BlockStream._bring, BlockStream._call
+
+    def seen(self: BlockStream, number: int, place: object) -> None:
+        brought.append(number)
+        bring(self, number, place)
+
+    def asked(self: BlockStream, number: int, name: str, *rest: object) -> object:
+        assert len([place for place in self._places if place.memory is not None]) == 2
+        used.append((number, any(place.block == number for place in self._places)))
+        return call(self, number, name, *rest)
+
+    monkeypatch.setattr(BlockStream, "_bring", seen)
+    monkeypatch.setattr(BlockStream, "_call", asked)
+    pixels(pipeline_of(family_folder, "block"))
+    ready = sum(there for _, there in used)
+    assert len(used) > 50 and ready > 0.8 * len(used)
+    assert {number for number, _ in used} <= set(brought)
+
+
+def test_a_blocks_weights_are_held_once(family_folder: Path) -> None:
+    stage_c = pipeline_of(family_folder, "block").stage_c
+    with stage_c.on_device() as module:
+        blocks = [block for block in module.modules() if isinstance(block, ResBlock | AttnBlock)]
+        rests = {block.memory.data_ptr() for block in stage_c._packed}
+        assert len(rests) == len(blocks)
+        for block in blocks:
+            storages = {p.untyped_storage().data_ptr() for p in block.parameters()}
+            assert len(storages) == 1 and storages <= rests
+    assert all("forward" not in vars(block) for block in blocks)
+
+
+def test_blocks_are_their_own_again_after_an_error() -> None:
+    block = ResBlock(8)
+    packed = PackedBlock("x", block, pinned=False)
+    before = [p.data_ptr() for p in block.parameters()]
+    with pytest.raises(RuntimeError), BlockStream([packed], CPU).in_use():
+        block(torch.ones(1, 9, 4, 4))
+    assert [p.data_ptr() for p in block.parameters()] == before and "forward" not in vars(block)
+
+
+def test_control_and_guidance_are_the_same_block_by_block(family_folder: Path) -> None:
+    made = []
+    for mode in ("none", "block"):
+        pipeline = pipeline_of(family_folder, mode)
+        entries = [torch.ones(1, pipeline.stage_c.module.down_blocks[0][0].depthwise.in_channels, 4, 4)]
+        pipeline.run_controlnet = lambda _, entries=entries: [entries, entries]
+        made.append(pixels(pipeline))
+    assert same(*made)
+
+
+def test_resident_is_another_name_of_none(family_folder: Path) -> None:
+    assert pipeline_of(family_folder, resident=True).offload == "none"
+    parse = picture_parser("x").parse_args
+    assert parse(["--resident"]).offload == parse(["--offload", "none"]).offload == "none"
+    assert parse([]).offload == "auto"
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [({"offload": "disk"}, "auto, none, stage, block, not 'disk'"),
+     ({"offload": "block", "resident": True}, "'block': use one")],
+)  # fmt: skip
+def test_an_unknown_mode_is_told(family_folder: Path, given: dict, part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        pipeline_of(family_folder, **given)
+    with pytest.raises(ValueError, match=part):
+        offload_named(given["offload"], given.get("resident", False))
+
+
+# --- memory is full -------------------------------------------------------------------------------
+
+
+def once(work: Callable, at: int = 1) -> Callable:
+    """The function, but that its call number `at` finds the memory full."""
+    calls = []
+
+    def full(*args: object, **named: object) -> object:
+        calls.append(1)
+        if len(calls) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return work(*args, **named)
+
+    return full
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("stage", ["low_resolution_pass", "high_resolution_pass", "stage_b_pass"])
+def test_a_full_memory_costs_no_picture(
+    family_folder: Path, expected: list[Tensor], monkeypatch: pytest.MonkeyPatch, stage: str, at: int
+) -> None:
+    work = getattr(core.pipeline.pipeline, stage)
+    monkeypatch.setattr(core.pipeline.pipeline, stage, once(work, at))
+    pipeline = pipeline_of(family_folder, "stage")
+    with pytest.warns(UserWarning, match="memory is full in stage [BC]: it goes on with --offload block"):
+        assert same(pixels(pipeline), expected)
+    assert pipeline.offload == "block"
+
+
+def test_modes_follow_each_other_until_none_is_left(
+    family_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(core.pipeline.pipeline, "stage_b_pass", full)
+    pipeline = pipeline_of(family_folder, "none")
+    with pytest.warns(UserWarning) as told, pytest.raises(torch.OutOfMemoryError):
+        pixels(pipeline)
+    assert [str(w.message).rpartition(" ")[2] for w in told] == ["stage", "block"]
+
+
+def test_a_full_memory_in_stage_a_makes_its_tiles_smaller(
+    family_folder: Path, expected: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles, decode = [], core.pipeline.pipeline.decode_picture
+    broken = once(decode)
+
+    def seen(*args: object) -> Tensor:
+        tiles.append(args[4])
+        return broken(*args)
+
+    monkeypatch.setattr(core.pipeline.pipeline, "decode_picture", seen)
+    with pytest.warns(UserWarning, match="memory is full in stage A: it goes on with tiles of 128"):
+        assert same(pixels(pipeline_of(family_folder)), expected)
+    assert tiles == [None, 128, 128]
+
+
+def test_a_full_memory_while_texts_are_read_costs_nothing(
+    family_folder: Path, expected: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = pipeline_of(family_folder, "none")
+    monkeypatch.setattr(pipeline, "_encode", once(pipeline._encode))
+    with pytest.warns(UserWarning, match="memory is full in text: it goes on with --offload stage"):
+        assert same(pixels(pipeline), expected)
+
+
+# --- what auto chooses ----------------------------------------------------------------------------
+
+STAGES = [
+    StageEstimate("C", 7 * GIB, 1 * GIB),
+    StageEstimate("B", 2 * GIB, 5 * GIB),
+    StageEstimate("A", 0, GIB),
+]
+
+
+@pytest.mark.parametrize(
+    ("free", "mode"), [(141, "none"), (17, "none"), (16, "stage"), (9, "stage"), (8, "block"), (2, "block")]
+)
+def test_auto_takes_the_fastest_that_fits(free: int, mode: str) -> None:
+    chosen, why = best_mode(STAGES, GIB, free * GIB)
+    assert chosen == mode and f"{free:.1f} GiB are free" in why
+
+
+def test_on_the_cpu_weights_rest_where_they_compute(family_folder: Path) -> None:
+    pipeline = pipeline_of(family_folder)
+    assert pipeline.settle_offload(64, 64, QUICK).startswith("offload: none (on the CPU")
+
+
+def test_a_tile_fits_into_what_is_free() -> None:
+    from core.config.schema import LatentGeometry
+
+    sizes = plan(4096, 4096, LatentGeometry())
+    stage_a = StageA(c_hidden=64, bottleneck_blocks=2)
+    needed = partial(stage_a_activations, sizes, 64, stage_a.halo)
+    assert fitting_tile(stage_a, sizes, 2 * needed(256), None) is None
+    assert fitting_tile(stage_a, sizes, int(needed(64) / 0.89), None) == 64
+    assert fitting_tile(stage_a, sizes, 2 * needed(256), 128) == 128
+    assert fitting_tile(stage_a, sizes, 0, None) == 32
+
+
+def test_stage_as_estimate_is_what_it_takes() -> None:
+    from core.config.schema import LatentGeometry
+
+    sizes = plan(512, 512, LatentGeometry())
+    stage_a = StageA(c_hidden=32, bottleneck_blocks=2)
+    latent = torch.randn(1, 4, *sizes.stage_b_latent)
+    with torch.no_grad(), LiveBytes() as live:
+        stage_a.decode(latent)
+    counted = stage_a_activations(sizes, 32, stage_a.halo)
+    assert live.peak <= counted <= 1.15 * live.peak
+
+
+# --- loading ahead --------------------------------------------------------------------------------
+
+
+def test_a_module_is_loaded_beside_what_else_is_done() -> None:
+    offloaded = Offloaded(lambda home, _: nn.Linear(2, 2, device=home), Placement(CPU))
+    offloaded.load_ahead()
+    offloaded.load_ahead()
+    assert offloaded._ahead.result() is offloaded.module is offloaded.module
+
+
+def test_an_error_of_loading_ahead_comes_out_at_the_use(family_folder: Path) -> None:
+    pipeline = pipeline_of(family_folder)
+    pipeline.stage_b = Offloaded(broken_file, Placement(CPU))
+    with pytest.raises(CheckpointError, match="b.safetensors is damaged"):
+        pixels(pipeline)
+
+
+def broken_file(_home: torch.device, _checked: bool) -> nn.Module:
+    raise CheckpointError("b.safetensors is damaged: delete it")
