@@ -44,6 +44,13 @@ def repository_of(file: str | Path) -> Path | None:
     return None
 
 
+def user_cache() -> Path:
+    """This project's folder among the caches of the user, which may not exist yet."""
+    home = os.path.expanduser("~")
+    places = {"darwin": f"{home}/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", home)}
+    return Path(os.environ.get("XDG_CACHE_HOME") or places.get(sys.platform, f"{home}/.cache"), "ultrapixel")
+
+
 def _is_there(path: str) -> bool:
     special = _SPECIAL.search(path)
     folder = os.path.dirname(path[: special.start()]) if special else None

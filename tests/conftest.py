@@ -18,6 +18,12 @@ sys.path.insert(0, str(ROOT / "models"))
 from random_family import Family, write_family  # noqa: E402
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tests' hashes do not go into the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def reference_folder() -> Path:
     return ROOT / "tests" / "reference"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,6 @@ from core.weights.checkpoint import (
     CheckpointError,
     check_file,
     config_metadata,
-    file_sha256,
     load_module,
     open_tensors,
     read_config,
@@ -669,20 +667,3 @@ def test_the_disk_has_the_data_before_the_name(
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
     save_tensors(tmp_path / "w", state, {})
     assert calls == ["fsync", "replace"] + ["fsync"] * (os.name == "posix")
-
-
-# --- hashes ---------------------------------------------------------------------------------------
-
-
-def test_hashes_are_computed_once_per_version_of_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "w"
-    path.write_bytes(b"one")
-    assert file_sha256(path) == hashlib.sha256(b"one").hexdigest()
-    monkeypatch.setattr(core.weights.checkpoint.hashlib, "sha256", fail)
-    assert file_sha256(str(path)) == file_sha256(path)
-    monkeypatch.undo()
-    path.write_bytes(b"two")
-    os.utime(path, ns=(1, 1))
-    assert file_sha256(path) == hashlib.sha256(b"two").hexdigest()

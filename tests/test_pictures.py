@@ -11,8 +11,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -109,7 +112,7 @@ def test_what_is_done_before_the_run_breaks_off_is_kept(
     assert seeds(tmp_path) == [0, 1]
 
 
-def test_each_picture_is_saved_before_the_next_is_decoded(
+def test_a_picture_is_saved_while_the_next_one_is_made_and_one_waits_at_most(
     pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode, there = core.pipeline.pipeline.decode_picture, []
@@ -120,7 +123,21 @@ def test_each_picture_is_saved_before_the_next_is_decoded(
 
     monkeypatch.setattr(core.pipeline.pipeline, "decode_picture", watched)
     assert make(pipeline, tmp_path) == 0
-    assert there == [0, 1, 2] and seeds(tmp_path) == [0, 1, 2]
+    assert there[0] == 0 and there[2] >= 1 and seeds(tmp_path) == [0, 1, 2]
+
+
+def test_pictures_are_encoded_in_a_thread_of_its_own(
+    pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, names = core.commands.pictures.save_new_image, []
+
+    def watched(*args: object) -> Path:
+        names.append(threading.current_thread().name)
+        return save(*args)
+
+    monkeypatch.setattr(core.commands.pictures, "save_new_image", watched)
+    assert make(pipeline, tmp_path) == 0
+    assert len(names) == 3 and all(name.startswith("saving") for name in names)
 
 
 def test_where_stages_stay_in_place_each_picture_is_finished_first(loaded: UltraPixelPipeline) -> None:
@@ -242,18 +259,45 @@ def test_a_folder_that_is_gone_is_made_again(tmp_path: Path) -> None:
     assert held.add(picture()) == tmp_path / "out" / "a_fox_狐_64x64_3.png"
 
 
-def test_ctrl_c_while_a_picture_is_saved_does_not_cost_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken")])
+def test_what_is_being_saved_when_the_run_ends_is_saved_without_waiting_for_hashes(
+    pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    def interrupted(_: object, wait: bool = True) -> dict[str, str]:
-        if wait:
-            raise KeyboardInterrupt
-        return {}
+    let_go = threading.Event()
+    monkeypatch.setattr(core.pipeline.made, "file_sha256", lambda _: let_go.wait(60) and "")
+    monkeypatch.setattr(pipeline, "_hashes", None)
+    decode, calls = core.pipeline.pipeline.decode_picture, []
 
-    monkeypatch.setattr(WeightHashes, "result", interrupted)
+    def breaks_off(*args: object) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return decode(*args)
+
+    monkeypatch.setattr(core.pipeline.pipeline, "decode_picture", breaks_off)
+    with pytest.raises(type(error)):
+        make(pipeline, tmp_path)
+    let_go.set()
+    assert seeds(tmp_path) == [0]
+    assert read_image_metadata(next(tmp_path.iterdir()))["weights"] == {}
+
+
+def test_ctrl_c_while_the_last_picture_is_saved_does_not_cost_it(
+    pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait, calls = futures.wait, []
+
+    def interrupted(waited: Sequence[Future], **named: object) -> object:
+        calls.append(len(waited))
+        if len(waited) == len(JOBS):  # at the end
+            monkeypatch.setattr(futures, "wait", wait)
+            raise KeyboardInterrupt
+        return wait(waited, **named)
+
+    monkeypatch.setattr(futures, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        gallery(tmp_path).add(picture())
-    assert seeds(tmp_path) == [3]
+        make(pipeline, tmp_path)
+    assert seeds(tmp_path) == [0, 1, 2]
 
 
 def test_what_a_controlnet_saw_replaces_nothing_and_may_fail(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from core.images import picture_stem, save_image, save_new_image, to_image
 from core.pipeline.control import Control
 from core.pipeline.made import Picture, Record
 from core.pipeline.pipeline import UltraPixelPipeline, load_previewer
-from core.pipeline.progress import Observer, Progress, ProgressBars, Together
+from core.pipeline.progress import Progress, ProgressBars, Together
 from core.pipeline.resolution import plan_for
 from core.printable import say
 
@@ -69,15 +70,8 @@ class Gallery:
     record: Record
 
     def add(self, picture: Picture) -> Path:
-        """Save a picture and return its path, also if Ctrl-C comes meanwhile."""
-        try:
-            return self._save(picture, self.record.metadata(picture.job))
-        except KeyboardInterrupt:
-            self._save(picture, self.record.metadata(picture.job, wait=False))
-            raise
-
-    def _save(self, picture: Picture, metadata: Mapping[str, Any]) -> Path:
         """Save a picture under a name made of its prompt, size and seed; where that fails, elsewhere."""
+        metadata = self.record.metadata(picture.job)
         job, image, failures = picture.job, picture.image, []
         text = self.record.text(job)
         for folder, stem, format in self._ways(job):
@@ -137,34 +131,59 @@ def make_pictures(
     folder, format = arguments.output_dir, arguments.format
     gallery = Gallery(folder, format, pipeline.record(settings, models))
     previews = [Previews(pipeline, folder, format)] if arguments.preview else []
-    with closing(ProgressBars(jobs)) as bars:
+    with closing(ProgressBars(jobs)) as bars, Saving(gallery, bars, control) as saving:
         observe = Together([bars, *previews])
         for start in range(0, len(jobs), pipeline.group):
             group = jobs[start : start + pipeline.group]
-            _make_group(pipeline, group, gallery, bars, observe, control)
+            controls = () if control is None else [control] * len(group)
+            for picture in pipeline.pictures(group, settings, observe, controls):
+                saving.add(picture)
+            saving.check()
     say(usage_table(list(pipeline.uses.values())), sys.stderr)
     return 0
 
 
-def _make_group(
-    pipeline: UltraPixelPipeline,
-    jobs: Sequence[Job],
-    gallery: Gallery,
-    bars: ProgressBars,
-    observe: Observer,
-    control: Control | None,
-) -> None:
-    """Make and save the pictures of jobs that go through the stages together; one that fails, fails alone."""
-    controls = () if control is None else [control] * len(jobs)
-    failures = []
-    for picture in pipeline.pictures(jobs, gallery.record.settings, observe, controls):
+class Saving:
+    """Saves pictures in a thread of its own while the next ones compute; one that fails, fails alone.
+
+    As a context, it ends when all are saved, also after an error or Ctrl-C, which then waits for no hashes.
+    """
+
+    def __init__(self, gallery: Gallery, bars: ProgressBars, control: Control | None) -> None:
+        self._gallery, self._bars, self._control = gallery, bars, control
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saving")
+        self._saved: list[Future[None]] = []
+
+    def add(self, picture: Picture) -> None:
+        """Save a picture, once the one before is saved, so that few are held."""
+        self._saved.append(self._pool.submit(self._save, picture))
+        futures.wait(self._saved[-2:-1])
+
+    def check(self) -> None:
+        """Raise the first error of what has been saved by now."""
+        for saved in self._saved:
+            if saved.done():
+                saved.result()
+
+    def _save(self, picture: Picture) -> None:
+        path = self._gallery.add(picture)
+        if self._control is not None:
+            save_beside(path, self._control)
+        self._bars.say(f"seed {picture.job.seed}: {path}")
+
+    def __enter__(self) -> Saving:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._gallery.record.hashes.hurry()
         try:
-            path = gallery.add(picture)
-        except (OSError, ValueError) as error:
-            failures.append(error)
-            continue
-        if control is not None:
-            save_beside(path, control)
-        bars.say(f"seed {picture.job.seed}: {path}")
-    if failures:
-        raise failures[0]
+            futures.wait(self._saved)
+        except KeyboardInterrupt:
+            self._gallery.record.hashes.hurry()
+            futures.wait(self._saved)
+            raise
+        finally:
+            self._pool.shutdown()
+        if kind is None:
+            self.check()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from PIL import Image
@@ -19,8 +21,9 @@ from torch import Tensor
 from core.config.settings import Job, Settings
 from core.images import format_of, save_image, to_image
 from core.paths import at_home
-from core.weights.checkpoint import file_sha256
+from core.weights.hashes import file_sha256
 
+HURRIED_WITHIN = 0.1  # seconds
 PACKAGES = ("ultrapixel", "torch", "transformers")
 
 
@@ -33,9 +36,9 @@ class Record:
     model: str  # its name, for other programs
     hashes: WeightHashes
 
-    def metadata(self, job: Job, wait: bool = True) -> dict[str, Any]:
-        """What `picture_metadata` gives; `wait` as in `WeightHashes.result`."""
-        return picture_metadata(job, self.settings, self.models, self.hashes.result(wait))
+    def metadata(self, job: Job) -> dict[str, Any]:
+        """What `picture_metadata` gives."""
+        return picture_metadata(job, self.settings, self.models, self.hashes.result())
 
     def text(self, job: Job) -> str:
         """What `infotext` gives."""
@@ -91,7 +94,7 @@ class Pictures(list[Picture]):
 
 
 class WeightHashes:
-    """SHA-256 of the weight files, computed beside the run in a thread of its own."""
+    """SHA-256 of the weight files, found beside the run in a thread of its own."""
 
     def __init__(self, files: Mapping[str, str], known: WeightHashes | None = None) -> None:
         """`known` are those of an earlier run: a file that is as it was is not read again."""
@@ -104,10 +107,17 @@ class WeightHashes:
             for path, stamp in self._stamps.items()
         }
         pool.shutdown(wait=False)
+        self._hurried = Event()
 
-    def result(self, wait: bool = True) -> dict[str, str]:
-        """File name to hash, of those that can be read; those still being read are waited for or left out."""
-        done = {path: future for path, future in self._hashes.items() if wait or future.done()}
+    def hurry(self) -> None:
+        """Let nobody wait for hashes any longer."""
+        self._hurried.set()
+
+    def result(self) -> dict[str, str]:
+        """File name to hash, of those that can be read; all are waited for, unless that is to be hurried."""
+        while not self._hurried.is_set() and not all(future.done() for future in self._hashes.values()):
+            futures.wait(self._hashes.values(), timeout=HURRIED_WITHIN)
+        done = {path: future for path, future in self._hashes.items() if future.done()}
         return {path: future.result() for path, future in done.items() if _was_read(path, future)}
 
 

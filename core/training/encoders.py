@@ -32,8 +32,9 @@ from core.pipeline.conditioning import Conditions, conditions
 from core.pipeline.pipeline import DTYPES
 from core.pipeline.resolution import lr_training_size
 from core.training.run import Run, plain_positions
-from core.weights.checkpoint import file_sha256, load_module
+from core.weights.checkpoint import load_module
 from core.weights.clip import ImageEncoder, TextEncoder, find_text_encoder
+from core.weights.hashes import file_sha256
 from modules.effnet import EfficientNetEncoder, imagenet_normalise
 from modules.stage_c import StageC
 

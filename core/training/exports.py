@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from core.weights.checkpoint import file_sha256, replacing
+from core.weights.checkpoint import replacing
+from core.weights.hashes import file_sha256
 
 Export = Callable[[Mapping[str, Tensor], int], None]  # of named tensors at an update
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -14,7 +13,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -36,7 +34,6 @@ Translate = Callable[[Iterable[str]], Mapping[str, str]]  # a file's names -> ow
 Shapes = Mapping[str, tuple[int, ...]]
 
 SNIFFED_BYTES = 512
-HASHED_BYTES = 1 << 22  # read at once
 MAPPED_BYTES = 1 << 25  # of a file that are read before its pages are let go,
 MAPPED_SHARE = 1 / 64  # or this share of a large file
 NAMED = 3  # tensors that an error names before it counts the rest
@@ -122,22 +119,6 @@ def _load_archive(path: Path, content: Content) -> object:
         raise CheckpointError(
             f"{path} is cut short or no torch archive ({cause}): {_fetch_again(path)}"
         ) from None
-
-
-def file_sha256(path: PathLike) -> str:
-    """The sha256 of a file in hexadecimal, computed once per process as long as the file stays the same."""
-    path = Path(path).resolve()
-    status = path.stat()
-    return _sha256(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache
-def _sha256(path: Path, size: int, modified: int) -> str:  # noqa: ARG001  both are part of the cache's key
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(HASHED_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- reading --------------------------------------------------------------------------------------
