@@ -33,6 +33,7 @@ from core.weights.checkpoint import (
 )
 from core.weights.layouts import guidance_names, to_published_guidance
 from core.weights.mapped import DTYPES
+from core.weights.ring import Ring
 from modules.controlnet import ControlNet
 from modules.effnet import EfficientNetEncoder
 from modules.guidance import Guidance
@@ -540,7 +541,7 @@ def test_nothing_is_read_of_a_file_that_does_not_fit(
     tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_safetensors(tmp_path / "w", {**state, "stray": torch.ones(1)})
-    monkeypatch.setattr(core.weights.checkpoint, "_checked_copy", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(core.weights.checkpoint, "_copied", lambda *_: pytest.fail("a tensor was read"))
     refusal(lambda: load_small(tmp_path / "w"))
 
 
@@ -667,3 +668,20 @@ def test_the_disk_has_the_data_before_the_name(
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
     save_tensors(tmp_path / "w", state, {})
     assert calls == ["fsync", "replace"] + ["fsync"] * (os.name == "posix")
+
+
+# --- to a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [16, 64, 1 << 12])
+def test_what_goes_through_the_ring_is_what_was_sent(stored: torch.dtype, size: int) -> None:
+    torch.manual_seed(0)
+    sources = [torch.randn(shape).to(stored) for shape in ((3, 50), (7,), (1, 2, 3, 4), (0, 3), ())]
+    sources.append(torch.randn(6, 9).to(stored).T)
+    ring = Ring(torch.device("cpu"), size=size)
+    for dtype in (torch.float32, torch.bfloat16):
+        with ring.in_use():
+            copies = [ring.copy(source, dtype) for source in sources]
+        for copy, source in zip(copies, sources, strict=True):
+            assert copy.dtype == dtype and copy.is_contiguous() and torch.equal(copy, source.to(dtype))

@@ -26,6 +26,7 @@ from core.weights.layouts import UNKNOWN, describe_mismatch, identify
 from core.weights.mapped import map_safetensors
 from core.weights.published import describe_absent, fetching, published_at
 from core.weights.quantised import dequantise, is_quantised, split_scales
+from core.weights.ring import Ring
 
 PathLike = str | os.PathLike[str]
 Content = Literal["safetensors", "zip", "pickle"]
@@ -181,7 +182,8 @@ def read_tensors(
     for name, tensor, scale in _drain(path, tensors, scales):
         own = torch.float32 if is_quantised(tensor, scale) else tensor.dtype
         wanted = dtype if dtype and own.is_floating_point else own
-        copies[name] = _checked_copy(path, name, tensor, scale, wanted, device)
+        copies[name] = _copied(path, name, tensor, scale, wanted, device)
+    check_finite(path, copies)
     return copies
 
 
@@ -253,26 +255,22 @@ def _drain(
         yield name, tensor, scales.get(name)
 
 
-def _checked_copy(
+def _copied(
     path: Path,
     name: str,
     tensor: Tensor,
     scale: Tensor | None,
     dtype: torch.dtype,
     device: torch.device | str,
-    checked: bool = True,
 ) -> Tensor:
-    """A contiguous copy, of what a quantised tensor means; CheckpointError for NaN or infinity."""
+    """A contiguous copy, of what a quantised tensor means."""
     copy = torch.empty(tensor.shape, dtype=dtype, device=device)
-    if is_quantised(tensor, scale):
-        try:
-            dequantise(tensor, scale, copy)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from None
-    else:
-        copy.copy_(tensor)
-    if checked:  # in the file's numbers: finite ones may be infinite in another format, as they are used
-        check_finite(path, {name: tensor if copy.device.type == "cpu" and scale is None else copy})
+    if not is_quantised(tensor, scale):
+        return copy.copy_(tensor)
+    try:
+        dequantise(tensor, scale, copy)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name} cannot be read: {error}") from None
     return copy
 
 
@@ -336,18 +334,39 @@ def load_module(
     shapes = _shapes(tensors)
     names = translate(shapes) if translate else {name: name for name in shapes}
     _check_fit(path, what, shapes, names, _shapes(wanted))
-    state = {}
-    for name, tensor, scale in _drain(path, tensors, scales):
-        if name in names:
-            goal = wanted[names[name]]
-            copied = dtype if goal.is_floating_point() else goal.dtype
-            state[names[name]] = _checked_copy(path, name, tensor, scale, copied, device, checked)
+    wanted_dtypes = {
+        n: dtype if (g := wanted[own]).is_floating_point() else g.dtype for n, own in names.items()
+    }
+    filled = _filled(path, tensors, scales, wanted_dtypes, torch.device(device))
+    if checked:
+        check_finite(path, filled)
+    state = {own: filled[name] for name, own in names.items()}
     for counter in wanted.keys() - state.keys():
         state[counter] = torch.zeros_like(wanted[counter], device=device)
     module.load_state_dict(state, assign=True)
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         assert not tensor.is_meta, f"{what}: {name} is in no file: compute it where it is used"
     return module.eval().requires_grad_(False)
+
+
+def _filled(
+    path: Path,
+    tensors: dict[str, Tensor],
+    scales: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Copies of those tensors of a file that have a number format in `dtypes`, on a device."""
+    given = ((n, t, s) for n, t, s in _drain(path, tensors, scales) if n in dtypes)
+    if device.type != "cuda":
+        return {name: _copied(path, name, t, scale, dtypes[name], device) for name, t, scale in given}
+    ring, copies = Ring(device), {}
+    with ring.in_use():
+        for name, tensor, scale in given:
+            if is_quantised(tensor, scale):
+                tensor = _copied(path, name, tensor, scale, dtypes[name], "cpu")
+            copies[name] = ring.copy(tensor, dtypes[name])
+    return copies
 
 
 def _check_fit(path: Path, what: str, shapes: Shapes, names: Mapping[str, str], wanted: Shapes) -> None:
