@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import core.pipeline.pipeline
 from core.commands.flags import picture_parser
 from core.config.offloading import MODES, offload_named
+from core.config.schema import stage_c_sizes
 from core.config.settings import Job, Settings
 from core.pipeline.control import Control
 from core.pipeline.estimate import (
@@ -28,7 +29,10 @@ from core.pipeline.offload import BlockStream, Offloaded, PackedBlock, Placement
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan
 from core.weights.checkpoint import CheckpointError
+from core.weights.lora.files import LoraFile
+from core.weights.lora.merging import WeightedLora
 from modules.blocks import AttnBlock, ResBlock
+from modules.lora import LoraUpdate
 from modules.stage_a import StageA
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -97,7 +101,7 @@ def test_a_blocks_weights_are_held_once(family_folder: Path) -> None:
     stage_c = pipeline_of(family_folder, "block").stage_c
     with stage_c.on_device() as module:
         blocks = [block for block in module.modules() if isinstance(block, ResBlock | AttnBlock)]
-        rests = {block.memory.data_ptr() for block in stage_c._packed}
+        rests = {block.memory.untyped_storage().data_ptr() for block in stage_c._packed}
         assert len(rests) == len(blocks)
         for block in blocks:
             storages = {p.untyped_storage().data_ptr() for p in block.parameters()}
@@ -275,3 +279,41 @@ def test_an_error_of_loading_ahead_comes_out_at_the_use(family_folder: Path) -> 
 
 def broken_file(_home: torch.device, _checked: bool) -> nn.Module:
     raise CheckpointError("b.safetensors is damaged: delete it")
+
+
+# --- 8-bit weights --------------------------------------------------------------------------------
+
+
+def test_8_bit_weights_make_the_same_picture_in_every_mode_and_nearly_that_of_whole_ones(
+    family_folder: Path, expected: list[Tensor]
+) -> None:
+    made = [pixels(pipeline_of(family_folder, mode, int8=True)) for mode in MODES]
+    assert same(made[0], made[1]) and same(made[0], made[2]) and not same(made[0], expected)
+    assert all((a - b).abs().mean() < 0.05 for a, b in zip(made[0], expected, strict=True))
+
+
+def test_8_bit_weights_take_a_quarter_of_float32_and_are_off_by_half_a_level() -> None:
+    block = ResBlock(32)
+    nn.init.normal_(block.channelwise[0].weight)
+    before = [p.detach().clone() for p in block.parameters()]
+    packed = PackedBlock("x", block, pinned=False, int8=True)
+    assert packed.memory.nbytes < 0.4 * sum(p.nbytes for p in before)
+    assert all(p.is_meta for p in block.parameters())
+    for a, b in zip(packed.open(packed.memory), before, strict=True):
+        level = b.flatten(1).abs().amax(1).view(-1, *(1,) * (b.dim() - 1)) / 127 if b.dim() > 1 else 0
+        assert ((a - b).abs() <= 0.5001 * level).all()
+
+
+def test_loras_are_merged_before_weights_become_8_bit(family_folder: Path) -> None:
+    pipeline = pipeline_of(family_folder, int8=True)
+    plain = pixels(pipeline)
+    name = next(
+        n for n, _ in pipeline.stage_c.module.named_parameters() if n.endswith("channelwise.0.weight")
+    )
+    shape = pipeline.stage_c.module.get_parameter(name).shape
+    update = LoraUpdate(torch.ones(1, shape[1]), torch.ones(shape[0], 1))
+    sizes = stage_c_sizes(pipeline.config_c)
+    pipeline.set_loras(WeightedLora(LoraFile({name: update}, sizes)))
+    assert not same(pixels(pipeline), plain)
+    pipeline.set_loras([])
+    assert same(pixels(pipeline), plain)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +22,7 @@ Check = Callable[[Mapping[str, Tensor]], None]  # looks for NaN, where the tenso
 HOST = torch.device("cpu")
 STREAMED = (ResBlock, AttnBlock)  # they hold nearly all weights of Stages B and C
 ENTRIES = ("keys_values", "forward")  # the methods of these that use weights
+INT8_MAX, TINY = 127, 1e-30  # of rows that are all zeros the scale is any
 ALIGNED = 256  # bytes; each tensor of a block begins at a multiple, as torch's own do
 
 
@@ -44,7 +45,8 @@ class Offloaded(Generic[M]):
     Its weights keep their place in CPU memory meanwhile, so leaving the device copies nothing. They must
     not be changed on the device: what is changed there is lost. The mode none leaves them there instead, with
     no copy in CPU memory; the mode block brings the large blocks of Stages B and C one by one. `prepare` is
-    called before each use, with the module where it rests.
+    called before each use, with the module where it rests. With `int8` the large blocks rest as 8-bit
+    integers, in any mode, and are opened one by one.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class Offloaded(Generic[M]):
         placement: Placement,
         prepare: Callable[[M], None] | None = None,
         check: Check | None = None,
+        int8: bool = False,
     ) -> None:
         self._load = load
+        self._int8 = int8
         self._placement = placement
         self._prepare = prepare
         self._check = check  # what is not yet done of it: on the CPU it would be a pass over all weights
@@ -78,19 +82,29 @@ class Offloaded(Generic[M]):
         if self._module is None and self._ahead is None:
             self._ahead = _in_thread(self._loaded)
 
+    def forget(self) -> None:
+        """Let the module go: it is loaded anew at its next use."""
+        self._module, self._ahead, self._packed = None, None, []
+
     def settle(self) -> None:
         """Move the weights to where they rest now."""
-        if self._module is not None and self._placement.device.type == "cuda":
-            if self._placement.mode == NONE:
-                self._packed = []
-            self._module.to(self._placement.home)
+        if self._module is None or self._placement.device.type != "cuda":
+            return
+        home = self._placement.home
+        for owner, name, tensor in _tensors(self._module):
+            if tensor.device.type not in (home.type, "meta"):
+                setattr(owner, name, _in_place_of(tensor, tensor.detach().to(home)))
+        if self._placement.mode == NONE and not self._int8:
+            self._packed = []
+        for packed in self._packed:
+            packed.memory = packed.memory.to(home)
 
     @contextmanager
     def on_device(self) -> Iterator[M]:
         """The module, on the device."""
-        module, device = self.module, self._placement.device
-        blocks = self._blocks(module) if self._placement.mode == BLOCK else []
-        if not blocks and (self._placement.mode == NONE or device.type == "cpu"):
+        module, device, mode = self.module, self._placement.device, self._placement.mode
+        blocks = self._blocks(module) if mode == BLOCK or self._int8 else []
+        if not blocks and (mode == NONE or device.type == "cpu"):
             yield module
             return
         with ExitStack() as stack:
@@ -98,16 +112,16 @@ class Offloaded(Generic[M]):
             stack.enter_context(_visiting(module, device, streamed))
             if self._check is not None:
                 self._check(_on(device, module.state_dict()))
-            if blocks:
+            if blocks and mode == BLOCK:
                 stack.enter_context(BlockStream(blocks, device, self._check).in_use())
-            else:
-                self._check = None
+            elif blocks:
+                stack.enter_context(opened(blocks, device))
             yield module
         self._check = None
 
     def _loaded(self) -> M:
-        home = self._placement.home
-        if home.type == self._placement.device.type:
+        home = HOST if self._int8 else self._placement.home
+        if home.type == self._placement.device.type or self._int8:
             self._check = None  # the weights are looked at as they arrive
         return self._load(home, self._check is None)
 
@@ -115,7 +129,8 @@ class Offloaded(Generic[M]):
         if not self._packed:
             pinned = self._placement.device.type == "cuda"
             found = [(name, block) for name, block in module.named_modules() if isinstance(block, STREAMED)]
-            self._packed = [PackedBlock(name, block, pinned) for name, block in found]
+            self._packed = [PackedBlock(name, block, pinned, self._int8) for name, block in found]
+            self.settle()
         return self._packed
 
 
@@ -159,44 +174,99 @@ def _in_place_of(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 class PackedBlock:
-    """A block whose tensors lie in one piece of CPU memory, so that one copy moves them."""
+    """A block whose tensors lie in one piece of memory, so that one copy moves them.
 
-    def __init__(self, name: str, block: nn.Module, pinned: bool) -> None:
-        self.name, self.block = name, block
+    With `int8` its matrices are 8-bit integers there, with a scale for each row, and have no other place.
+    """
+
+    def __init__(self, name: str, block: nn.Module, pinned: bool, int8: bool = False) -> None:
+        self.name, self.block, self._int8 = name, block, int8
         self._held = _tensors(block)
-        self._spans: list[tuple[int, int]] = []  # bytes of each tensor
+        stored = [part for _, _, tensor in self._held for part in self._stored(tensor.detach())]
+        self._parts: list[tuple[int, torch.dtype, torch.Size]] = []  # where each begins
         end = 0
-        for _, _, tensor in self._held:
-            self._spans.append((end, end + tensor.nbytes))
-            end += -(-tensor.nbytes // ALIGNED) * ALIGNED
+        for part in stored:
+            self._parts.append((end, part.dtype, part.shape))
+            end += -(-part.nbytes // ALIGNED) * ALIGNED
         self.memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
-        packed = self.views(self.memory)
-        for (owner, name, tensor), view in zip(self._held, packed, strict=True):
-            setattr(owner, name, _in_place_of(tensor, view.copy_(tensor)))
+        views = self._views(self.memory)
+        for view, part in zip(views, stored, strict=True):
+            view.copy_(part)
+        rests = [tensor.detach().to("meta") for _, _, tensor in self._held] if int8 else views
+        for (owner, own_name, tensor), rest in zip(self._held, rests, strict=True):
+            setattr(owner, own_name, _in_place_of(tensor, rest))
         self._held = _tensors(block)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Where they rest."""
+        """Where they rest; without content with `int8`."""
         return [tensor for _, _, tensor in self._held]
 
-    def views(self, memory: Tensor) -> list[Tensor]:
-        """The block's tensors in another piece of memory that holds them."""
+    def open(self, memory: Tensor) -> list[Tensor]:
+        """The block's tensors from a piece of memory that holds what `memory` does."""
+        parts = iter(self._views(memory))
+        return [self._opened(next(parts), tensor.dtype, parts) for tensor in self.tensors]
+
+    def _stored(self, tensor: Tensor) -> list[Tensor]:
+        if not self._int8 or tensor.dim() < 2:
+            return [tensor]
+        rows = tensor.float().flatten(1)
+        scales = rows.abs().amax(dim=1, keepdim=True).clamp(min=TINY) / INT8_MAX  # (rows, 1)
+        return [(rows / scales).round().to(torch.int8).view(tensor.shape), scales]
+
+    def _opened(self, stored: Tensor, dtype: torch.dtype, parts: Iterator[Tensor]) -> Tensor:
+        if stored.dtype != torch.int8:
+            return stored
+        return (stored.flatten(1) * next(parts)).to(dtype).view(stored.shape)
+
+    def _views(self, memory: Tensor) -> list[Tensor]:
         return [
-            memory[start:end].view(tensor.dtype).view(tensor.shape)
-            for (start, end), (_, _, tensor) in zip(self._spans, self._held, strict=True)
+            memory[start : start + dtype.itemsize * shape.numel()].view(dtype).view(shape)
+            for start, dtype, shape in self._parts
         ]
 
     @contextmanager
-    def using(self, views: Sequence[Tensor]) -> Iterator[None]:
+    def using(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Within it, the block computes with other tensors than its own."""
         try:
-            for (owner, name, tensor), view in zip(self._held, views, strict=True):
-                setattr(owner, name, _in_place_of(tensor, view))
+            for (owner, name, tensor), other in zip(self._held, tensors, strict=True):
+                setattr(owner, name, _in_place_of(tensor, other))
             yield
         finally:
             for owner, name, tensor in self._held:
                 setattr(owner, name, tensor)
+
+
+Call = Callable[
+    ..., Any
+]  # (number of a block, a method's name, the method, its arguments) -> what that returns
+
+
+@contextmanager
+def _calling(blocks: Sequence[PackedBlock], call: Call) -> Iterator[None]:
+    """Within it, `call` stands before the methods of blocks that use weights."""
+    try:
+        for number, packed in enumerate(blocks):
+            for name in _entries(packed.block):
+                setattr(packed.block, name, partial(call, number, name, getattr(packed.block, name)))
+        yield
+    finally:
+        for packed in blocks:
+            for name in _entries(packed.block):
+                vars(packed.block).pop(name, None)  # that of its class comes back
+
+
+@contextmanager
+def opened(blocks: Sequence[PackedBlock], device: torch.device) -> Iterator[None]:
+    """Within it, all blocks are on the device as they are packed, and each is opened for its use."""
+    there = [packed.memory.to(device, non_blocking=True) for packed in blocks]
+
+    def call(number: int, _name: str, method: Callable[..., Any], *given: Any) -> Any:
+        with blocks[number].using(blocks[number].open(there[number])):
+            return method(*given)
+
+    with _calling(blocks, call):
+        yield
 
 
 @dataclass
@@ -205,7 +275,6 @@ class Place:
 
     memory: Tensor
     block: int | None = None
-    views: list[Tensor] = field(default_factory=list)
     ready: torch.cuda.Event | None = None  # once the block is there
     free: torch.cuda.Event | None = None  # once what was computed with it is done
 
@@ -231,16 +300,8 @@ class BlockStream:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Within it, the blocks compute with what is brought."""
-        try:
-            for number, packed in enumerate(self._blocks):
-                for name in _entries(packed.block):
-                    method = getattr(packed.block, name)
-                    setattr(packed.block, name, partial(self._call, number, name, method))
+        with _calling(self._blocks, self._call):
             yield
-        finally:
-            for packed in self._blocks:
-                for name in _entries(packed.block):
-                    delattr(packed.block, name)  # that of its class comes back
 
     def _call(self, number: int, name: str, method: Callable[..., Any], *given: Any) -> Any:
         place = next((place for place in self._places if place.block == number), None)
@@ -254,8 +315,9 @@ class BlockStream:
         if other.block != following and following != number:
             self._bring(following, other)
         try:
-            self._look_for_nan(number, place)
-            with self._blocks[number].using(place.views):
+            tensors = self._blocks[number].open(place.memory)
+            self._look_for_nan(number, tensors)
+            with self._blocks[number].using(tensors):
                 return method(*given)
         finally:
             if self._copying is not None:
@@ -263,8 +325,7 @@ class BlockStream:
 
     def _bring(self, number: int, place: Place) -> None:
         packed = self._blocks[number]
-        if place.block != number:
-            place.block, place.views = number, packed.views(place.memory)
+        place.block = number
         goal = place.memory[: len(packed.memory)]
         if self._copying is None:
             goal.copy_(packed.memory)
@@ -275,11 +336,11 @@ class BlockStream:
             goal.copy_(packed.memory, non_blocking=True)
         place.ready = self._copying.record_event()
 
-    def _look_for_nan(self, number: int, place: Place) -> None:
+    def _look_for_nan(self, number: int, tensors: Sequence[Tensor]) -> None:
         if number in self._unchecked:
             self._unchecked.remove(number)
             name = self._blocks[number].name
-            self._check({f"{name}.{part}": view for part, view in enumerate(place.views)})
+            self._check({f"{name}.{part}": view for part, view in enumerate(tensors)})
 
     def _following(self, number: int, name: str) -> int:
         """The block that is likely to be asked next for the same: a wrong guess costs time alone."""

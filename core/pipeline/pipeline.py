@@ -120,7 +120,8 @@ class UltraPixelPipeline:
 
     Stages are loaded at their first use. `offload` says where they rest: all on the device (none, or
     `resident`), there one at a time (stage), or block by block (block); auto chooses by what is free. Where
-    the device's memory is full, the run goes on with the next smaller of these.
+    the device's memory is full, the run goes on with the next smaller of these. With `int8` the large
+    blocks of Stages C and B rest as 8-bit integers: half the memory, and a little worse pictures.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class UltraPixelPipeline:
         resident: bool = False,
         allow_download: bool = False,
         offload: str = AUTO,
+        int8: bool = False,
     ) -> None:
         self.config_c, self.config_b = config_c, config_b
         self.device = device_named(device)
@@ -161,14 +163,16 @@ class UltraPixelPipeline:
         build_c = partial(StageC, **asdict(stage_c_sizes(config_c)))
         self._loras = LoraMerger()
         path_c = config_c.generator_checkpoint_path
-        self.stage_c = stage(build_c, path_c, dtype_c, "Stage C", prepare=self._loras.into_stage_c)
+        self._int8 = int8
+        merge = self._loras.into_stage_c
+        self.stage_c = stage(build_c, path_c, dtype_c, "Stage C", prepare=merge, int8=int8)
         self.guidance = None
         if guidance_path is not None:
             self.guidance = Offloaded(
                 lambda home, _: load_guidance(config_c, guidance_path, dtype_c, home), self._placement
             )
         build_b = partial(StageB, **asdict(stage_b_sizes(config_b)))
-        self.stage_b = stage(build_b, config_b.generator_checkpoint_path, dtype_b, "Stage B")
+        self.stage_b = stage(build_b, config_b.generator_checkpoint_path, dtype_b, "Stage B", int8=int8)
         # In bfloat16 neighbouring shades of the picture would fall together, so Stage A stays in float32.
         build_a = partial(StageA, **asdict(stage_a_sizes(config_b)))
         self.stage_a = stage(build_a, config_b.stage_a_checkpoint_path, torch.float32, "Stage A")
@@ -184,6 +188,7 @@ class UltraPixelPipeline:
         resident: bool = False,
         allow_download: bool = False,
         offload: str = AUTO,
+        int8: bool = False,
     ) -> UltraPixelPipeline:
         """The pipeline of two configuration files and a file of guidance weights (None: without guidance).
 
@@ -192,8 +197,8 @@ class UltraPixelPipeline:
         guidance_path = None if pretrained_path is None else located(str(pretrained_path))
         overrides = [] if dtype is None else [f"dtype={number_format(dtype)}"]
         loaded = load_stage_c(config_c, overrides), load_stage_b(config_b, overrides)
-        pipeline = cls(*loaded, guidance_path, device, resident, allow_download, offload)
-        pipeline.flags = _model_flags(config_c, config_b, pretrained_path, dtype)
+        pipeline = cls(*loaded, guidance_path, device, resident, allow_download, offload, int8)
+        pipeline.flags = _model_flags(config_c, config_b, pretrained_path, dtype, int8)
         return pipeline
 
     @classmethod
@@ -206,6 +211,7 @@ class UltraPixelPipeline:
         resident: bool = False,
         allow_download: bool = False,
         offload: str = AUTO,
+        int8: bool = False,
     ) -> UltraPixelPipeline:
         """The pipeline of a preset (`core.config.PRESETS`), whose size and cfg are the calls' defaults.
 
@@ -223,10 +229,10 @@ class UltraPixelPipeline:
         )
         pipeline = cls(
             *(_with_models(config, folder) for config in loaded), guidance, device, resident,
-            allow_download, offload,
+            allow_download, offload, int8,
         )  # fmt: skip
         pipeline.preset = replace(preset, control_file=with_models(preset.control_file, folder))
-        pipeline.flags = _model_flags(preset.config_c, preset.config_b, named, dtype)
+        pipeline.flags = _model_flags(preset.config_c, preset.config_b, named, dtype, int8)
         return pipeline
 
     def __call__(
@@ -500,6 +506,9 @@ class UltraPixelPipeline:
         given = [loras] if isinstance(loras, str | Path | WeightedLora) else list(loras or ())
         wanted = tuple(self._lora(lora) for lora in given)
         check_loras(wanted, self.config_c)
+        if self._int8 and wanted != self._loras.wanted:  # nothing is left that could be undone
+            self.stage_c.forget()
+            self._loras.forget_stage_c()
         self._loras.wanted = wanted
 
     def _lora(self, given: str | Path | WeightedLora) -> WeightedLora:
@@ -783,11 +792,11 @@ def _report(observer: Observer | None, stage: str, job: Job) -> Callable[[Step, 
 
 
 def _model_flags(
-    config_c: str | Path, config_b: str | Path, guidance: str | Path | None, dtype: str | None
+    config_c: str | Path, config_b: str | Path, guidance: str | Path | None, dtype: str | None, int8: bool
 ) -> dict[str, Any]:
     """The values of the scripts' flags that tell the models."""
     named = {"config_c": config_c, "config_b": config_b, "pretrained_path": guidance or "none"}
-    return {**{flag: str(value) for flag, value in named.items()}, "dtype": dtype}
+    return {**{flag: str(value) for flag, value in named.items()}, "dtype": dtype, "int8": int8}
 
 
 def _with_models(config: C, folder: Path | None) -> C:

@@ -149,6 +149,10 @@ class LoraMerger:
         """Merge the updates of Stage C, if they are not yet."""
         self._bring("stage_c", lambda stack: self._merge_stage_c(stage_c, stack))
 
+    def forget_stage_c(self) -> None:
+        """Begin anew with a Stage C that was never merged into."""
+        self._merged.pop("stage_c", None)
+
     def into_text(self, encoder: TextEncoder) -> None:
         """Merge tokens and updates of the text encoder, if they are not yet."""
         self._bring("text", lambda stack: self._merge_text(encoder, stack))
