@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import core.pipeline.pipeline
 from core.commands.flags import picture_parser
+from core.commands.report import describe_plan
 from core.config.offloading import MODES, offload_named
-from core.config.schema import stage_c_sizes
+from core.config.schema import LatentGeometry, stage_c_sizes
 from core.config.settings import Job, Settings
 from core.pipeline.control import Control
 from core.pipeline.estimate import (
@@ -237,8 +238,6 @@ def test_on_the_cpu_weights_rest_where_they_compute(family_folder: Path) -> None
 
 
 def test_a_tile_fits_into_what_is_free() -> None:
-    from core.config.schema import LatentGeometry
-
     sizes = plan(4096, 4096, LatentGeometry())
     stage_a = StageA(c_hidden=64, bottleneck_blocks=2)
     needed = partial(stage_a_activations, sizes, 64, stage_a.halo)
@@ -249,8 +248,6 @@ def test_a_tile_fits_into_what_is_free() -> None:
 
 
 def test_stage_as_estimate_is_what_it_takes() -> None:
-    from core.config.schema import LatentGeometry
-
     sizes = plan(512, 512, LatentGeometry())
     stage_a = StageA(c_hidden=32, bottleneck_blocks=2)
     latent = torch.randn(1, 4, *sizes.stage_b_latent)
@@ -307,9 +304,7 @@ def test_8_bit_weights_take_a_quarter_of_float32_and_are_off_by_half_a_level() -
 def test_loras_are_merged_before_weights_become_8_bit(family_folder: Path) -> None:
     pipeline = pipeline_of(family_folder, int8=True)
     plain = pixels(pipeline)
-    name = next(
-        n for n, _ in pipeline.stage_c.module.named_parameters() if n.endswith("channelwise.0.weight")
-    )
+    name = "down_blocks.0.0.channelwise.0.weight"
     shape = pipeline.stage_c.module.get_parameter(name).shape
     update = LoraUpdate(torch.ones(1, shape[1]), torch.ones(shape[0], 1))
     sizes = stage_c_sizes(pipeline.config_c)
@@ -317,3 +312,27 @@ def test_loras_are_merged_before_weights_become_8_bit(family_folder: Path) -> No
     assert not same(pixels(pipeline), plain)
     pipeline.set_loras([])
     assert same(pixels(pipeline), plain)
+
+
+def test_what_warms_the_kernels_of_stages_b_and_a_runs(family_folder: Path) -> None:
+    pipeline = pipeline_of(family_folder)
+    with torch.no_grad():
+        pipeline._warm_stage_b(pipeline.stage_b.module)
+        pipeline._warm_stage_a(pipeline.stage_a.module)
+
+
+def test_a_dry_run_says_where_weights_would_rest(family_folder: Path) -> None:
+    pipeline = pipeline_of(family_folder)
+    text = describe_plan(pipeline, JOBS, QUICK)
+    assert "\noffload: none (on the CPU" in text
+    pipeline.device = torch.device("cuda")  # as if there were one
+    pipeline.best_offload = lambda *_: ("stage", "8.0 GiB are free on the device")
+    assert "\noffload: none; auto would choose stage (8.0 GiB" in describe_plan(pipeline, JOBS, QUICK)
+
+
+def test_8_bit_weights_are_counted_as_such(family_folder: Path) -> None:
+    sizes, weights = plan(64, 64, LatentGeometry()), []
+    for int8 in (False, True):
+        stages = pipeline_of(family_folder, int8=int8).estimate(sizes, QUICK)
+        weights.append([stage.weights for stage in stages])
+    assert [a / b for a, b in zip(*weights, strict=True)] == [4, 4, 1]

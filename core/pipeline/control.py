@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -184,6 +183,8 @@ def edges(pictures: Tensor, size: int, keep_aspect: bool = False) -> Tensor:
     reduced = (round(scale * height), round(scale * width)) if keep_aspect else (size, size)
     small = F.interpolate(pictures, size=reduced, mode="bilinear")
     eight_bit = (small * 255).byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    import cv2  # late: most pictures have no control
+
     found = np.stack([cv2.Canny(picture, *CANNY_THRESHOLDS) for picture in eight_bit])
     lines = torch.from_numpy(found)[:, None].to(pictures) / 255
     return F.interpolate(lines, size=(height, width), mode="bilinear")
@@ -307,6 +308,8 @@ def carried_on(source: Source) -> Image.Image:
     pixels, hole = np.array(picture), np.array(source.hole) >= HOLE_LEVEL * 255
     if hole.all():
         return picture
+    import cv2  # late: most pictures have no control
+
     _, labels = cv2.distanceTransformWithLabels(
         hole.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
     )
@@ -323,6 +326,8 @@ def blend(hole: Tensor) -> Tensor:
     picture's border is none: nothing is kept there.
     """
     inside = hole[0].byte().numpy()
+    import cv2  # late: most pictures have no control
+
     to_outside = cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     depth = (to_outside - 0.5).clip(min=0)  # px from the edge, which lies between two pixels
     count, labels = cv2.connectedComponents(inside, connectivity=8)

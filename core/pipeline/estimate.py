@@ -85,8 +85,12 @@ def estimate_stages(
     guidance: GuidanceSizes | None,
     sizes: Plan,
     both: tuple[bool, bool],
+    int8: bool = False,
 ) -> list[StageEstimate]:
-    """Device memory of each stage for a picture; `both` as `core.pipeline.passes.needs_unconditional`."""
+    """Device memory of each stage for a picture; `both` as `core.pipeline.passes.needs_unconditional`.
+
+    With `int8` all weights of Stages C and B are counted as 8-bit integers, which nearly all of them are.
+    """
     c, b, a = stage_c_sizes(config_c), stage_b_sizes(config_b), stage_a_sizes(config_b)
     bytes_c, bytes_b = (ELEMENT[config.dtype] for config in (config_c, config_b))
     count_c = parameter_count(partial(StageC, **asdict(c)))
@@ -98,8 +102,8 @@ def estimate_stages(
     maps_b = stage_b_activations(sizes, b.c_hidden[0], 1 + both[1], bytes_b)
     maps_a = stage_a_activations(sizes, a.c_hidden, stage_a.halo)
     return [
-        StageEstimate("stage C", count_c * bytes_c, maps_c),
-        StageEstimate("stage B", count_b * bytes_b, maps_b),
+        StageEstimate("stage C", count_c * (1 if int8 else bytes_c), maps_c),
+        StageEstimate("stage B", count_b * (1 if int8 else bytes_b), maps_b),
         StageEstimate("stage A", sum(p.numel() for p in stage_a.parameters()) * 4, maps_a),
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -77,10 +77,13 @@ class Offloaded(Generic[M]):
             self._prepare(self._module)
         return self._module
 
-    def load_ahead(self) -> None:
-        """Begin to load it beside what else is done; an error comes out at its use."""
+    def load_ahead(self, warm: Callable[[M], object] | None = None) -> None:
+        """Begin to load it beside what else is done; an error comes out at its use.
+
+        Where it stays on a GPU, `warm` then computes something small, so that its kernels are ready too.
+        """
         if self._module is None and self._ahead is None:
-            self._ahead = _in_thread(self._loaded)
+            self._ahead = _in_thread(lambda: self._warmed(self._loaded(), warm))
 
     def forget(self) -> None:
         """Let the module go: it is loaded anew at its next use."""
@@ -124,6 +127,15 @@ class Offloaded(Generic[M]):
         if home.type == self._placement.device.type or self._int8:
             self._check = None  # the weights are looked at as they arrive
         return self._load(home, self._check is None)
+
+    def _warmed(self, module: M, warm: Callable[[M], object] | None) -> M:
+        home = self._placement.home
+        if warm is not None and home.type == "cuda" and not self._int8:
+            stream = torch.cuda.Stream(home)
+            with torch.cuda.stream(stream), torch.no_grad(), suppress(torch.OutOfMemoryError):
+                warm(module)
+            stream.synchronize()
+        return module
 
     def _blocks(self, module: M) -> list[PackedBlock]:
         if not self._packed:

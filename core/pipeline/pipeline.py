@@ -57,6 +57,8 @@ from core.pipeline.estimate import (
 from core.pipeline.made import Picture, Pictures, Record, WeightHashes
 from core.pipeline.offload import Offloaded, Placement
 from core.pipeline.passes import (
+    B_LATENT,
+    C_LATENT,
     NoiseSource,
     decode_picture,
     high_resolution_pass,
@@ -67,7 +69,7 @@ from core.pipeline.passes import (
 )
 from core.pipeline.progress import Observer, Progress, ProgressBars, Stopped, Together, harmless
 from core.pipeline.prompts import doubts, unknown
-from core.pipeline.resolution import Plan, guidance_strength, plan_for
+from core.pipeline.resolution import MIN_SIDE, Plan, guidance_strength, plan_for
 from core.pipeline.steering import (
     CONTROLLED,
     SUFFIX,
@@ -369,6 +371,9 @@ class UltraPixelPipeline:
         controls: Sequence[Control],
     ) -> Iterator[Picture]:
         plans = [plan_for(self.config_c, job.height, job.width) for job in jobs]
+        for stage in (self.stage_c, self.guidance):
+            if stage is not None:
+                stage.load_ahead()
         texts = self.encode_text(jobs)
         entries = self.run_controlnet(controls)
         latents = self.run_stage_c(jobs, plans, texts, settings, observer, entries)
@@ -405,14 +410,15 @@ class UltraPixelPipeline:
 
     def best_offload(self, height: int, width: int, settings: Settings) -> tuple[str, str]:
         """What auto would choose now for pictures of this size, and why."""
-        sizes = plan(height, width, self.config_c.geometry)
+        sizes = plan_for(self.config_c, height, width)
         stages = self.estimate(sizes, settings)
         return best_mode(stages, weights_on_disk(self.config_c.clip_text_path), free_memory(self.device))
 
     def estimate(self, sizes: Plan, settings: Settings) -> list[StageEstimate]:
         """Device memory of each stage for a picture, counted from the networks' sizes."""
         guidance = None if self.guidance is None else self.guidance_sizes
-        return estimate_stages(self.config_c, self.config_b, guidance, sizes, needs_unconditional(settings))
+        both = needs_unconditional(settings)
+        return estimate_stages(self.config_c, self.config_b, guidance, sizes, both, self._int8)
 
     def _in_turn(self, stage: str, count: int, work: Callable[[int], Iterator[T]]) -> Iterator[T]:
         """What `work(first)` makes of jobs from the first on; where memory is full, the rest with less."""
@@ -621,8 +627,8 @@ class UltraPixelPipeline:
             self.stage_c.on_device() as stage_c,
             self._guidance_on_device() as guidance,
         ):
-            self.stage_b.load_ahead()
-            self.stage_a.load_ahead()
+            self.stage_b.load_ahead(self._warm_stage_b)
+            self.stage_a.load_ahead(self._warm_stage_a)
             for job, sizes, control in zip(jobs, plans, entries, strict=True):
                 held = prepare_stage_c(stage_c, self._conditions(job, texts, settings))
                 low, features = low_resolution_pass(
@@ -738,6 +744,21 @@ class UltraPixelPipeline:
         halves = [conditions(texts[p], None, width) for p in (job.prompt, job.negative_prompt)]
         held = stack(*halves) if needs_unconditional(settings)[0] else halves[0]
         return held.to(self.device, DTYPES[self.config_c.dtype])
+
+    def _warm_stage_b(self, stage_b: StageB) -> None:
+        sizes, place = plan_for(self.config_c, MIN_SIDE, MIN_SIDE), {"device": self.device}
+        latent = torch.zeros(1, C_LATENT, *sizes.hr_latent, **place)
+        pooled = torch.zeros(2, 1, stage_b.clip_mapper.in_features, **place)
+        noise, target = NoiseSource.of(0, 0, self.device), target_named(self.config_b.target)
+        stage_b_pass(stage_b, latent, pooled, target, sizes, Settings(steps_b=1), noise)
+
+    def _warm_stage_a(self, stage_a: StageA) -> None:
+        decode_picture(
+            stage_a,
+            torch.zeros(1, B_LATENT, MIN_TILE, MIN_TILE, device=self.device),
+            plan_for(self.config_c, MIN_SIDE, MIN_SIDE),
+            tiled=False,
+        )
 
     def _noise(self, job: Job, stream: str) -> NoiseSource:
         return NoiseSource.of(job.seed, NOISE_STREAMS[stream], self.device)
