@@ -24,12 +24,14 @@ from core.commands.flags import (
     read_prompts,
     run,
     settings_of,
+    usage_table,
 )  # fmt: skip
 from core.config.presets import PRESETS
 from core.config.schema import PersonalizedTrainConfig
 from core.config.settings import Job, Settings
 from core.config.sizes import Upsampling
 from core.images import read_image_metadata, save_image
+from core.pipeline.pipeline import StageUse
 from core.pipeline.prompts import doubts, taken_as_words, unknown
 from core.weights.lora.layouts import LAYOUTS
 from gdf.loss_weights import WEIGHTS
@@ -279,3 +281,11 @@ def test_an_unknown_flag_names_the_nearest(
     told = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and f"unrecognized arguments: {wrong}" in told
     assert (f"(did you mean {near}" in told) if near else ("did you mean" not in told)
+
+
+def test_the_closing_table_tells_the_hosts_memory_where_it_is_another() -> None:
+    on_cpu = usage_table([StageUse("stage C", 1.0, 2**30, 2**30)])
+    assert "host" not in on_cpu and "1.00 GiB" in on_cpu
+    on_gpu = usage_table([StageUse("stage C", 1.0, 2**31, 2**30)]).splitlines()
+    assert on_gpu[0].split()[-2:] == ["host", "memory"]
+    assert on_gpu[1].split()[-4:] == ["2.00", "GiB", "1.00", "GiB"]

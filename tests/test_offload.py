@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -117,6 +119,45 @@ def test_blocks_are_their_own_again_after_an_error() -> None:
     with pytest.raises(RuntimeError), BlockStream([packed], CPU).in_use():
         block(torch.ones(1, 9, 4, 4))
     assert [p.data_ptr() for p in block.parameters()] == before and "forward" not in vars(block)
+
+
+class FakeStream:
+    """A CUDA stream that only notes what waits for what."""
+
+    def __init__(self, waited: list) -> None:
+        self.waited = waited
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+    def record_event(self) -> object:
+        return object()
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited.append(other)
+
+
+def test_copies_and_computing_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    computing, copying = FakeStream([]), FakeStream([])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: computing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    blocks = nn.ModuleList(ResBlock(4) for _ in range(3))
+    stream = BlockStream([PackedBlock(str(i), b, pinned=False) for i, b in enumerate(blocks)], CPU)
+    stream._copying = copying
+    bring, x = stream._bring, torch.ones(1, 4, 3, 3)
+
+    def watched(number: int, place: object) -> None:
+        used = place.free
+        bring(number, place)
+        assert used is None or copying.waited[-1] is used  # what was computed there is done
+
+    stream._bring = watched
+    with stream.in_use():
+        for block in (*blocks, *blocks):
+            block(x)
+            (place,) = (p for p in stream._places if stream._blocks[p.block].block is block)
+            assert place.ready in computing.waited and place.free is not None
+    assert len(copying.waited) == 5 and computing.waited[-1] is copying  # nothing is under way at the end
 
 
 def test_control_and_guidance_are_the_same_block_by_block(family_folder: Path) -> None:
@@ -312,6 +353,15 @@ def test_loras_are_merged_before_weights_become_8_bit(family_folder: Path) -> No
     assert not same(pixels(pipeline), plain)
     pipeline.set_loras([])
     assert same(pixels(pipeline), plain)
+
+
+@pytest.mark.parametrize("named", [{"int8": True}, {"offload": "block"}])
+def test_fp8_is_left_out_where_blocks_come_and_go(family_folder: Path, named: dict) -> None:
+    pipeline = pipeline_of(family_folder, **named)
+    plain = pixels(pipeline)
+    with pytest.warns(UserWarning, match="fp8 does not go with (int8|offload block), and is left out"):
+        made = pipeline.run(JOBS, replace(QUICK, fp8="on"))
+    assert same([picture.pixels for picture in made], plain)
 
 
 def test_what_warms_the_kernels_of_stages_b_and_a_runs(family_folder: Path) -> None:

@@ -71,10 +71,8 @@ def stage_a_activations(plan: Plan, width: int, halo: int, tile: int = MAX_TILE)
 def fitting_tile(stage_a: StageA, plan: Plan, free: int, largest: int | None) -> int | None:
     """The largest tile (None: the usual one) that fits into `free` bytes, at most `largest`."""
     tile = MAX_TILE if largest is None else largest
-    while (
-        tile > MIN_TILE
-        and stage_a_activations(plan, stage_a.up_blocks[0][0].out_channels, stage_a.halo, tile) > SHARE * free
-    ):
+    needed = partial(stage_a_activations, plan, stage_a.up_blocks[0][0].out_channels, stage_a.halo)
+    while tile > MIN_TILE and needed(tile) > SHARE * free:
         tile //= 2
     return largest if tile == MAX_TILE else tile
 

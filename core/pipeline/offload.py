@@ -65,6 +65,7 @@ class Offloaded(Generic[M]):
         self._module: M | None = None
         self._ahead: Future[M] | None = None
         self._packed: list[PackedBlock] = []
+        self._away = False  # its tensors are on the device for a while
 
     @property
     def module(self) -> M:
@@ -83,7 +84,7 @@ class Offloaded(Generic[M]):
         Where it stays on a GPU, `warm` then computes something small, so that its kernels are ready too.
         """
         if self._module is None and self._ahead is None:
-            self._ahead = _in_thread(lambda: self._warmed(self._loaded(), warm))
+            self._ahead = _in_thread(lambda: self._loaded_and_warmed(warm))
 
     def forget(self) -> None:
         """Let the module go: it is loaded anew at its next use."""
@@ -91,7 +92,7 @@ class Offloaded(Generic[M]):
 
     def settle(self) -> None:
         """Move the weights to where they rest now."""
-        if self._module is None or self._placement.device.type != "cuda":
+        if self._module is None or self._away or self._placement.device.type != "cuda":
             return
         home = self._placement.home
         for owner, name, tensor in _tensors(self._module):
@@ -112,6 +113,8 @@ class Offloaded(Generic[M]):
             return
         with ExitStack() as stack:
             streamed = {tensor for block in blocks for tensor in block.tensors}
+            self._away = True
+            stack.callback(setattr, self, "_away", False)
             stack.enter_context(_visiting(module, device, streamed))
             if self._check is not None:
                 self._check(_on(device, module.state_dict()))
@@ -128,13 +131,18 @@ class Offloaded(Generic[M]):
             self._check = None  # the weights are looked at as they arrive
         return self._load(home, self._check is None)
 
-    def _warmed(self, module: M, warm: Callable[[M], object] | None) -> M:
+    def _loaded_and_warmed(self, warm: Callable[[M], object] | None) -> M:
         home = self._placement.home
-        if warm is not None and home.type == "cuda" and not self._int8:
-            stream = torch.cuda.Stream(home)
-            with torch.cuda.stream(stream), torch.no_grad(), suppress(torch.OutOfMemoryError):
-                warm(module)
-            stream.synchronize()
+        if home.type != "cuda":
+            return self._loaded()
+        stream = torch.cuda.Stream(home)  # not to wait for what is computed meanwhile
+        with torch.cuda.stream(stream):
+            module = self._loaded()
+            if warm is not None and not self._int8:
+                # What goes wrong here is no reason to make no picture.
+                with torch.no_grad(), suppress(RuntimeError, ValueError):
+                    warm(module)
+        stream.synchronize()
         return module
 
     def _blocks(self, module: M) -> list[PackedBlock]:
@@ -249,9 +257,8 @@ class PackedBlock:
                 setattr(owner, name, tensor)
 
 
-Call = Callable[
-    ..., Any
-]  # (number of a block, a method's name, the method, its arguments) -> what that returns
+# (number of a block, a method's name, the method, its arguments) -> what that returns
+Call = Callable[..., Any]
 
 
 @contextmanager
@@ -312,8 +319,12 @@ class BlockStream:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Within it, the blocks compute with what is brought."""
-        with _calling(self._blocks, self._call):
-            yield
+        try:
+            with _calling(self._blocks, self._call):
+                yield
+        finally:  # the places go, and what is still copied to them must not meet what comes after them
+            if self._copying is not None:
+                torch.cuda.current_stream(self._device).wait_stream(self._copying)
 
     def _call(self, number: int, name: str, method: Callable[..., Any], *given: Any) -> Any:
         place = next((place for place in self._places if place.block == number), None)

@@ -25,7 +25,7 @@ from core.config.arguments import (
     whole_number,
 )
 from core.config.control_types import control_type
-from core.config.offloading import AUTO, NONE, offload_named, smaller
+from core.config.offloading import AUTO, BLOCK, NONE, offload_named, smaller
 from core.config.presets import DEFAULT, PRESETS, models_folder, of_project, preset_named, with_models
 from core.config.schema import (
     ControlConfig,
@@ -621,7 +621,7 @@ class UltraPixelPipeline:
         observer: Observer | None,
         entries: Sequence[ControlEntries],
     ) -> Iterator[Tensor]:
-        target = target_named(self.config_c.target)
+        target, settings = target_named(self.config_c.target), self._without_fp8(settings)
         with (
             self._measured("stage C"),
             self.stage_c.on_device() as stage_c,
@@ -683,7 +683,7 @@ class UltraPixelPipeline:
         settings: Settings,
         observer: Observer | None,
     ) -> Iterator[Tensor]:
-        target = target_named(self.config_b.target)
+        target, settings = target_named(self.config_b.target), self._without_fp8(settings)
         both = needs_unconditional(settings)[1]
         with self._measured("stage B"), self.stage_b.on_device() as stage_b:
             for job, sizes, latent in zip(jobs, plans, latents, strict=True):
@@ -745,6 +745,15 @@ class UltraPixelPipeline:
         held = stack(*halves) if needs_unconditional(settings)[0] else halves[0]
         return held.to(self.device, DTYPES[self.config_c.dtype])
 
+    def _without_fp8(self, settings: Settings) -> Settings:
+        """The settings, without fp8 where blocks come and go, as its weights would have to do."""
+        if settings.fp8 == "off" or not (self._int8 or self.offload == BLOCK):
+            return settings
+        if settings.fp8 == "on":
+            what = "int8" if self._int8 else "offload block"
+            warnings.warn(f"fp8 does not go with {what}, and is left out", stacklevel=2)
+        return replace(settings, fp8="off")
+
     def _warm_stage_b(self, stage_b: StageB) -> None:
         sizes, place = plan_for(self.config_c, MIN_SIDE, MIN_SIDE), {"device": self.device}
         latent = torch.zeros(1, C_LATENT, *sizes.hr_latent, **place)
@@ -780,8 +789,9 @@ class UltraPixelPipeline:
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        use.peak_memory = max(use.peak_memory, peak_memory(self.device))
-        use.host_memory = max(use.host_memory, peak_host_memory())
+        peak = peak_memory(self.device)
+        use.peak_memory = max(use.peak_memory, peak)
+        use.host_memory = max(use.host_memory, peak_host_memory() if self.device.type == "cuda" else peak)
         use.seconds += time.perf_counter() - start
 
 
