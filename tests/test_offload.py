@@ -342,8 +342,9 @@ def test_8_bit_weights_take_a_quarter_of_float32_and_are_off_by_half_a_level() -
         assert ((a - b).abs() <= 0.5001 * level).all()
 
 
-def test_loras_are_merged_before_weights_become_8_bit(family_folder: Path) -> None:
-    pipeline = pipeline_of(family_folder, int8=True)
+@pytest.mark.parametrize("named", [{"int8": True}, {"offload": "block"}])
+def test_loras_are_merged_before_blocks_are_brought(family_folder: Path, named: dict) -> None:
+    pipeline = pipeline_of(family_folder, **named)
     plain = pixels(pipeline)
     name = "down_blocks.0.0.channelwise.0.weight"
     shape = pipeline.stage_c.module.get_parameter(name).shape

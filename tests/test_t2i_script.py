@@ -181,3 +181,24 @@ def test_a_picture_imports_nothing_heavy_that_it_does_not_need(family_folder: Pa
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "inference", timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--offload", "block"], "block"),
+        (["--resident"], "none"),
+        (["--offload", "stage", "--int8"], "stage"),
+    ],
+)
+def test_where_weights_rest_is_told_in_a_line(
+    command_line: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    told: str,
+) -> None:
+    assert test_t2i.main(command_line(*flags, height=64, width=64, steps=1, steps_b=1)) == 0
+    assert f"offload: {told} (on the CPU" in capsys.readouterr().err
+    (path,) = pictures(tmp_path)
+    assert read_image_metadata(path)["int8"] == ("--int8" in flags)
