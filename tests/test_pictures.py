@@ -126,6 +126,22 @@ def test_a_picture_is_saved_while_the_next_one_is_made_and_one_waits_at_most(
     assert there[0] == 0 and there[2] >= 1 and seeds(tmp_path) == [0, 1, 2]
 
 
+def test_only_the_first_thread_uses_the_bars(
+    pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    says, names = core.commands.pictures.ProgressBars.say, []
+
+    def said(self: object, text: str) -> None:
+        names.append(threading.current_thread())
+        says(self, text)
+
+    monkeypatch.setattr(core.commands.pictures.ProgressBars, "say", said)
+    assert make(pipeline, tmp_path) == 0
+    assert set(names) == {threading.main_thread()}
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("seed")]
+    assert [line.split(":")[0] for line in told] == ["seed 0", "seed 1", "seed 2"]
+
+
 def test_pictures_are_encoded_in_a_thread_of_its_own(
     pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -132,7 +133,7 @@ def make_pictures(
     gallery = Gallery(folder, format, pipeline.record(settings, models))
     previews = [Previews(pipeline, folder, format)] if arguments.preview else []
     with closing(ProgressBars(jobs)) as bars, Saving(gallery, bars, control) as saving:
-        observe = Together([bars, *previews])
+        observe = Together([bars, saving.tell, *previews])
         for start in range(0, len(jobs), pipeline.group):
             group = jobs[start : start + pipeline.group]
             controls = () if control is None else [control] * len(group)
@@ -147,17 +148,26 @@ class Saving:
     """Saves pictures in a thread of its own while the next ones compute; one that fails, fails alone.
 
     As a context, it ends when all are saved, also after an error or Ctrl-C, which then waits for no hashes.
+    What is told of them the first thread tells: where a stream breaks, bars keep their lock, and another one
+    would wait for it in vain.
     """
 
     def __init__(self, gallery: Gallery, bars: ProgressBars, control: Control | None) -> None:
         self._gallery, self._bars, self._control = gallery, bars, control
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saving")
         self._saved: list[Future[None]] = []
+        self._told: deque[str] = deque()
 
     def add(self, picture: Picture) -> None:
         """Save a picture, once the one before is saved, so that few are held."""
         self._saved.append(self._pool.submit(self._save, picture))
         futures.wait(self._saved[-2:-1])
+        self.tell()
+
+    def tell(self, _: Progress | None = None) -> None:
+        """Say where pictures lie that were saved since; an observer, so that it is said soon."""
+        while self._told:
+            self._bars.say(self._told.popleft())
 
     def check(self) -> None:
         """Raise the first error of what has been saved by now."""
@@ -169,7 +179,7 @@ class Saving:
         path = self._gallery.add(picture)
         if self._control is not None:
             save_beside(path, self._control)
-        self._bars.say(f"seed {picture.job.seed}: {path}")
+        self._told.append(f"seed {picture.job.seed}: {path}")
 
     def __enter__(self) -> Saving:
         return self
@@ -185,5 +195,6 @@ class Saving:
             raise
         finally:
             self._pool.shutdown()
+            self.tell()
         if kind is None:
             self.check()

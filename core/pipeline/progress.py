@@ -102,7 +102,7 @@ class ProgressBars:
     def say(self, text: str) -> None:
         """Write a line to standard output, beside which the bars stay whole."""
         with unbroken(sys.stderr):
-            for bar in list(self._bars.values()):  # what is said may come from another thread
+            for bar in self._bars.values():
                 bar.clear()
         say(text, sys.stdout)
 
