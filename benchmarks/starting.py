@@ -1,4 +1,4 @@
-"""From the command to the file: python benchmarks/starting.py [FLAGS OF inference/test_t2i.py]
+"""From the command to the file: python benchmarks/starting.py [-- FLAGS OF inference/test_t2i.py]
 
 Makes one picture in a new process, cold and warm, and prints what each part takes. Cold: the weights and
 torch's libraries are not in the file cache, as far as the system lets them be dropped, and no hash is known.
@@ -93,7 +93,7 @@ def _timed(function: Callable, part: str, spent: Counter[str]) -> Callable:
 def run(flags: Sequence[str], cache: str) -> tuple[float, list[float]]:
     """Seconds of a whole process, and of its parts."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, __file__, "--measure", *flags, "--output_dir", out]
+        command = [sys.executable, __file__, "--measure", "--", *flags, "--output_dir", out]
         environment = {**os.environ, "XDG_CACHE_HOME": cache}
         begin = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -107,9 +107,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("flags", nargs="*", default=DEFAULT, help="those of the picture, behind --")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    options, flags = parser.parse_known_args()
-    flags = flags or DEFAULT
+    options = parser.parse_args()
+    flags = options.flags
     if options.measure:
         measure(flags)
         return
