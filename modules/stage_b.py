@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.blocks import LAYER_NORM_EPS, ChannelNorm, resize_like
-from modules.unet import CascadeUNet, LevelKeysValues, first_keys_values
+from modules.unet import CascadeUNet, LevelKeysValues, Times, first_keys_values
 
 PIXELS_SIZE = 8  # side of the all-zero pixel condition
 
@@ -117,13 +117,20 @@ class StageB(CascadeUNet):
         tokens = F.layer_norm(tokens, (self.c_cond,), eps=LAYER_NORM_EPS)
         return StageBConditions(spatial, self.level_keys_values(tokens))
 
+    def pass_times(self, r: Tensor, sca: Tensor | None = None) -> Times:
+        """What depends on the times r (S,) of a pass alone; `predict` takes one of them, `times.at(i)`."""
+        return self.times(r, [sca][: len(self.t_conds)])
+
     def predict(
-        self, x: Tensor, r: Tensor, conditions: StageBConditions, *, sca: Tensor | None = None
+        self, x: Tensor, r: Tensor | Times, conditions: StageBConditions, *, sca: Tensor | None = None
     ) -> Tensor:
-        """The prediction (B, 4, H, W) for a latent of the same shape at noise condition r (B,)."""
-        r_embed = self.embed_time(r, [sca][: len(self.t_conds)])
+        """The prediction (B, 4, H, W) for a latent of the same shape at noise condition r (B,).
+
+        `r` may be what `pass_times` made of it.
+        """
+        time = r if isinstance(r, Times) else Times(self.embed_time(r, [sca][: len(self.t_conds)]))
         x = self.embedding(x.contiguous(memory_format=torch.channels_last)) + conditions.spatial
-        return self.clf(self.run_levels(x, r_embed, conditions.keys_values))
+        return self.clf(self.run_levels(x, time, conditions.keys_values))
 
     def forward(
         self,
