@@ -169,7 +169,8 @@ class GlobalResponseNorm(nn.Module):
 class ResBlock(nn.Module):
     """Depthwise convolution and a per-pixel MLP with global response normalisation, added to the input.
 
-    x (B, C, H, W), skip (B, c_skip, H, W) or None -> (B, C, H, W).
+    x (B, C, H, W), skip (B, c_skip, H, W) or None -> (B, C, H, W). With `ops` it is computed by these, without
+    gradients and dropout.
     """
 
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0) -> None:
@@ -184,24 +185,26 @@ class ResBlock(nn.Module):
             nn.Linear(4 * c, c),
         )
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None, ops: Operators | None = None) -> Tensor:
+        if ops is not None and type(self.channelwise[0]) is type(self.channelwise[4]) is nn.Linear:
+            return self._without_gradients(x, skip, ops)
         y = pixels_last(self.norm(self.depthwise(x)))
         if skip is not None:
             y = torch.cat([y, pixels_last(skip)], dim=-1)  # (B, H, W, C + c_skip)
         return x + channels_first(self.channelwise(y))
 
-    def infer(self, x: Tensor, skip: Tensor | None, ops: Operators) -> Tensor:
-        """`forward` without gradients and dropout: the norm's scale and shift go into the last product."""
+    def _without_gradients(self, x: Tensor, skip: Tensor | None, ops: Operators) -> Tensor:
+        """The same, with the scale and the shift of the response norm in the last product."""
         grn, last = self.channelwise[2], self.channelwise[4]
         bias = F.linear(grn.beta.flatten(), last.weight, last.bias)
         y, residual = ops.depthwise_norm(pixels_last(x), self.depthwise, bias)
-        tokens = [None if t is None else t.flatten(1, 2) for t in (y, None if skip is None else pixels_last(skip))]
+        tokens = [
+            None if t is None else t.flatten(1, 2) for t in (y, None if skip is None else pixels_last(skip))
+        ]
         out = self._mix(*tokens, residual.flatten(1, 2), bias, ops)
         return channels_first(out.view(y.shape))
 
-    def _mix(
-        self, y: Tensor, skip: Tensor | None, residual: Tensor, bias: Tensor, ops: Operators
-    ) -> Tensor:
+    def _mix(self, y: Tensor, skip: Tensor | None, residual: Tensor, bias: Tensor, ops: Operators) -> Tensor:
         """The per-pixel MLP's output, added to the residual; y, which is lost, and all others (B, N, C)."""
         first, grn, last = self.channelwise[0], self.channelwise[2], self.channelwise[4]
 
@@ -299,8 +302,8 @@ class PackedAttention(nn.Module):
         y = F.scaled_dot_product_attention(self._split_heads(q), keys, values)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-    def infer(self, x: Tensor, residual: Tensor, condition: KeysValues, ops: Operators) -> Tensor:
-        """`forward` with self-attention and without gradients, added to the residual; both (B, N, C)."""
+    def added(self, x: Tensor, residual: Tensor, condition: KeysValues, ops: Operators) -> Tensor:
+        """Self-attention, computed by `ops` and without gradients, added to the residual; both (B, N, C)."""
         packed = ops.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = (self._split_heads(part) for part in packed.chunk(3, dim=-1))
         y = ops.attention(q, k, v, condition)
@@ -324,7 +327,8 @@ class SpatialAttention(nn.Module):
 class AttnBlock(nn.Module):
     """Attention over the map's normalised pixels and the condition tokens, added to the input.
 
-    x (B, C, H, W); the condition's keys and values come from `keys_values`, once per picture.
+    x (B, C, H, W); the condition's keys and values come from `keys_values`, once per picture. With `ops` it is
+    computed by these, without gradients, of x with the modulation of the timestep block before it.
     """
 
     def __init__(self, c: int, c_cond: int, heads: int, self_attn: bool = True) -> None:
@@ -338,19 +342,25 @@ class AttnBlock(nn.Module):
         """Keys and values of condition tokens (B, tokens, c_cond)."""
         return self.attention.attn.keys_values(self.kv_mapper(tokens))
 
-    def forward(self, x: Tensor, condition: KeysValues) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: KeysValues,
+        ops: Operators | None = None,
+        modulation: Modulation | None = None,
+    ) -> Tensor:
+        if ops is not None and self.self_attn:
+            return self._without_gradients(x, condition, ops, modulation)
+        if modulation is not None:
+            x = channels_first(modulated(pixels_last(x), modulation))
         return x + self.attention(self.norm(x), condition, self.self_attn)
 
-    def infer(
-        self, x: Tensor, condition: KeysValues, ops: Operators, modulation: Modulation | None = None
+    def _without_gradients(
+        self, x: Tensor, condition: KeysValues, ops: Operators, modulation: Modulation | None
     ) -> Tensor:
-        """`forward` without gradients, of x with the modulation of the timestep block before it."""
-        if not self.self_attn:
-            y = pixels_last(x) if modulation is None else modulated(pixels_last(x), modulation)
-            return self(channels_first(y), condition)
         packed = self.attention.attn
         normed, residual = ops.modulated_norm(pixels_last(x), modulation, packed.out_proj.bias)
-        out = packed.infer(normed.flatten(1, 2), residual.flatten(1, 2), condition, ops)
+        out = packed.added(normed.flatten(1, 2), residual.flatten(1, 2), condition, ops)
         return channels_first(out.view(normed.shape))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -292,10 +293,9 @@ class CascadeUNet(nn.Module):
                     entry = next(control, None)
                     if entry is not None:
                         x = x + resize_like(entry, x.shape[-2:])
-                    inputs = (x, skip if j == 0 else None)
-                    x = self._call(block, *inputs) if ops is None else block.infer(*inputs, ops)
+                    x = self._call(block, x, skip if j == 0 else None, ops)
                 elif isinstance(block, AttnBlock):
-                    x = self._call(block, x, kv) if ops is None else block.infer(x, kv, ops, modulation)
+                    x = self._call(block, x, kv, ops, modulation)
                     modulation = None
                     if waiting:
                         x, waiting = at_site(site, x), False
@@ -309,8 +309,8 @@ class CascadeUNet(nn.Module):
                 x = repeat_mappers[repeat](x)
         return x
 
-    def _call(self, block: nn.Module, x: Tensor, other: Tensor | KeysValues | None) -> Tensor:
+    def _call(self, block: nn.Module, x: Tensor, *others: Any) -> Tensor:
         """A block's output, computed again in the backward pass instead of kept where that is set."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, other, use_reentrant=False)
-        return block(x, other)
+            return checkpoint(block, x, *others, use_reentrant=False)
+        return block(x, *others)
