@@ -14,8 +14,8 @@ MAX_PERIOD = 10000  # of the timestep embedding, and the scale its argument is m
 LAYER_NORM_EPS = 1e-6
 GRN_EPS = 1e-6
 
-# Elements of a per-pixel MLP's hidden layer that are kept between its two products, by device: a larger one is
-# computed twice, in chunks of rows (level 0 of Stage B above 3 thousand pixels on a GPU, above 800 on a CPU).
+# Elements of a per-pixel MLP's hidden layer that are kept between its two products, by device: a larger one
+# is computed twice, in chunks of rows (level 0 of Stage B: above 3600 pixels a side on a GPU, 600 on a CPU).
 KEPT_HIDDEN = {"cpu": 2**24, "cuda": 2**29}
 CHUNK_HIDDEN = {"cpu": 2**20, "cuda": 2**27}  # elements of a chunk
 
@@ -69,7 +69,7 @@ class Operators:
     # (x, scale and shift or None, bias) -> the modulated x normalised, and as the residual for `add_product`
     modulated_norm: Callable[[Tensor, Modulation | None, Tensor], tuple[Tensor, Tensor]]
     linear: Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, weight, bias)
-    # (x, layer) -> GELU of the layer's output (B, N, K), and the sums of its squares (B, K) in float32 or more
+    # (x, layer) -> GELU of the layer's output (B, N, K), and the sums of its squares (B, K)
     hidden: Callable[[Tensor, nn.Linear], tuple[Tensor, Tensor]]
     # (weight, sums of squares, gamma) -> the weight times GRN's scale, per sample (B, C, K)
     grn_weight: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -169,8 +169,8 @@ class GlobalResponseNorm(nn.Module):
 class ResBlock(nn.Module):
     """Depthwise convolution and a per-pixel MLP with global response normalisation, added to the input.
 
-    x (B, C, H, W), skip (B, c_skip, H, W) or None -> (B, C, H, W). With `ops` it is computed by these, without
-    gradients and dropout.
+    x (B, C, H, W), skip (B, c_skip, H, W) or None -> (B, C, H, W). With `ops` it is computed by these,
+    without gradients and dropout.
     """
 
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0) -> None:
@@ -327,8 +327,8 @@ class SpatialAttention(nn.Module):
 class AttnBlock(nn.Module):
     """Attention over the map's normalised pixels and the condition tokens, added to the input.
 
-    x (B, C, H, W); the condition's keys and values come from `keys_values`, once per picture. With `ops` it is
-    computed by these, without gradients, of x with the modulation of the timestep block before it.
+    x (B, C, H, W); the condition's keys and values come from `keys_values`, once per picture. With `ops` it
+    is computed by these, without gradients, of x with the modulation of the timestep block before it.
     """
 
     def __init__(self, c: int, c_cond: int, heads: int, self_attn: bool = True) -> None:

@@ -6,18 +6,23 @@ import importlib.util
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from modules import on_cpu
 from modules.blocks import PLAIN, Operators
 
 
-def operators_for(device: str, dtype: torch.dtype, plain: bool = False) -> Operators:
-    """Those for maps of a dtype on a kind of device; `PLAIN` where it has none of its own, or is asked for."""
+FEW_PIXELS = 32**2  # of a map, below which a GPU's own kernels are slower than PyTorch's
+
+
+def operators_for(x: Tensor, plain: bool = False) -> Operators:
+    """Those for a map (B, C, H, W); `PLAIN` where its device has none of its own, or where asked for."""
     if plain:
         return PLAIN
-    if device == "cpu" and dtype == torch.float32 and on_cpu.pays():
+    if x.device.type == "cpu" and x.dtype == torch.float32 and on_cpu.pays():
         return on_cpu.OPERATORS
-    if device == "cuda" and dtype == torch.bfloat16 and triton_found():
+    large = x.shape[-2] * x.shape[-1] >= FEW_PIXELS
+    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and large and triton_found():
         from modules import fused  # imports triton
 
         return fused.OPERATORS

@@ -264,10 +264,9 @@ class CascadeUNet(nn.Module):
 
     def _operators(self, x: Tensor) -> Operators | None:
         """How blocks compute here without gradients; None where their plain forward is asked for."""
-        device = x.device.type
-        if torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(device):
+        if torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(x.device.type):
             return None
-        return operators_for(device, x.dtype, self.plain)
+        return operators_for(x, self.plain)
 
     def _run_level(
         self,

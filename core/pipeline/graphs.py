@@ -1,10 +1,11 @@
-"""Steps of the low-resolution pass recorded once and replayed: on a GPU they are short beside their launches."""
+"""Low-resolution steps recorded once and replayed: on a GPU they are short beside their launches."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +50,8 @@ class Recording:
 class LowPassGraphs:
     """Recordings of Stage C's low-resolution step, one per shape of its inputs, kept between pictures.
 
-    They read the weights where these lay: `for_pass` forgets them where the weights have moved since (values may
-    change in place, as a LoRA's do), and `clear` must be called before the weights' memory is given back.
+    They read the weights where these lay: `for_pass` forgets them where the weights have moved since (values
+    may change in place, as a LoRA's do), and `clear` must be called before the weights' memory is given back.
     """
 
     def __init__(self, recorder: Recorder = cuda_graph) -> None:
@@ -111,7 +112,7 @@ class LowPassGraphs:
             )
             return prediction, *features.maps
 
-        with torch.cuda.device(x.device if x.is_cuda else -1):
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             return Recording(step, held, *self._recorder(function))
 
 
