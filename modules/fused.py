@@ -1,7 +1,7 @@
 """The blocks' operators on an NVIDIA GPU in bfloat16: Triton kernels with fewer passes over memory.
 
-Each computes in float32 what its plain twin of `modules.blocks` does, and rounds where that does. Offsets are of
-64 bits, as maps of pictures above 6 thousand pixels a side have more than 2**31 elements.
+Each computes in float32 what its plain twin of `modules.blocks` does, and rounds where that does. Offsets are
+of 64 bits, as maps of pictures above 6 thousand pixels a side have more than 2**31 elements.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def grn_weight(weight: Tensor, squares: Tensor, gamma: Tensor) -> Tensor:
 
 
 def add_product(residual: Tensor, x: Tensor, weights: Tensor, _bias: Tensor) -> Tensor:
-    """The residual (B, N, C), which holds the bias, plus x (B, N, K) times weights (B or 1, C, K), in place."""
+    """The residual (B, N, C), which has the bias, plus x (B, N, K) times weights (B or 1, C, K), in place."""
     if len(weights) == 1 and residual.is_contiguous():
         residual.view(-1, residual.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weights[0].t())
         return residual
@@ -235,7 +235,7 @@ def add_condition_kernel(
     q_batch, q_row, kv_batch, kv_row, y_batch, y_row, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """y = softmax over pixels and condition tokens, from the attention over the pixels and its log-sum-exp."""
+    """y = attention over pixels and condition tokens, from that over the pixels and its log-sum-exp."""
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, t = head * WIDTH + tl.arange(0, WIDTH), tl.arange(0, TOKENS)

@@ -11,7 +11,6 @@ from torch import Tensor
 from modules import on_cpu
 from modules.blocks import PLAIN, Operators
 
-
 FEW_PIXELS = 32**2  # of a map, below which a GPU's own kernels are slower than PyTorch's
 
 

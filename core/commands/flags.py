@@ -145,6 +145,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--resident", action="store_true", help="keep all stages on the device (faster, more memory)"
     )
     group.add_argument(
+        "--plain", action="store_true",
+        help="PyTorch's own operators alone, to compare with: no fused kernels, recorded steps or TF32",
+    )  # fmt: skip
+    group.add_argument(
         "--allow_download", action="store_true", help="let the text encoder be fetched from its hub"
     )
 
@@ -275,10 +279,12 @@ def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
 
     guidance = None if arguments.pretrained_path == "none" else arguments.pretrained_path
     device = device_named(arguments.device)
-    return UltraPixelPipeline.from_config(
+    pipeline = UltraPixelPipeline.from_config(
         arguments.config_c, arguments.config_b, guidance, device, arguments.dtype, arguments.resident,
         arguments.allow_download,
     )  # fmt: skip
+    pipeline.plain = arguments.plain
+    return pipeline
 
 
 def check_weights(

@@ -12,8 +12,6 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-import torch
-
 from core.commands.flags import (
     MODEL_FLAGS,
     check_weights,
@@ -130,8 +128,6 @@ def make_pictures(
         say(describe_plan(pipeline, jobs, settings), sys.stdout)
         return 0
     check_weights(pipeline, arguments.preset)
-    if pipeline.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # Stage A runs in float32
     models = {name: getattr(arguments, name) for name in model_flags}
     folder, format = arguments.output_dir, arguments.format
     gallery = Gallery(folder, format, pipeline.record(settings, models))

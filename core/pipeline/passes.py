@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -237,9 +238,34 @@ def needs_unconditional(settings: Settings) -> tuple[bool, bool]:
     return any(map(settings.cfg_stage_c.needed_at, times)), settings.cfg_stage_b.needed_at(1.0)
 
 
-def decode_picture(stage_a: StageA, latent: Tensor, plan: Plan, tiled: bool) -> Tensor:
-    """Stage B's latent (1, 4, h, w) -> pixels (3, height, width) in [0, 1], cropped to the asked size."""
+def decode_picture(
+    stage_a: StageA, latent: Tensor, plan: Plan, tiled: bool, tf32: bool = True, to_host: bool = False
+) -> Tensor:
+    """Stage B's latent (1, 4, h, w) -> pixels (3, height, width) in [0, 1], cropped to the asked size.
+
+    `tf32` lets a GPU multiply in TF32, 1e-4 off at most. `to_host` puts the picture into the CPU's memory,
+    where a GPU writes it without a copy in between.
+    """
     latent = latent.to(next(stage_a.parameters()).dtype)
-    large = max(latent.shape[-2:]) > MAX_TILE
-    pixels = stage_a.decode_tiled(latent) if tiled or large else stage_a.decode(latent)
-    return pixels[0, :, : plan.height, : plan.width].clamp(0, 1)
+    with tensor_float32(tf32 and latent.is_cuda):
+        if tiled or max(latent.shape[-2:]) > MAX_TILE:
+            place = {"pin_memory": latent.is_cuda} if to_host else {"device": latent.device}
+            pixels = torch.empty(stage_a.picture_shape(latent), dtype=latent.dtype, **place)
+            stage_a.decode_tiled(latent, out=pixels)
+        else:
+            pixels = stage_a.decode(latent).clamp(0, 1)
+    return pixels[0, :, : plan.height, : plan.width]
+
+
+@contextmanager
+def tensor_float32(allowed: bool) -> Iterator[None]:
+    """Within it, CUDA multiplies float32 in TF32 if that is allowed; after it, as before."""
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv) if allowed else ()
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "tf32"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision

@@ -45,6 +45,7 @@ from core.memory import peak_memory
 from core.paths import at_home, located
 from core.pipeline.conditioning import Conditions, conditions, stack
 from core.pipeline.control import Control, ControlNetFile, open_controlnet
+from core.pipeline.graphs import LowPassGraphs
 from core.pipeline.made import Picture, Pictures, Record, WeightHashes
 from core.pipeline.offload import Offloaded
 from core.pipeline.passes import (
@@ -137,6 +138,8 @@ class UltraPixelPipeline:
             return offloaded(lambda: load_module(build, path, dtype=dtype, what=what))
 
         self._resident, self._allow_download = resident, allow_download
+        self.plain = False  # without kernels, recordings and number formats of a GPU's own
+        self._graphs = LowPassGraphs()
         self._text_encoder: TextEncoder | None = None
         self._guidance_path = guidance_path
         build_c = partial(StageC, **asdict(stage_c_sizes(config_c)))
@@ -502,7 +505,9 @@ class UltraPixelPipeline:
             self._measured("stage C"),
             self.stage_c.on_device() as stage_c,
             self._guidance_on_device() as guidance,
+            self._recordings() as graphs,
         ):
+            stage_c.plain = self.plain
             latents = []
             for job, sizes, control in zip(jobs, plans, entries or [None] * len(jobs), strict=True):
                 held = prepare_stage_c(stage_c, self._conditions(job, texts, settings))
@@ -515,6 +520,7 @@ class UltraPixelPipeline:
                     self._noise(job, "lr"),
                     control=control and [e if e is None else e.to(self.device) for e in control],
                     on_step=_report(observer, "stage C, low resolution", job),
+                    graphs=graphs,
                 )
                 prepared = None
                 if guidance is not None:
@@ -546,6 +552,7 @@ class UltraPixelPipeline:
         target = target_named(self.config_b.target)
         both = needs_unconditional(settings)[1]
         with self._measured("stage B"), self.stage_b.on_device() as stage_b:
+            stage_b.plain = self.plain
             for job, sizes, latent in zip(jobs, plans, latents, strict=True):
                 pooled = torch.cat([texts[p].pooled for p in (job.prompt, "")[: 1 + both]]).to(self.device)
                 sampled = stage_b_pass(
@@ -574,7 +581,9 @@ class UltraPixelPipeline:
         with self.stage_a.on_device() as stage_a:
             for job, sizes, latent in zip(jobs, plans, latents, strict=True):
                 with self._measured("stage A"):
-                    pixels = decode_picture(stage_a, latent.to(self.device), sizes, settings.stage_a_tiled)
+                    latent = latent.to(self.device)
+                    tiled, tf32 = settings.stage_a_tiled, not self.plain
+                    pixels = decode_picture(stage_a, latent, sizes, tiled, tf32, True)
                     pixels = pixels.float().cpu()
                 stop = observer is not None and observer(Progress("stage A", job, 1, 1)) is True
                 yield Picture(job, pixels)
@@ -591,6 +600,15 @@ class UltraPixelPipeline:
 
     def _noise(self, job: Job, stream: str) -> NoiseSource:
         return NoiseSource.of(job.seed, NOISE_STREAMS[stream], self.device)
+
+    @contextmanager
+    def _recordings(self) -> Iterator[LowPassGraphs | None]:
+        """The low pass's recordings, which go before the weights that they read leave the device."""
+        try:
+            yield self._graphs if self.device.type == "cuda" and not self.plain else None
+        finally:
+            if not self._resident:
+                self._graphs.clear()
 
     @contextmanager
     def _guidance_on_device(self) -> Iterator[Guidance | None]:
