@@ -1,15 +1,19 @@
-"""This code against another checkout of it: python benchmarks/against_checkout.py FOLDER [--parts hr picture ...]
+"""This code against another checkout of it: python benchmarks/against_checkout.py FOLDER [--parts hr ...]
 
 Each runs in a process of its own, and the two take turns: after a first run of both, which is not counted,
-`--pairs` runs each. Printed are the medians of the seconds, and the median of the pairs' ratios. Parts:
-hr: one high-resolution step of a Stage C of width 512 with a guidance; diffusers: the same beside diffusers' network
-instead of another checkout; picture: 512 x 512 of the embedded family; stage_b: one step at a 256 x 256 latent,
-and the growth of resident memory at its peak (Linux only).
+`--pairs` runs each. Printed are the medians of the seconds and the median of the pairs' ratios. The parts:
+
+hr         a high-resolution step of a Stage C of width 512, with guidance and both halves of cfg
+diffusers  the same without guidance, beside diffusers' network instead of another checkout
+picture    a picture of 512 x 512 of the embedded family
+stage_b    a step of a Stage B of half the lite (700M) widths, at a latent of 256 x 256
+memory     by how much the memory of one such step grows at its peak (Linux only)
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -18,8 +22,10 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("hr", "diffusers", "picture", "stage_b")
+PARTS = ("hr", "diffusers", "picture", "stage_b", "memory")
 MIB = 2**20
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}  # threads sleep soon, as in scripts
+EXACT = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}  # tensors go back to the system at once, which takes time
 Work = Callable[[], object]
 
 
@@ -71,8 +77,7 @@ def picture() -> Work:
     try:
         from core.pipeline.pipeline import Job, UltraPixelPipeline
     except ImportError:  # before core had rooms
-        from core.pipeline import UltraPixelPipeline
-        from core.settings import Job
+        from core.pipeline import Job, UltraPixelPipeline
     from core.settings import Settings
 
     files = "configs/tiny/stage_c.yaml", "configs/tiny/stage_b.yaml", "models/tiny/ultrapixel_t2i.safetensors"
@@ -143,7 +148,12 @@ class Checkout:
                 str(arguments.side_b), "--blocks", *map(str, arguments.blocks)]  # fmt: skip
         command = [sys.executable, str(Path(__file__).resolve()), str(folder), "--serve", part, *more]
         self._process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            cwd=folder,
+            env={**ENVIRONMENT, **os.environ, **(EXACT if part == "memory" else {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def run(self) -> tuple[float, int]:
@@ -159,15 +169,17 @@ class Checkout:
         self._process.wait()
 
 
-def compare(name: str, ours: Checkout, theirs: Checkout, pairs: int) -> None:
-    """Print the seconds and memory of both, and their ratios."""
-    runs = [(ours.run(), theirs.run()) for _ in range(pairs + 1)]
-    (_, first), (_, other) = runs[0]
-    seconds = [(a, b) for (a, _), (b, _) in runs[1:]]
-    times = f"{median(a for a, _ in seconds):8.2f} s{median(b for _, b in seconds):8.2f} s"
-    ratio = median(b / a for a, b in seconds)
-    room = f"{first / MIB:8.0f} MiB{other / MIB:8.0f} MiB" if first else ""
-    print(f"{name:<24}{times}  {ratio:.2f} times as fast  memory {room}", flush=True)
+def compare(part: str, ours: Checkout, theirs: Checkout, pairs: int) -> None:
+    """Print the seconds of both and how they compare, or the memory."""
+    _, grown = zip(ours.run(), theirs.run(), strict=True)
+    if part == "memory":
+        figures = "".join(f"{growth / MIB:6.0f} MiB" for growth in grown)
+        print(f"{part:<12}{figures}  {grown[0] / grown[1]:.2f} of it", flush=True)
+    else:
+        seconds = [(ours.run()[0], theirs.run()[0]) for _ in range(pairs)]
+        figures = "".join(f"{median(column):8.2f} s" for column in zip(*seconds, strict=True))
+        ratio = median(b / a for a, b in seconds)
+        print(f"{part:<12}{figures}  {ratio:.2f} times as fast", flush=True)
     for checkout in (ours, theirs):
         checkout.close()
 
@@ -187,7 +199,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.serve:
         return serve(arguments.serve, arguments)
-    print(f"{'':<24}{'ours':>10}{'theirs':>10}")
+    print(f"{'':<12}{'ours':>10}{'theirs':>10}")
     for part in arguments.parts:
         names = ("ours", "theirs") if part == "diffusers" else (part, part)
         folders = (ROOT, ROOT if part == "diffusers" else arguments.folder.resolve())

@@ -8,15 +8,19 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.blocks import (
+    LAYER_NORM_EPS,
     KeysValues,
     Operators,
     attention,
-    depthwise_norm,
+    channels_first,
     grn_weight,
     modulated_norm,
+    pixels_last,
+    row_spans,
 )
 
 SCORES = 2**19  # attention scores that are computed at once: they stay in a core's cache
@@ -27,6 +31,14 @@ FEW_ROWS = 192  # pixels below which PyTorch's attention is faster
 def pays() -> bool:
     """Whether oneDNN is there, on a processor on which it was measured to be faster."""
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def depthwise_norm(x: Tensor, convolution: nn.Conv2d, _bias: Tensor) -> tuple[Tensor, Tensor]:
+    """LayerNorm, in its place, of a depthwise convolution of a map (B, H, W, C); and the map."""
+    y = pixels_last(convolution(channels_first(x)))
+    for rows in row_spans(y.shape[1], y[:, 0].numel(), "cpu")[0]:
+        y[:, rows] = F.layer_norm(y[:, rows], y.shape[-1:], eps=LAYER_NORM_EPS)
+    return y, x
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -140,8 +140,9 @@ class StageB(CascadeUNet):
         `r` may be what `pass_times` made of it.
         """
         time = r if isinstance(r, Times) else Times(self.embed_time(r, [sca][: len(self.t_conds)]))
-        x = self.embedding(x.contiguous(memory_format=torch.channels_last)) + conditions.spatial
-        return self.clf(self.run_levels(x, time, conditions.keys_values))
+        x = x.contiguous(memory_format=torch.channels_last)
+        # No name here for the embedding: at large sizes one map more would lie in memory all the time.
+        return self.clf(self.run_levels(self.embedding(x) + conditions.spatial, time, conditions.keys_values))
 
     def forward(
         self,
