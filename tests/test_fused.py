@@ -15,7 +15,7 @@ from modules.blocks import PLAIN, Operators, ResBlock
 from modules.lora import LoraUpdate, MergedLora
 
 TOLERANCE = 1e-5  # of the largest value
-PLACES = 2**32 + 2**20  # of a sparse buffer
+PLACES = 2**33 + 2**20  # of a sparse buffer: more than 2**31 within a sample
 NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which older Pythons do not name
 
 
@@ -132,7 +132,7 @@ def far(values: Tensor) -> Tensor:
     """The same values (B, N, C), with so much room between pixels that offsets pass 2**31."""
     batch, rows, c = values.shape
     apart = (PLACES - c) // (batch * rows)
-    assert apart * (batch * rows - 1) > 2**31
+    assert apart < 2**31 < apart * (rows - 1)  # what overflows is the product
     copy = sparse().as_strided(values.shape, (rows * apart, apart, 1))
     return copy.copy_(values)
 
