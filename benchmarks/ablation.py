@@ -211,7 +211,8 @@ class OwnTimePipeline(UltraPixelPipeline):
         target, times = target_named(self.config_c.target), steps(cosine, settings.steps, settings.shift)
         for predict, size, stream in ((low, sizes.lr_latent, "lr"), (high, sizes.hr_latent, "hr")):
             noise = self._noise(job, stream)
-            denoise = denoiser(in_halves(predict, held, stage_c), target, settings.cfg_stage_c)
+            halves = in_halves(predict, held, stage_c, times, noise.device)
+            denoise = denoiser(halves, target, settings.cfg_stage_c)
             x = noise.draw(1, C_LATENT, *size)
             sampled = sample(denoise, x, times, sampler_named(settings.sampler), noise.like)
         return sampled.x0

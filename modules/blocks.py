@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,13 @@ MAX_PERIOD = 10000  # of the timestep embedding, and the scale its argument is m
 LAYER_NORM_EPS = 1e-6
 GRN_EPS = 1e-6
 
+# Elements of a per-pixel MLP's hidden layer that are kept between its two products, by device: a larger one
+# is computed twice, in chunks of rows (level 0 of Stage B: above 3600 pixels a side on a GPU, 600 on a CPU).
+KEPT_HIDDEN = {"cpu": 2**24, "cuda": 2**29}
+CHUNK_HIDDEN = {"cpu": 2**20, "cuda": 2**27}  # elements of a chunk
+
 KeysValues = tuple[Tensor, Tensor]  # of the condition tokens, each (B, heads, tokens, C / heads)
+Modulation = tuple[Tensor, Tensor]  # scale (with the 1 in it) and shift, each (B or 1, C)
 
 
 def timestep_embedding(r: Tensor, c_r: int = 64) -> Tensor:
@@ -45,6 +53,97 @@ def resize_like(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     return F.interpolate(x.float(), size=tuple(size), mode="bilinear", align_corners=True).to(x.dtype)
 
 
+# --- what blocks compute without gradients --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operators:
+    """How the blocks compute where no gradient is asked for: `PLAIN`, or a device's own of the same results.
+
+    Maps are (B, H, W, C), tokens (B, N, C). A bias that comes with a residual is added by one of both
+    functions that get it: the first may hand over the residual with the bias in it.
+    """
+
+    # (x, convolution, bias) -> its normalised output, and the residual x for `add_product`
+    depthwise_norm: Callable[[Tensor, nn.Conv2d, Tensor], tuple[Tensor, Tensor]]
+    # (x, scale and shift or None, bias) -> the modulated x normalised, and as the residual for `add_product`
+    modulated_norm: Callable[[Tensor, Modulation | None, Tensor], tuple[Tensor, Tensor]]
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, weight, bias)
+    # (x, layer) -> GELU of the layer's output (B, N, K), and the sums of its squares (B, K)
+    hidden: Callable[[Tensor, nn.Linear], tuple[Tensor, Tensor]]
+    # (weight, sums of squares, gamma) -> the weight times GRN's scale, per sample (B, C, K)
+    grn_weight: Callable[[Tensor, Tensor, Tensor], Tensor]
+    # (residual (B, N, C), x (B, N, K), weights (B or 1, C, K), bias) -> their sum; the residual may be lost
+    add_product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    # (q, k, v, condition) -> attention over k, v and the condition's keys and values together, (B, N, C)
+    attention: Callable[[Tensor, Tensor, Tensor, KeysValues], Tensor]
+
+
+def depthwise_norm(x: Tensor, convolution: nn.Conv2d, _bias: Tensor) -> tuple[Tensor, Tensor]:
+    """LayerNorm of a depthwise convolution of a map (B, H, W, C), and the map."""
+    y = pixels_last(convolution(channels_first(x)))
+    return F.layer_norm(y, y.shape[-1:], eps=LAYER_NORM_EPS), x
+
+
+def modulated_norm(x: Tensor, modulation: Modulation | None, _bias: Tensor) -> tuple[Tensor, Tensor]:
+    """LayerNorm of x·scale + shift, and that; x (B, H, W, C)."""
+    y = x if modulation is None else modulated(x, modulation)
+    return F.layer_norm(y, y.shape[-1:], eps=LAYER_NORM_EPS), y
+
+
+def modulated(x: Tensor, modulation: Modulation) -> Tensor:
+    """x·scale + shift; x (B, H, W, C)."""
+    scale, shift = (part[:, None, None] for part in modulation)
+    return torch.addcmul(shift, x, scale)
+
+
+def hidden(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """GELU of a layer's output (B, N, K), and the sums of its squares (B, K)."""
+    g = torch.ops.aten.gelu_(layer(x))
+    wider = torch.float32 if g.element_size() < 4 else None  # naming the dtype g has slows the sum
+    return g, torch.linalg.vector_norm(g, dim=1, dtype=wider).square()
+
+
+def grn_scale(squares: Tensor, gamma: Tensor) -> Tensor:
+    """What GlobalResponseNorm multiplies by (B, K), from the sums of squares (B, K)."""
+    energy = squares.sqrt()
+    response = energy / (energy.mean(dim=-1, keepdim=True) + GRN_EPS)
+    return 1 + gamma.flatten() * response.to(gamma.dtype)
+
+
+def grn_weight(weight: Tensor, squares: Tensor, gamma: Tensor) -> Tensor:
+    """The weight (C, K) times GlobalResponseNorm's scale, per sample: (B, C, K)."""
+    return weight * grn_scale(squares, gamma)[:, None]
+
+
+def add_product(residual: Tensor, x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+    """residual (B, N, C) + x (B, N, K) times weights (B or 1, C, K), transposed, + bias (C)."""
+    if len(weights) == 1:
+        return F.linear(x, weights[0], bias).add_(residual)
+    return torch.baddbmm(bias, x, weights.transpose(1, 2)).add_(residual)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, condition: KeysValues) -> Tensor:
+    """Attention (B, N, C) over k, v and the condition's, each (B, heads, tokens, C / heads)."""
+    keys, values = (torch.cat(pair, dim=2) for pair in zip((k, v), condition, strict=True))
+    return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2)
+
+
+PLAIN = Operators(depthwise_norm, modulated_norm, F.linear, hidden, grn_weight, add_product, attention)
+
+
+def row_spans(rows: int, row_elements: int, device: str) -> tuple[list[slice], bool]:
+    """The chunks of rows to compute a hidden layer in, and whether it is kept until all are computed."""
+    keep = rows * row_elements <= KEPT_HIDDEN.get(device, KEPT_HIDDEN["cpu"])
+    if keep and device != "cpu":
+        return [slice(0, rows)], True
+    count = max(1, CHUNK_HIDDEN.get(device, CHUNK_HIDDEN["cpu"]) // row_elements)
+    return [slice(start, min(start + count, rows)) for start in range(0, rows, count)], keep
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
 class ChannelNorm(nn.Module):
     """LayerNorm over the channels of a feature map (B, C, H, W), eps 1e-6, without learned parameters."""
 
@@ -70,7 +169,8 @@ class GlobalResponseNorm(nn.Module):
 class ResBlock(nn.Module):
     """Depthwise convolution and a per-pixel MLP with global response normalisation, added to the input.
 
-    x (B, C, H, W), skip (B, c_skip, H, W) or None -> (B, C, H, W).
+    x (B, C, H, W), skip (B, c_skip, H, W) or None -> (B, C, H, W). With `ops` it is computed by these,
+    without gradients and dropout.
     """
 
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0) -> None:
@@ -85,11 +185,54 @@ class ResBlock(nn.Module):
             nn.Linear(4 * c, c),
         )
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None, ops: Operators | None = None) -> Tensor:
+        if ops is not None and type(self.channelwise[0]) is type(self.channelwise[4]) is nn.Linear:
+            return self._without_gradients(x, skip, ops)
         y = pixels_last(self.norm(self.depthwise(x)))
         if skip is not None:
             y = torch.cat([y, pixels_last(skip)], dim=-1)  # (B, H, W, C + c_skip)
         return x + channels_first(self.channelwise(y))
+
+    def _without_gradients(self, x: Tensor, skip: Tensor | None, ops: Operators) -> Tensor:
+        """The same, with the scale and the shift of the response norm in the last product."""
+        grn, last = self.channelwise[2], self.channelwise[4]
+        bias = F.linear(grn.beta.flatten(), last.weight, last.bias)
+        y, residual = ops.depthwise_norm(pixels_last(x), self.depthwise, bias)
+        tokens = [
+            None if t is None else t.flatten(1, 2) for t in (y, None if skip is None else pixels_last(skip))
+        ]
+        out = self._mix(*tokens, residual.flatten(1, 2), bias, ops)
+        return channels_first(out.view(y.shape))
+
+    def _mix(self, y: Tensor, skip: Tensor | None, residual: Tensor, bias: Tensor, ops: Operators) -> Tensor:
+        """The per-pixel MLP's output, added to the residual; y, which is lost, and all others (B, N, C)."""
+        first, grn, last = self.channelwise[0], self.channelwise[2], self.channelwise[4]
+
+        def computed(rows: slice) -> tuple[Tensor, Tensor]:
+            part = y[:, rows] if skip is None else torch.cat([y[:, rows], skip[:, rows]], dim=-1)
+            return ops.hidden(part, first)
+
+        spans, keep = row_spans(y.shape[1], len(y) * last.in_features, y.device.type)
+        kept: list[Tensor] = []
+        squares: Tensor | float = 0.0
+        for rows in spans:
+            g, part = computed(rows)
+            squares = squares + part
+            if keep:
+                kept.append(g)
+        # The scale goes into the smaller of both factors of the product.
+        into_weight = y.shape[1] >= last.out_features
+        if into_weight:
+            weights = ops.grn_weight(last.weight, squares, grn.gamma)
+        else:
+            weights, scale = last.weight[None], grn_scale(squares, grn.gamma)[:, None]
+        for rows in spans:
+            g = kept.pop(0) if keep else computed(rows)[0]
+            added = ops.add_product(residual[:, rows], g if into_weight else g.mul_(scale), weights, bias)
+            if len(spans) == 1:
+                return added
+            y[:, rows] = added
+        return y
 
 
 class TimestepBlock(nn.Module):
@@ -112,6 +255,11 @@ class TimestepBlock(nn.Module):
             total = sum(getattr(self, name)(part) for name, part in zip(self.names, parts, strict=True))
         a, b = total[:, :, None, None].chunk(2, dim=1)
         return a, b
+
+    def scale_shift(self, r_embed: Tensor) -> Modulation:
+        """What the channels are multiplied by, and what is added, each (B, C)."""
+        a, b = self.modulation(r_embed)
+        return 1 + a[:, :, 0, 0], b[:, :, 0, 0]
 
     def forward(self, x: Tensor, r_embed: Tensor) -> Tensor:
         a, b = self.modulation(r_embed)
@@ -154,6 +302,13 @@ class PackedAttention(nn.Module):
         y = F.scaled_dot_product_attention(self._split_heads(q), keys, values)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
+    def added(self, x: Tensor, residual: Tensor, condition: KeysValues, ops: Operators) -> Tensor:
+        """Self-attention, computed by `ops` and without gradients, added to the residual; both (B, N, C)."""
+        packed = ops.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = (self._split_heads(part) for part in packed.chunk(3, dim=-1))
+        y = ops.attention(q, k, v, condition)
+        return ops.add_product(residual, y, self.out_proj.weight[None], self.out_proj.bias)
+
 
 class SpatialAttention(nn.Module):
     """Attention of the pixels of a map among each other and to the condition tokens, row by row."""
@@ -172,7 +327,8 @@ class SpatialAttention(nn.Module):
 class AttnBlock(nn.Module):
     """Attention over the map's normalised pixels and the condition tokens, added to the input.
 
-    x (B, C, H, W); the condition's keys and values come from `keys_values`, once per picture.
+    x (B, C, H, W); the condition's keys and values come from `keys_values`, once per picture. With `ops` it
+    is computed by these, without gradients, of x with the modulation of the timestep block before it.
     """
 
     def __init__(self, c: int, c_cond: int, heads: int, self_attn: bool = True) -> None:
@@ -186,8 +342,26 @@ class AttnBlock(nn.Module):
         """Keys and values of condition tokens (B, tokens, c_cond)."""
         return self.attention.attn.keys_values(self.kv_mapper(tokens))
 
-    def forward(self, x: Tensor, condition: KeysValues) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: KeysValues,
+        ops: Operators | None = None,
+        modulation: Modulation | None = None,
+    ) -> Tensor:
+        if ops is not None and self.self_attn:
+            return self._without_gradients(x, condition, ops, modulation)
+        if modulation is not None:
+            x = channels_first(modulated(pixels_last(x), modulation))
         return x + self.attention(self.norm(x), condition, self.self_attn)
+
+    def _without_gradients(
+        self, x: Tensor, condition: KeysValues, ops: Operators, modulation: Modulation | None
+    ) -> Tensor:
+        packed = self.attention.attn
+        normed, residual = ops.modulated_norm(pixels_last(x), modulation, packed.out_proj.bias)
+        out = packed.added(normed.flatten(1, 2), residual.flatten(1, 2), condition, ops)
+        return channels_first(out.view(normed.shape))
 
 
 def xavier_linears(module: nn.Module) -> None:

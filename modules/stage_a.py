@@ -114,24 +114,39 @@ class StageA(nn.Module):
         """Latent pixels around a tile that reach its picture: one per bottleneck block, two for the rest."""
         return self.bottleneck_blocks + 2
 
-    def decode_tiled(self, latent: Tensor, max_tile: int = MAX_TILE) -> Tensor:
+    def picture_shape(self, latent: Tensor) -> tuple[int, ...]:
+        """The shape (B, 3, 4·H, 4·W) of a latent's picture."""
+        batch, _, height, width = latent.shape
+        return batch, 3, COMPRESSION * height, COMPRESSION * width
+
+    def decode_tiled(self, latent: Tensor, max_tile: int = MAX_TILE, out: Tensor | None = None) -> Tensor:
         """`decode` in tiles of at most `max_tile` latent pixels a side: the same picture, in bounded memory.
 
         Nothing in Stage A looks further than `halo` pixels, so a tile decoded with that margin is exact.
+        `out` is memory for it, on any device; then it is clamped to [0, 1], and complete on return.
         """
-        batch, _, height, width = latent.shape
-        picture = latent.new_empty(batch, 3, COMPRESSION * height, COMPRESSION * width)
-        for top, bottom in _spans(height, max_tile):
-            for left, right in _spans(width, max_tile):
-                y, x = max(0, top - self.halo), max(0, left - self.halo)
-                tile = self.decode(latent[:, :, y : bottom + self.halo, x : right + self.halo])
-                inner = [
-                    slice(COMPRESSION * (a - o), COMPRESSION * (b - o))
-                    for a, b, o in ((top, bottom, y), (left, right, x))
-                ]
-                outer = [slice(COMPRESSION * a, COMPRESSION * b) for a, b in ((top, bottom), (left, right))]
-                picture[:, :, outer[0], outer[1]] = tile[:, :, inner[0], inner[1]]
+        picture = latent.new_empty(self.picture_shape(latent)) if out is None else out
+        for top, bottom in _spans(latent.shape[2], max_tile):
+            rows = picture[:, :, COMPRESSION * top : COMPRESSION * bottom]
+            band = rows if picture.device == latent.device else torch.empty_like(rows, device=latent.device)
+            self._decode_band(latent, top, bottom, max_tile, band)
+            if out is not None:
+                band.clamp_(0, 1)
+            if band is not rows:
+                _copy_planes(band, rows)
+        if picture.device != latent.device:
+            torch.cuda.current_stream(latent.device).synchronize()
         return picture
+
+    def _decode_band(self, latent: Tensor, top: int, bottom: int, max_tile: int, band: Tensor) -> None:
+        """Decode the rows top to bottom of the latent into the picture's (B, 3, 4·(bottom - top), 4·W)."""
+        y = max(0, top - self.halo)
+        inner_rows = slice(COMPRESSION * (top - y), COMPRESSION * (bottom - y))
+        for left, right in _spans(latent.shape[3], max_tile):
+            x = max(0, left - self.halo)
+            tile = self.decode(latent[:, :, y : bottom + self.halo, x : right + self.halo])
+            inner = slice(COMPRESSION * (left - x), COMPRESSION * (right - x))
+            band[..., COMPRESSION * left : COMPRESSION * right] = tile[:, :, inner_rows, inner]
 
     def forward(self, latent: Tensor) -> Tensor:
         return self.decode(latent)
@@ -142,3 +157,10 @@ def _spans(length: int, max_tile: int) -> list[tuple[int, int]]:
     count = math.ceil(length / max_tile)
     edges = [round(i * length / count) for i in range(count + 1)]
     return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _copy_planes(source: Tensor, target: Tensor) -> None:
+    """Copy (B, C, H, W) into rows of a picture on another device, plane by plane: each is one piece there."""
+    for sample, wanted in zip(source, target, strict=True):
+        for plane, place in zip(sample, wanted, strict=True):
+            place.copy_(plane, non_blocking=True)

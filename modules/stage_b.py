@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.blocks import LAYER_NORM_EPS, ChannelNorm, resize_like
-from modules.unet import CascadeUNet, LevelKeysValues, first_keys_values
+from modules.blocks import LAYER_NORM_EPS, ChannelNorm, resize_like, row_spans
+from modules.unet import CascadeUNet, LevelKeysValues, Times, first_keys_values
 
 PIXELS_SIZE = 8  # side of the all-zero pixel condition
 
@@ -31,6 +31,17 @@ def _feature_mapper(c_in: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(c_in, 4 * c_out, 1), nn.GELU(), nn.Conv2d(4 * c_out, c_out, 1), ChannelNorm()
     )
+
+
+def _mapped(mapper: nn.Sequential, x: Tensor) -> Tensor:
+    """A feature mapper's map; without gradients in rows, as it is four times as wide in between."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if torch.is_grad_enabled():
+        return mapper(x)
+    spans, _ = row_spans(x.shape[2], x.shape[3] * len(x) * mapper[0].out_channels, x.device.type)
+    if len(spans) == 1:
+        return mapper(x)
+    return torch.cat([mapper(x[:, :, rows]) for rows in spans], dim=2)
 
 
 class StageB(CascadeUNet):
@@ -109,7 +120,7 @@ class StageB(CascadeUNet):
         grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         if pixels is None:
             pixels = effnet.new_zeros(len(effnet), self.c_pixels, PIXELS_SIZE, PIXELS_SIZE)
-        spatial = self.effnet_mapper(resize_like(effnet, grid).contiguous(memory_format=torch.channels_last))
+        spatial = _mapped(self.effnet_mapper, resize_like(effnet, grid))
         spatial = spatial + resize_like(self.pixels_mapper(pixels), grid)
         tokens = (
             self.clip_mapper(clip).unflatten(-1, (self.c_clip_seq, -1)).flatten(1, 2)
@@ -117,13 +128,21 @@ class StageB(CascadeUNet):
         tokens = F.layer_norm(tokens, (self.c_cond,), eps=LAYER_NORM_EPS)
         return StageBConditions(spatial, self.level_keys_values(tokens))
 
+    def pass_times(self, r: Tensor, sca: Tensor | None = None) -> Times:
+        """What depends on the times r (S,) of a pass alone; `predict` takes one of them, `times.at(i)`."""
+        return self.times(r, [sca][: len(self.t_conds)])
+
     def predict(
-        self, x: Tensor, r: Tensor, conditions: StageBConditions, *, sca: Tensor | None = None
+        self, x: Tensor, r: Tensor | Times, conditions: StageBConditions, *, sca: Tensor | None = None
     ) -> Tensor:
-        """The prediction (B, 4, H, W) for a latent of the same shape at noise condition r (B,)."""
-        r_embed = self.embed_time(r, [sca][: len(self.t_conds)])
-        x = self.embedding(x.contiguous(memory_format=torch.channels_last)) + conditions.spatial
-        return self.clf(self.run_levels(x, r_embed, conditions.keys_values))
+        """The prediction (B, 4, H, W) for a latent of the same shape at noise condition r (B,).
+
+        `r` may be what `pass_times` made of it.
+        """
+        time = r if isinstance(r, Times) else Times(self.embed_time(r, [sca][: len(self.t_conds)]))
+        x = x.contiguous(memory_format=torch.channels_last)
+        # No name here for the embedding: at large sizes one map more would lie in memory all the time.
+        return self.clf(self.run_levels(self.embedding(x) + conditions.spatial, time, conditions.keys_values))
 
     def forward(
         self,

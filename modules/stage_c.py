@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modules.blocks import LAYER_NORM_EPS, ChannelNorm
 from modules.guidance import GuidanceFeatures, PreparedGuidance
-from modules.unet import CascadeUNet, InnerMaps, LevelKeysValues, first_keys_values
+from modules.unet import CascadeUNet, InnerMaps, LevelKeysValues, Times, first_keys_values
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,17 @@ class StageC(CascadeUNet):
             self.level_keys_values(self.condition_tokens(clip_text, clip_text_pooled, clip_img))
         )
 
+    def pass_times(self, r: Tensor, sca: Tensor | None = None, crp: Tensor | None = None) -> Times:
+        """What depends on the times r (S,) of a pass alone; `predict` takes one of them, `times.at(i)`."""
+        return self.times(r, [sca, crp][: len(self.t_conds)])
+
+    def _time(self, r: Tensor | Times, sca: Tensor | None, crp: Tensor | None) -> Times:
+        return r if isinstance(r, Times) else Times(self.embed_time(r, [sca, crp][: len(self.t_conds)]))
+
     def predict(
         self,
         x: Tensor,
-        r: Tensor,
+        r: Tensor | Times,
         conditions: StageCConditions,
         *,
         sca: Tensor | None = None,
@@ -161,21 +168,21 @@ class StageC(CascadeUNet):
     ) -> Tensor:
         """The prediction (B, 16, H, W) for a latent of the same shape at noise condition r (B,).
 
-        With guidance, control is ignored: it acts on the low-resolution pass and arrives through that.
-        `inner` as in `run_levels`.
+        `r` may be what `pass_times` made of it. With guidance, control is ignored: it acts on the
+        low-resolution pass and arrives through that. `inner` as in `run_levels`.
         """
-        r_embed = self.embed_time(r, [sca, crp][: len(self.t_conds)])
+        time = self._time(r, sca, crp)
         if guidance is None:
-            return self._denoise(x, r_embed, conditions, control, inner=inner)
-        own = r_embed[:, : self.c_r]
+            return self._denoise(x, time, conditions, control, inner=inner)
+        own = time.embed[:, : self.c_r]
         return self._denoise(
-            x, r_embed, conditions, at_site=lambda site, y: guidance.fuse(site, y, own), inner=inner
+            x, time, conditions, at_site=lambda site, y: guidance.fuse(site, y, own), inner=inner
         )
 
     def predict_with_features(
         self,
         x: Tensor,
-        r: Tensor,
+        r: Tensor | Times,
         conditions: StageCConditions,
         *,
         sca: Tensor | None = None,
@@ -189,8 +196,7 @@ class StageC(CascadeUNet):
             maps.append(feature)
             return feature
 
-        r_embed = self.embed_time(r, [sca, crp][: len(self.t_conds)])
-        prediction = self._denoise(x, r_embed, conditions, control, keep)
+        prediction = self._denoise(x, self._time(r, sca, crp), conditions, control, keep)
         return prediction, GuidanceFeatures(tuple(maps))
 
     def forward(
@@ -223,7 +229,7 @@ class StageC(CascadeUNet):
         conditions = self.prepare(clip_text, clip_text_pooled, clip_img)
         return self.predict_with_features(x, r, conditions, sca=sca, crp=crp, control=control)
 
-    def _denoise(self, x, r_embed, conditions, control=None, at_site=None, inner=None) -> Tensor:
+    def _denoise(self, x, time: Times, conditions, control=None, at_site=None, inner=None) -> Tensor:
         x = self.embedding(x.contiguous(memory_format=torch.channels_last))  # (B, C, H / patch, W / patch)
-        x = self.run_levels(x, r_embed, conditions.keys_values, control, at_site, inner)
+        x = self.run_levels(x, time, conditions.keys_values, control, at_site, inner)
         return self.clf(x)

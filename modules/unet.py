@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,18 @@ from torch.utils.checkpoint import checkpoint
 from modules.blocks import (
     AttnBlock,
     KeysValues,
+    Modulation,
+    Operators,
     ResBlock,
     TimestepBlock,
+    channels_first,
+    modulated,
+    pixels_last,
     resize_like,
     timestep_embedding,
     xavier_linears,
 )
+from modules.operators import operators_for
 
 LevelKeysValues = list[KeysValues | None]  # one entry per block of a level, None where it is not attention
 AtSite = Callable[
@@ -48,6 +56,30 @@ class InnerMaps:
     def keep(self, x: Tensor) -> None:
         """Keep the map of this step."""
         self.kept, self.age = x, 0
+
+
+@dataclass(frozen=True)
+class Times:
+    """Embeddings of r and further conditions (B, c_r·(1 + n)), and what timestep blocks make of them.
+
+    `modulations` has an entry per level, in running order, and block, None where it is no timestep block.
+    """
+
+    embed: Tensor
+    modulations: list[list[Modulation | None]] | None = None  # None: each is computed when it is needed
+
+    def at(self, index: int) -> Times:
+        """Those of one of the times alone, for all samples of a batch."""
+        row = slice(index, index + 1)
+        levels = [
+            [None if m is None else (m[0][row], m[1][row]) for m in level] for level in self.modulations or ()
+        ]
+        return Times(self.embed[row], levels or None)
+
+    def modulation(self, level: int, index: int, block: TimestepBlock) -> Modulation:
+        """Scale and shift of a level's block."""
+        made = None if self.modulations is None else self.modulations[level][index]
+        return block.scale_shift(self.embed) if made is None else made
 
 
 def first_keys_values(levels: list[LevelKeysValues], count: int) -> list[LevelKeysValues]:
@@ -116,6 +148,7 @@ class CascadeUNet(nn.Module):
                 raise ValueError(f"{name} has {len(values)} entries, but c_hidden has {n} levels")
         self.c_r, self.t_conds = c_r, tuple(t_conds)
         self.gradient_checkpointing = False
+        self.plain = False  # without the device's own operators
 
         def level(i: int, count: int, c_skip: int) -> nn.ModuleList:
             return build_level(
@@ -160,10 +193,19 @@ class CascadeUNet(nn.Module):
             [b.keys_values(tokens) if isinstance(b, AttnBlock) else None for b in level] for level in levels
         ]
 
+    def times(self, r: Tensor, conditions: Sequence[Tensor | None]) -> Times:
+        """All that depends on the times r (S,) alone: of a whole pass in one product a block."""
+        embed = self.embed_time(r, conditions)
+        levels = [*self.down_blocks, *self.up_blocks]
+        return Times(
+            embed,
+            [[b.scale_shift(embed) if isinstance(b, TimestepBlock) else None for b in lv] for lv in levels],
+        )
+
     def run_levels(
         self,
         x: Tensor,
-        r_embed: Tensor,
+        time: Times,
         keys_values: list[LevelKeysValues],
         control: Sequence[Tensor | None] | None = None,
         at_site: AtSite | None = None,
@@ -177,20 +219,20 @@ class CascadeUNet(nn.Module):
         """
         assert inner is None or not control, "control entries are counted over all levels"
         entries = iter(control or ())
+        run = partial(self._run_level, ops=self._operators(x), time=time, control=entries, at_site=at_site)
         skips: list[Tensor] = []
         n = len(self.down_blocks)
 
         def down(i: int, x: Tensor) -> Tensor:
             x = self.down_downscalers[i](x)
-            blocks, mappers = self.down_blocks[i], self.down_repeat_mappers[i]
-            x = self._run_level(blocks, mappers, x, None, r_embed, keys_values[i], entries, at_site, i)
+            x = run(i, self.down_blocks[i], self.down_repeat_mappers[i], x, None, keys_values[i])
             skips.append(x)
             return x
 
         def up(k: int, x: Tensor) -> Tensor:
-            skip = skips[n - 1 - k] if k else None
+            skip = skips.pop()  # of the deepest level it is x itself
             blocks, mappers, kv = self.up_blocks[k], self.up_repeat_mappers[k], keys_values[n + k]
-            x = self._run_level(blocks, mappers, x, skip, r_embed, kv, entries, at_site, n + k)
+            x = run(n + k, blocks, mappers, x, skip if k else None, kv)
             return self.up_upscalers[k](x)
 
         x = down(0, x)
@@ -220,40 +262,54 @@ class CascadeUNet(nn.Module):
                 nn.init.xavier_uniform_(module.attention.attn.in_proj_weight)
                 nn.init.zeros_(module.attention.attn.in_proj_bias)
 
+    def _operators(self, x: Tensor) -> Operators | None:
+        """How blocks compute here without gradients; None where their plain forward is asked for."""
+        if torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(x.device.type):
+            return None
+        return operators_for(x, self.plain)
+
     def _run_level(
         self,
+        site: int,
         blocks: nn.ModuleList,
         repeat_mappers: nn.ModuleList,
         x: Tensor,
         skip: Tensor | None,
-        r_embed: Tensor,
         keys_values: LevelKeysValues,
+        *,
+        ops: Operators | None,
+        time: Times,
         control: Iterator[Tensor | None],
         at_site: AtSite | None,
-        site: int,
     ) -> Tensor:
         if skip is not None:
             x = resize_like(x, skip.shape[-2:])
         waiting = at_site is not None
+        modulation = None  # of a timestep block, where the attention block after it applies it
         for repeat in range(len(repeat_mappers) + 1):
             for j, (block, kv) in enumerate(zip(blocks, keys_values, strict=True)):
                 if isinstance(block, ResBlock):
                     entry = next(control, None)
                     if entry is not None:
                         x = x + resize_like(entry, x.shape[-2:])
-                    x = self._call(block, x, skip if j == 0 else None)
-                elif isinstance(block, TimestepBlock):
-                    x = self._call(block, x, r_embed)
-                else:
-                    x = self._call(block, x, kv)
+                    x = self._call(block, x, skip if j == 0 else None, ops)
+                elif isinstance(block, AttnBlock):
+                    x = self._call(block, x, kv, ops, modulation)
+                    modulation = None
                     if waiting:
                         x, waiting = at_site(site, x), False
+                elif ops is None:
+                    x = self._call(block, x, time.embed)
+                else:
+                    modulation = time.modulation(site, j, block)
+                    if not (j + 1 < len(blocks) and isinstance(blocks[j + 1], AttnBlock)):
+                        x, modulation = channels_first(modulated(pixels_last(x), modulation)), None
             if repeat < len(repeat_mappers):
                 x = repeat_mappers[repeat](x)
         return x
 
-    def _call(self, block: nn.Module, x: Tensor, other: Tensor | KeysValues | None) -> Tensor:
+    def _call(self, block: nn.Module, x: Tensor, *others: Any) -> Tensor:
         """A block's output, computed again in the backward pass instead of kept where that is set."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, other, use_reentrant=False)
-        return block(x, other)
+            return checkpoint(block, x, *others, use_reentrant=False)
+        return block(x, *others)

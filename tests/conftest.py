@@ -4,8 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+import interpreted  # noqa: F401  before torch, which looks for triton
+
+import pytest  # isort: skip
+import torch  # isort: skip
 
 import modules.torchvision_operators  # noqa: F401  before transformers and diffusers
 from core.pipeline.pipeline import UltraPixelPipeline

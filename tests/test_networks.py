@@ -99,6 +99,30 @@ def test_tiles_decode_like_the_whole(height: int, width: int, tile: int) -> None
     assert worst <= 1e-4 * float(whole.max() - whole.min())
 
 
+@torch.no_grad()
+def test_tiles_go_straight_into_memory_for_the_picture() -> None:
+    torch.manual_seed(0)
+    stage_a, latent = random_stage_a(8, 2), 3 * torch.randn(1, 4, 9, 14)
+    memory = torch.empty(stage_a.picture_shape(latent))
+    assert stage_a.decode_tiled(latent, 5, memory) is memory
+    torch.testing.assert_close(memory, stage_a.decode(latent).clamp(0, 1), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_what_depends_on_time_alone_is_computed_once_for_a_pass(stage_c: StageC) -> None:
+    inputs, r = text_inputs(2), torch.tensor([0.9, 0.2])
+    held, times = stage_c.prepare(*inputs), stage_c.pass_times(r)
+    mappers = [block.mapper for level in stage_c.down_blocks for block in level if hasattr(block, "mapper")]
+    calls: list[int] = []
+    for mapper in mappers:
+        mapper.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(2, 16, 5, 4)
+    found = [stage_c.predict(x, times.at(i), held) for i in range(2)]
+    assert mappers and not calls
+    for one, value in zip(found, r, strict=True):
+        torch.testing.assert_close(one, stage_c.predict(x, value.expand(2), held), rtol=1e-5, atol=1e-5)
+
+
 def decoded_pixels(stage_a: StageA, latent: Tensor, max_tile: int) -> int:
     """Latent pixels that pass through the decoder."""
     counted: list[int] = []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from core.config.settings import Settings
 from core.pipeline.offload import Offloaded, Placement
-from core.pipeline.passes import NoiseSource, needs_unconditional
+from core.pipeline.passes import NoiseSource, needs_unconditional, tensor_float32
 from core.pipeline.pipeline import Job, Progress, UltraPixelPipeline
 from core.weights.checkpoint import config_metadata, save_tensors
 from gdf.names import SAMPLER_NAMES
@@ -196,3 +196,14 @@ def test_offloading_gives_the_weights_their_place_back() -> None:
         assert all(p.is_meta for p in module.parameters())
         raise RuntimeError("stop")
     assert [p.data_ptr() for p in linear.parameters()] == places
+
+
+def test_tf32_is_allowed_within_a_block_alone() -> None:
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [kind.fp32_precision for kind in kinds]
+    with pytest.raises(RuntimeError, match="in between"), tensor_float32(True):
+        assert [kind.fp32_precision for kind in kinds] == ["tf32", "tf32"]
+        raise RuntimeError("in between")
+    assert [kind.fp32_precision for kind in kinds] == before
+    with tensor_float32(False):
+        assert [kind.fp32_precision for kind in kinds] == before

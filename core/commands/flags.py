@@ -156,6 +156,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--resident", dest="offload", action="store_const", const=NONE, default=AUTO, help="as --offload none"
     )
     group.add_argument(
+        "--plain", action="store_true",
+        help="PyTorch's own operators alone, to compare with: no fused kernels, recorded steps or TF32",
+    )  # fmt: skip
+    group.add_argument(
         "--allow_download", action="store_true", help="let the text encoder be fetched from its hub"
     )
 
@@ -286,11 +290,13 @@ def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
 
     guidance = None if arguments.pretrained_path == "none" else arguments.pretrained_path
     device = device_named(arguments.device)
-    return UltraPixelPipeline.from_config(
+    pipeline = UltraPixelPipeline.from_config(
         arguments.config_c, arguments.config_b, guidance, device, arguments.dtype,
         allow_download=arguments.allow_download, offload=arguments.offload,
         int8=arguments.int8,
     )  # fmt: skip
+    pipeline.plain = arguments.plain
+    return pipeline
 
 
 def check_weights(

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
 
-import torch
-
 from core.commands.flags import (
     MODEL_FLAGS,
     check_weights,
@@ -125,8 +123,6 @@ def make_pictures(
         say(describe_plan(pipeline, jobs, settings), sys.stdout)
         return 0
     check_weights(pipeline, arguments.preset)
-    if pipeline.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # Stage A runs in float32
     say(pipeline.settle_offload(arguments.height, arguments.width, settings), sys.stderr)
     models = {name: getattr(arguments, name) for name in model_flags}
     folder, format = arguments.output_dir, arguments.format

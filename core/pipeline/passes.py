@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.config.settings import Settings
 from core.pipeline.conditioning import Conditions
+from core.pipeline.graphs import LowPassGraphs
 from core.pipeline.resolution import Plan
 from core.random_keys import generator_of
 from gdf.noise_conditions import cosine_t
@@ -23,14 +25,14 @@ from modules.guidance import GuidanceFeatures, PreparedGuidance
 from modules.stage_a import MAX_TILE, StageA
 from modules.stage_b import StageB, StageBConditions
 from modules.stage_c import StageC, StageCConditions
-from modules.unet import InnerMaps
+from modules.unet import InnerMaps, Times
 
 C_LATENT = 16  # channels of Stage C's latent
 B_LATENT = 4  # channels of Stage B's latent
 
 OnStep = Callable[[Step, Estimate], None]
 Prepared = TypeVar("Prepared", StageCConditions, StageBConditions)
-Predict = Callable[[Tensor, Tensor, Prepared, Step], Tensor]  # (x, r, conditions, step)
+Predict = Callable[[Tensor, Times, Prepared, Step], Tensor]  # (x, time, conditions, step)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class NoiseSource:
 
     def draw(self, *shape: int) -> Tensor:
         """Standard normal noise of a shape, float32."""
-        return torch.randn(shape, generator=self.generator).to(self.device)
+        return _placed(torch.randn(shape, generator=self.generator), self.device)
 
     def like(self, x: Tensor) -> Tensor:
         """Standard normal noise shaped like x."""
@@ -66,28 +68,50 @@ class NoiseSources:
         """How many pictures."""
         return len(self.sources)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is placed."""
+        return self.sources[0].device
+
     def draw(self, _count: int, *shape: int) -> Tensor:
         """Standard normal noise (pictures, *shape), float32."""
-        device = self.sources[0].device
-        return torch.cat([torch.randn((1, *shape), generator=s.generator) for s in self.sources]).to(device)
+        drawn = [torch.randn((1, *shape), generator=s.generator) for s in self.sources]
+        return _placed(torch.cat(drawn), self.device)
 
     def like(self, x: Tensor) -> Tensor:
         """Standard normal noise shaped like x (pictures, ...)."""
         return self.draw(*x.shape).to(x.dtype)
 
 
+def _placed(drawn: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; a GPU's work is not waited for."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+
+
 def _r(logsnr: Tensor, x: Tensor) -> Tensor:
     return cosine_t(logsnr).to(x.device).expand(len(x))
 
 
-def in_halves(predict: Predict, conditions: Prepared, network: nn.Module) -> Callable[..., Tensor]:
-    """`predict(x, r, conditions, step)` as samplers call it, on one half or both, in the network's dtype."""
+def in_halves(
+    predict: Predict,
+    conditions: Prepared,
+    network: StageB | StageC,
+    times: Sequence[Step],
+    device: torch.device,
+) -> Callable[..., Tensor]:
+    """`predict(x, time, conditions, step)` as samplers call it, on one half or both, in the network's dtype.
+
+    What depends on the steps' times alone is computed here, for all of them. Not all weights need lie on the
+    device between the steps.
+    """
     dtype = next(network.parameters()).dtype
+    halves = {True: conditions}
+    every = network.pass_times(cosine_t(torch.stack([step.logsnr for step in times])).to(device))
 
     def on_halves(x: Tensor, step: Step, both: bool) -> Tensor:
         batch = (torch.cat([x, x]) if both else x).to(dtype)
-        held = conditions if both else conditions.first(len(x))
-        return predict(batch, _r(step.logsnr, batch), held, step)
+        held = halves.setdefault(both, conditions.first(len(x)))
+        return predict(batch, every.at(step.index), held, step)
 
     return on_halves
 
@@ -109,19 +133,27 @@ def low_resolution_pass(
     noise: NoiseSource | NoiseSources,
     control: Sequence[Tensor | None] | None = None,
     on_step: OnStep | None = None,
+    graphs: LowPassGraphs | None = None,
 ) -> tuple[Sampled, GuidanceFeatures]:
     """Denoise a latent at low resolution and take the features that guide the high one (section 3.1).
 
     The features are the conditional half's, at the last step or, with few steps, at r = 0.05 (`Settings`).
+    `graphs` run its steps by their recordings.
     """
     taken: list[GuidanceFeatures] = []
+    recorded = None if graphs is None else graphs.for_pass(stage_c, noise.device)
 
-    def predict(x: Tensor, r: Tensor, held: StageCConditions, step: Step) -> Tensor:
-        if step.is_last and settings.extra_guidance_r is None:
-            prediction, features = stage_c.predict_with_features(x, r, held, control=control)
+    def predict(x: Tensor, time: Times, held: StageCConditions, step: Step) -> Tensor:
+        takes = step.is_last and settings.extra_guidance_r is None
+        if recorded is not None:
+            prediction, features = recorded.step(stage_c, x, time, held, control)
+        elif takes:
+            prediction, features = stage_c.predict_with_features(x, time, held, control=control)
+        else:
+            return stage_c.predict(x, time, held, control=control)
+        if takes:
             taken.append(features.first(noise.count))
-            return prediction
-        return stage_c.predict(x, r, held, control=control)
+        return prediction
 
     last: list[Estimate] = []
 
@@ -131,8 +163,11 @@ def low_resolution_pass(
             on_step(step, estimate)
 
     x = noise.draw(noise.count, C_LATENT, *plan.lr_latent)
-    denoise = denoiser(in_halves(predict, conditions, stage_c), target, settings.cfg_stage_c)
-    sampled = _sample_stage_c(denoise, x, settings.steps_low, settings, noise, after_step)
+    times = steps(cosine, settings.steps_low, settings.shift)
+    denoise = denoiser(
+        in_halves(predict, conditions, stage_c, times, noise.device), target, settings.cfg_stage_c
+    )
+    sampled = _sample_stage_c(denoise, x, times, settings, noise, after_step)
     if settings.extra_guidance_r is not None:
         logsnr = cosine(torch.tensor(settings.extra_guidance_r))
         a, b = variance_preserving(logsnr)
@@ -155,24 +190,26 @@ def high_resolution_pass(
     """Denoise a latent at the asked resolution, guided in both halves at every step (section 3.2)."""
     inner = InnerMaps(settings.reuse) if settings.reuse > 1 else None
 
-    def predict(x: Tensor, r: Tensor, held: StageCConditions, _: Step) -> Tensor:
-        return stage_c.predict(x, r, held, guidance=guidance, inner=inner)
+    def predict(x: Tensor, time: Times, held: StageCConditions, _: Step) -> Tensor:
+        return stage_c.predict(x, time, held, guidance=guidance, inner=inner)
 
-    denoise = denoiser(in_halves(predict, conditions, stage_c), target, settings.cfg_stage_c)
     x = noise.draw(noise.count, C_LATENT, *plan.hr_latent)
+    times = steps(cosine, settings.steps, settings.shift)
+    denoise = denoiser(
+        in_halves(predict, conditions, stage_c, times, noise.device), target, settings.cfg_stage_c
+    )
     with products_in_fp8(stage_c, settings.fp8):
-        return _sample_stage_c(denoise, x, settings.steps, settings, noise, on_step)
+        return _sample_stage_c(denoise, x, times, settings, noise, on_step)
 
 
 def _sample_stage_c(
     denoise: Denoise,
     x: Tensor,
-    count: int,
+    times: Sequence[Step],
     settings: Settings,
     noise: NoiseSource | NoiseSources,
     on_step: OnStep | None,
 ) -> Sampled:
-    times = steps(cosine, count, settings.shift)
     return sample(denoise, x, times, sampler_named(settings.sampler), noise.like, on_step)
 
 
@@ -198,12 +235,14 @@ def stage_b_pass(
     effnet = torch.cat([latent, torch.zeros_like(latent)])[: len(pooled)]
     conditions = stage_b.prepare(plan.stage_b_latent, effnet, pooled.to(dtype))
 
-    def predict(x: Tensor, r: Tensor, held: StageBConditions, _: Step) -> Tensor:
-        return stage_b.predict(x, r, held)
+    def predict(x: Tensor, time: Times, held: StageBConditions, _: Step) -> Tensor:
+        return stage_b.predict(x, time, held)
 
     x = noise.draw(noise.count, B_LATENT, *plan.stage_b_latent)
-    denoise = denoiser(in_halves(predict, conditions, stage_b), target, settings.cfg_stage_b)
     times = steps(cosine, settings.steps_b)
+    denoise = denoiser(
+        in_halves(predict, conditions, stage_b, times, noise.device), target, settings.cfg_stage_b
+    )
     with products_in_fp8(stage_b, settings.fp8):
         return sample(denoise, x, times, sampler_named(settings.sampler_b), noise.like, on_step)
 
@@ -215,14 +254,41 @@ def needs_unconditional(settings: Settings) -> tuple[bool, bool]:
 
 
 def decode_picture(
-    stage_a: StageA, latent: Tensor, plan: Plan, tiled: bool, tile: int | None = None
+    stage_a: StageA,
+    latent: Tensor,
+    plan: Plan,
+    tiled: bool,
+    tile: int | None = None,
+    tf32: bool = True,
+    to_host: bool = False,
 ) -> Tensor:
     """Stage B's latent (1, 4, h, w) -> pixels (3, height, width) in [0, 1], cropped to the asked size.
 
-    What has more than `tile` latent pixels a side (None: MAX_TILE) is decoded in tiles.
+    What has more than `tile` latent pixels a side (None: MAX_TILE) is decoded in tiles. `tf32` lets a GPU
+    multiply in TF32, 1e-4 off at most. `to_host` puts the picture into the CPU's memory, where a GPU writes
+    it without a copy in between.
     """
     tile = MAX_TILE if tile is None else tile
     latent = latent.to(next(stage_a.parameters()).dtype)
-    large = max(latent.shape[-2:]) > tile
-    pixels = stage_a.decode_tiled(latent, tile) if tiled or large else stage_a.decode(latent)
-    return pixels[0, :, : plan.height, : plan.width].clamp(0, 1)
+    with tensor_float32(tf32 and latent.is_cuda):
+        if tiled or max(latent.shape[-2:]) > tile:
+            place = {"pin_memory": latent.is_cuda} if to_host else {"device": latent.device}
+            pixels = torch.empty(stage_a.picture_shape(latent), dtype=latent.dtype, **place)
+            stage_a.decode_tiled(latent, tile, out=pixels)
+        else:
+            pixels = stage_a.decode(latent).clamp(0, 1)
+    return pixels[0, :, : plan.height, : plan.width]
+
+
+@contextmanager
+def tensor_float32(allowed: bool) -> Iterator[None]:
+    """Within it, CUDA multiplies float32 in TF32 if that is allowed; after it, as before."""
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv) if allowed else ()
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "tf32"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision

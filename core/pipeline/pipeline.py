@@ -54,6 +54,7 @@ from core.pipeline.estimate import (
     fitting_tile,
     weights_on_disk,
 )
+from core.pipeline.graphs import LowPassGraphs
 from core.pipeline.made import Picture, Pictures, Record, WeightHashes
 from core.pipeline.offload import Offloaded, Placement
 from core.pipeline.passes import (
@@ -160,6 +161,8 @@ class UltraPixelPipeline:
             return Offloaded(load, self._placement, check=partial(check_finite, path), **named)
 
         self._allow_download = allow_download
+        self.plain = False  # without kernels, recordings and number formats of a GPU's own
+        self._graphs = LowPassGraphs()
         self._text_encoder: TextEncoder | None = None
         self._guidance_path = guidance_path
         build_c = partial(StageC, **asdict(stage_c_sizes(config_c)))
@@ -626,9 +629,9 @@ class UltraPixelPipeline:
             self._measured("stage C"),
             self.stage_c.on_device() as stage_c,
             self._guidance_on_device() as guidance,
+            self._recordings() as graphs,
         ):
-            self.stage_b.load_ahead(self._warm_stage_b)
-            self.stage_a.load_ahead(self._warm_stage_a)
+            stage_c.plain = self.plain
             for job, sizes, control in zip(jobs, plans, entries, strict=True):
                 held = prepare_stage_c(stage_c, self._conditions(job, texts, settings))
                 low, features = low_resolution_pass(
@@ -640,7 +643,10 @@ class UltraPixelPipeline:
                     self._noise(job, "lr"),
                     control=control and [e if e is None else e.to(self.device) for e in control],
                     on_step=_report(observer, "stage C, low resolution", job),
+                    graphs=graphs,
                 )
+                self.stage_b.load_ahead(self._warm_stage_b)  # from here on, as steps were being recorded
+                self.stage_a.load_ahead(self._warm_stage_a)
                 prepared = None
                 if guidance is not None:
                     strength = guidance_strength(sizes.hr_latent, self.config_c.guidance_strength)
@@ -686,6 +692,7 @@ class UltraPixelPipeline:
         target, settings = target_named(self.config_b.target), self._without_fp8(settings)
         both = needs_unconditional(settings)[1]
         with self._measured("stage B"), self.stage_b.on_device() as stage_b:
+            stage_b.plain = self.plain
             for job, sizes, latent in zip(jobs, plans, latents, strict=True):
                 pooled = torch.cat([texts[p].pooled for p in (job.prompt, "")[: 1 + both]]).to(self.device)
                 sampled = stage_b_pass(
@@ -730,7 +737,8 @@ class UltraPixelPipeline:
                 with self._measured("stage A"):
                     tile = fitting_tile(stage_a, sizes, free_memory(self.device), self._tile)
                     latent = latent.to(self.device)
-                    pixels = decode_picture(stage_a, latent, sizes, settings.stage_a_tiled, tile)
+                    tiled, tf32 = settings.stage_a_tiled, not self.plain
+                    pixels = decode_picture(stage_a, latent, sizes, tiled, tile, tf32, True)
                     pixels = pixels.float().cpu()
                 stop = observer is not None and observer(Progress("stage A", job, 1, 1)) is True
                 yield Picture(job, pixels)
@@ -771,6 +779,15 @@ class UltraPixelPipeline:
 
     def _noise(self, job: Job, stream: str) -> NoiseSource:
         return NoiseSource.of(job.seed, NOISE_STREAMS[stream], self.device)
+
+    @contextmanager
+    def _recordings(self) -> Iterator[LowPassGraphs | None]:
+        """The low pass's recordings, which go before the weights that they read leave the device."""
+        try:
+            yield self._graphs if self.device.type == "cuda" and not self.plain else None
+        finally:
+            if self._placement.mode != NONE:
+                self._graphs.clear()
 
     @contextmanager
     def _guidance_on_device(self) -> Iterator[Guidance | None]:

@@ -21,7 +21,8 @@ from modules.blocks import AttnBlock, ResBlock
 from modules.unet import CascadeUNet
 
 WAY_OUT = "start them with torchrun, or unset WORLD_SIZE to train in one"
-BESIDE_FORWARD = ("keys_values", "prepare", "predict", "predict_with_features")  # methods that use weights
+# Methods that use weights.
+BESIDE_FORWARD = ("keys_values", "pass_times", "prepare", "predict", "predict_with_features")
 
 
 def ignore_accelerate_variables() -> None:
