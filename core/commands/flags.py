@@ -260,6 +260,10 @@ def picture_parser(description: str, own: Collection[str] = ()) -> argparse.Argu
         help="leave out pictures that the folder has, made by the same settings and weights (default: under "
         "torchrun)",
     )  # fmt: skip
+    group.add_argument(
+        "--split", action="store_true",
+        help="under torchrun: all processes make each picture together, instead of a share of the pictures",
+    )  # fmt: skip
     return parser
 
 

@@ -26,7 +26,7 @@ from core.commands.flags import (
     usage_table,
 )
 from core.commands.report import describe_plan
-from core.commands.sharing import agreed, on_its_own, share
+from core.commands.sharing import agreed, on_its_own, on_one_picture, share
 from core.config.settings import Job, Settings
 from core.devices import cores
 from core.images import (
@@ -178,14 +178,18 @@ def make_pictures(
     models = {name: getattr(arguments, name) for name in model_flags}
     folder, format = arguments.output_dir, arguments.format
     gallery = Gallery(folder, format, pipeline.record(settings, models))
-    jobs = share(_lacking(gallery, jobs, getattr(arguments, "skip_existing", None)))
+    together = getattr(arguments, "split", False)
+    jobs = _lacking(gallery, jobs, getattr(arguments, "skip_existing", None))
+    jobs = jobs if together else share(jobs)
+    saves = launch.is_main() or not together
     shown = tqdm if launch.is_main() else partial(tqdm, disable=True)
-    with on_its_own(told), closing(ProgressBars(jobs, shown)) as bars:
-        previews = [Previews(pipeline, folder, format)] if arguments.preview else []
+    way = on_one_picture(pipeline, settings) if together else on_its_own(told)
+    with way, closing(ProgressBars(jobs, shown)) as bars:
+        previews = [Previews(pipeline, folder, format)] if arguments.preview and saves else []
         observe = Together([bars, *previews])
         for start in range(0, len(jobs), pipeline.group):
             group = jobs[start : start + pipeline.group]
-            _make_group(pipeline, group, gallery, bars, observe, control)
+            _make_group(pipeline, group, settings, gallery if saves else None, bars, observe, control)
         if launch.is_main():
             say(usage_table(list(pipeline.uses.values())), sys.stderr)
     return 0
@@ -207,15 +211,21 @@ def _lacking(gallery: Gallery, jobs: Sequence[Job], skip: bool | None) -> list[J
 def _make_group(
     pipeline: UltraPixelPipeline,
     jobs: Sequence[Job],
-    gallery: Gallery,
+    settings: Settings,
+    gallery: Gallery | None,
     bars: ProgressBars,
     observe: Observer,
     control: Control | None,
 ) -> None:
-    """Make and save the pictures of jobs that go through the stages together; one that fails, fails alone."""
+    """Make and save the pictures of jobs that go through the stages together; one that fails, fails alone.
+
+    Without a gallery another process saves them.
+    """
     controls = () if control is None else [control] * len(jobs)
     failures = []
-    for picture in pipeline.pictures(jobs, gallery.record.settings, observe, controls):
+    for picture in pipeline.pictures(jobs, settings, observe, controls):
+        if gallery is None:
+            continue
         try:
             path = gallery.add(picture)
         except (OSError, ValueError) as error:

@@ -22,6 +22,9 @@ from typing import TypeVar
 from torch.distributed import Store, rendezvous
 
 from core import launch
+from core.config.settings import Settings
+from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.split import Split
 from core.printable import say
 
 AGREEMENT = timedelta(minutes=30)  # that the first process may take, say to read all weights for their hashes
@@ -46,9 +49,9 @@ def agreed(name: str, make: Callable[[], T]) -> T:
     if launch.processes() == 1:
         return make()
     if launch.is_main():
-        _store().set(name, json.dumps(make()))
-    _store().wait([name], AGREEMENT)
-    return json.loads(_store().get(name))
+        common_store().set(name, json.dumps(make()))
+    common_store().wait([name], AGREEMENT)
+    return json.loads(common_store().get(name))
 
 
 @contextmanager
@@ -60,7 +63,7 @@ def on_its_own(told: Callable[[Exception], tuple[str, int]]) -> Iterator[None]:
     if launch.processes() == 1:
         yield
         return
-    _store().add(STARTED, 1)
+    common_store().add(STARTED, 1)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
@@ -74,20 +77,39 @@ def on_its_own(told: Callable[[Exception], tuple[str, int]]) -> Iterator[None]:
     _end(lambda: launch.is_main() and _count(STARTED) < launch.processes())
 
 
+@contextmanager
+def on_one_picture(pipeline: UltraPixelPipeline, settings: Settings) -> Iterator[None]:
+    """Within it, all processes make each picture of the pipeline together.
+
+    ValueError where there is one process alone, or for settings with which that is not possible.
+    """
+    if launch.processes() < 2:
+        raise ValueError("--split is for several processes: start them with torchrun --nproc_per_node N")
+    if settings.reuse > 1:
+        raise ValueError(f"--split and --reuse {settings.reuse} do not go together: use --reuse 1")
+    pipeline.split = Split(pipeline.device, common_store(), launch.rank(), launch.processes())
+    try:
+        yield
+    finally:
+        pipeline.split.close()
+        pipeline.split = None
+
+
 @cache
-def _store() -> Store:
+def common_store() -> Store:
+    """What all processes read and write."""
     return next(iter(rendezvous("env://")))[0]
 
 
 def _count(key: str) -> int:
-    return _store().add(key, 0)
+    return common_store().add(key, 0)
 
 
 def _end(is_needed: Callable[[], bool]) -> None:
     """Tell the others that the work here is done, and stay as long as that is needed."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(RuntimeError):  # those who held the store are gone
-        _store().add(ENDED, 1)
+        common_store().add(ENDED, 1)
         while is_needed():
             time.sleep(PAUSE)
 
@@ -95,8 +117,8 @@ def _end(is_needed: Callable[[], bool]) -> None:
 def _terminated(number: int, _frame: FrameType | None) -> None:
     """Go on if the reason is another process's death, which was not one by this very signal."""
     with suppress(RuntimeError):
-        if launch.neighbours() < launch.place()[1] - 1 and not _store().check([TERMINATED]):
+        if launch.neighbours() < launch.place()[1] - 1 and not common_store().check([TERMINATED]):
             return
-        _store().set(TERMINATED, "")
+        common_store().set(TERMINATED, "")
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

@@ -60,6 +60,7 @@ from core.pipeline.passes import (
 from core.pipeline.progress import Observer, Progress, ProgressBars, Stopped, Together, harmless
 from core.pipeline.prompts import doubts, unknown
 from core.pipeline.resolution import Plan, guidance_strength, plan_for
+from core.pipeline.split import Split
 from core.pipeline.steering import (
     CONTROLLED,
     SUFFIX,
@@ -129,6 +130,7 @@ class UltraPixelPipeline:
         self._steering: Steering | None = None
         self._steering_flags: dict[str, Any] = {}
         self.uses: dict[str, StageUse] = {}
+        self.split: Split | None = None  # the other processes, where several make each picture
         self.control_file: ControlNetFile | None = None
         self.controlnet: Offloaded[ControlNet] | None = None
         dtype_c, dtype_b = DTYPES[config_c.dtype], DTYPES[config_b.dtype]
@@ -518,6 +520,7 @@ class UltraPixelPipeline:
                     sizes,
                     settings,
                     self._noise(job, "lr"),
+                    split=self.split,
                     control=control and [e if e is None else e.to(self.device) for e in control],
                     on_step=_report(observer, "stage C, low resolution", job),
                     graphs=graphs,
@@ -534,6 +537,7 @@ class UltraPixelPipeline:
                     sizes,
                     settings,
                     self._noise(job, "hr"),
+                    split=self.split,
                     on_step=_report(observer, "stage C, high resolution", job),
                 )
                 latents.append(high.x0.cpu())
@@ -563,6 +567,7 @@ class UltraPixelPipeline:
                     sizes,
                     settings,
                     self._noise(job, "stage_b"),
+                    split=self.split,
                     on_step=_report(observer, "stage B", job),
                 )
                 yield sampled.x0.cpu()
