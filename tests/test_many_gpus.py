@@ -188,7 +188,7 @@ def test_other_weights_or_another_version_of_a_package(tmp_path: Path) -> None:
     made.add(Picture(JOB, torch.zeros(3, 64, 64)))
     facts = {**facts, "weights": {"new/place.st": "abc"}, "versions": {"torch": "9"}}
     assert made.has(JOB)
-    facts = {**facts, "weights": {"new/place.st": "abd"}}
+    facts = {**facts, "weights": {"new/place.st": "xyz"}}
     assert not made.has(JOB)
 
 
