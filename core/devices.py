@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING
+
+from core import launch
 
 if TYPE_CHECKING:
     import torch
@@ -28,3 +31,27 @@ def device_named(device: torch.device | str | None) -> torch.device:
         count = torch.cuda.device_count()
         raise ValueError(f"the device {text!r} is not there ({count} CUDA devices found): use the device cpu")
     return found
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def own_device(device: str | None) -> torch.device:
+    """As `device_named`, but that several processes of a machine take a GPU each.
+
+    ValueError where there are fewer GPUs than processes.
+    """
+    import torch  # late, as above
+
+    found, (number, processes) = device_named(device), launch.place()
+    if found.type != "cuda" or found.index is not None or processes == 1:
+        return found
+    count = torch.cuda.device_count()
+    if processes > count:
+        raise ValueError(
+            f"{processes} processes were started on a machine with {count} GPUs: start {count} of them"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)

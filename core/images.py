@@ -224,10 +224,15 @@ def picture_stem(prompt: str, height: int, width: int, seed: int) -> str:
     return f"{safe_stem(prompt)}_{height}x{width}_{seed}"
 
 
-def take_path(folder: str | Path, stem: str, format: str) -> Path:
-    """The first free one of <stem>.<format>, <stem>_2.<format> …, which an empty file takes at once."""
+def numbered_paths(folder: str | Path, stem: str, format: str) -> Iterator[Path]:
+    """<stem>.<format>, <stem>_2.<format> … without end."""
     for number in itertools.count(1):
-        path = Path(folder, f"{stem}.{format}" if number == 1 else f"{stem}_{number}.{format}")
+        yield Path(folder, f"{stem}.{format}" if number == 1 else f"{stem}_{number}.{format}")
+
+
+def take_path(folder: str | Path, stem: str, format: str) -> Path:
+    """The first free one of `numbered_paths`, which an empty file takes at once."""
+    for path in numbered_paths(folder, stem, format):
         with suppress(FileExistsError):
             path.touch(exist_ok=False)
             return path
@@ -296,6 +301,9 @@ def save_new_image(
 ) -> Path:
     """As `save_image`, under the name of `take_path`: no file is replaced."""
     with _written(image, Path(folder), format, metadata, text) as temporary:
+        path = _link_anew(temporary, folder, stem, format)
+        if path is not None:
+            return path
         path = take_path(folder, stem, format)
         try:
             os.replace(temporary, path)
@@ -303,6 +311,21 @@ def save_new_image(
             path.unlink(missing_ok=True)
             raise
     return path
+
+
+def _link_anew(file: Path, folder: str | Path, stem: str, format: str) -> Path | None:
+    """The first free one of `numbered_paths`, now a name of the file too; None where files have one name.
+
+    Unlike a name that is taken first and filled afterwards, it is never seen empty.
+    """
+    for path in numbered_paths(folder, stem, format):
+        try:
+            os.link(file, path)
+        except FileExistsError:
+            continue
+        except OSError:  # of file systems without links, and of names that cannot be
+            return None
+        return path
 
 
 @contextmanager

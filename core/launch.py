@@ -24,14 +24,45 @@ def processes() -> int:
     return next((_number(name, 1) for name in COUNTS if name in os.environ), 1)
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process, if only this one."""
+    return any(name in os.environ for name in COUNTS)
+
+
+def rank() -> int:
+    """The number of this process among all, from 0."""
+    return _number("RANK", 0)
+
+
 def is_main() -> bool:
     """Whether this process is the first of all, which alone tells what all would tell."""
-    return _number("RANK", 0) == 0
+    return rank() == 0
+
+
+def place() -> tuple[int, int]:
+    """The number of this process on its machine, from 0, and how many there are on it."""
+    return _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+
+
+def is_own_setting(name: str) -> bool:
+    """Whether the launcher has set this environment variable, and nobody before it."""
+    with suppress(psutil.Error):
+        return is_launched() and name in os.environ and name not in psutil.Process(os.getppid()).environ()
+    return False
+
+
+def neighbours() -> int:
+    """How many other processes torchrun has on this machine by now; without torchrun, how many it had."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with suppress(psutil.Error):
+            children = psutil.Process(os.getppid()).children()
+            return sum(child.status() != psutil.STATUS_ZOMBIE for child in children) - 1
+    return place()[1] - 1
 
 
 def is_first() -> bool:
     """Whether this is the first process on this machine."""
-    return _number("LOCAL_RANK", 0) == 0
+    return place()[0] == 0
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -61,6 +92,8 @@ def told_once() -> Iterator[None]:
     except SystemExit as end:
         if end.code and is_first():
             end_launch()
+        elif end.code:
+            _leave_it_to_the_first(end.code)
         raise
 
 

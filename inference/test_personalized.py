@@ -22,6 +22,7 @@ from core.commands.flags import (
     run,
     settings_of,
 )
+from core.launch import is_main
 from core.printable import say
 
 CONFIG_C = "configs/training/lora_personalization.yaml"  # has the token of the published file, which lacks it
@@ -68,7 +69,8 @@ def main(given: Sequence[str] | None = None) -> int:
         check_weights(pipeline, arguments.preset, named_files(arguments.lora))
     loras = load_loras(arguments.lora, pipeline.config_c)
     pipeline.set_loras(loras)
-    for sentence in uncalled(loras, list(dict.fromkeys(job.prompt for job in jobs))):
+    prompts = list(dict.fromkeys(job.prompt for job in jobs))
+    for sentence in uncalled(loras, prompts) if is_main() else ():
         say(f"warning: {sentence}", sys.stderr)
     return make_pictures(arguments, pipeline, jobs, settings, (*MODEL_FLAGS, "lora"))
 

@@ -77,6 +77,8 @@ class Operators:
     add_product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     # (q, k, v, condition) -> attention over k, v and the condition's keys and values together, (B, N, C)
     attention: Callable[[Tensor, Tensor, Tensor, KeysValues], Tensor]
+    # (sums of squares of a map's pixels) -> those of all pixels, where the map is a part of a larger one
+    total: Callable[[Tensor], Tensor] = lambda squares: squares
 
 
 def depthwise_norm(x: Tensor, convolution: nn.Conv2d, _bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,6 +222,7 @@ class ResBlock(nn.Module):
             squares = squares + part
             if keep:
                 kept.append(g)
+        squares = ops.total(squares)
         # The scale goes into the smaller of both factors of the product.
         into_weight = y.shape[1] >= last.out_features
         if into_weight:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -296,6 +296,11 @@ class PreparedGuidance:
     blocks: tuple[GuidanceBlock, ...]  # per site in running order: down levels, then up levels
     sites: tuple[PreparedSite, ...]
     strengths: tuple[float, ...]
+
+    def of_rows(self, rows: slice) -> PreparedGuidance:
+        """That of some rows of maps, which have one size at all sites."""
+        sites = tuple(replace(site, hidden=site.hidden[:, rows]) for site in self.sites)
+        return replace(self, sites=sites)
 
     def fuse(self, site: int, x: Tensor, r_embed: Tensor) -> Tensor:
         """x + strength·G at a site, x (B, C, H, W), r_embed (B, 64)."""

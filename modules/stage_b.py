@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.blocks import LAYER_NORM_EPS, ChannelNorm, resize_like, row_spans
-from modules.unet import CascadeUNet, LevelKeysValues, Times, first_keys_values
+from modules.unet import CascadeUNet, LevelKeysValues, Times, sliced_keys_values
 
 PIXELS_SIZE = 8  # side of the all-zero pixel condition
 
@@ -24,7 +24,11 @@ class StageBConditions:
 
     def first(self, count: int) -> StageBConditions:
         """Those of the first `count` samples (the conditional half)."""
-        return StageBConditions(self.spatial[:count], first_keys_values(self.keys_values, count))
+        return self.part(slice(count))
+
+    def part(self, samples: slice, rows: slice = slice(None)) -> StageBConditions:
+        """Those of some samples and rows of the map."""
+        return StageBConditions(self.spatial[samples, :, rows], sliced_keys_values(self.keys_values, samples))
 
 
 def _feature_mapper(c_in: int, c_out: int) -> nn.Sequential:
@@ -102,6 +106,11 @@ class StageB(CascadeUNet):
         self.clf = nn.Sequential(
             ChannelNorm(), nn.Conv2d(c_hidden[0], c_out * patch_size**2, 1), nn.PixelShuffle(patch_size)
         )
+
+    @property
+    def row_grain(self) -> int:
+        """Rows of the latent by which the maps of all levels can be cut."""
+        return self.patch_size * 2 ** (len(self.down_blocks) - 1)
 
     def init_weights(self) -> None:
         """Initial values for training from nothing."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modules.blocks import LAYER_NORM_EPS, ChannelNorm
 from modules.guidance import GuidanceFeatures, PreparedGuidance
-from modules.unet import CascadeUNet, InnerMaps, LevelKeysValues, Times, first_keys_values
+from modules.unet import CascadeUNet, InnerMaps, LevelKeysValues, Times, sliced_keys_values
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,11 @@ class StageCConditions:
 
     def first(self, count: int) -> StageCConditions:
         """Those of the first `count` samples (the conditional half)."""
-        return StageCConditions(first_keys_values(self.keys_values, count))
+        return self.part(slice(count))
+
+    def part(self, samples: slice, _rows: slice = slice(None)) -> StageCConditions:
+        """Those of some samples and rows of the map; all rows have the same."""
+        return StageCConditions(sliced_keys_values(self.keys_values, samples))
 
 
 class _HalfSize(nn.Module):
@@ -119,6 +123,11 @@ class StageC(CascadeUNet):
             nn.init.normal_(mapper.weight, std=0.02)
         nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
         nn.init.zeros_(self.clf[1].weight)
+
+    @property
+    def row_grain(self) -> int | None:
+        """Rows of the latent by which maps can be cut; None where levels interpolate across any cut."""
+        return None if any(self.switch_level) else self.patch_size
 
     def site_sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         """Sizes (H, W) of the maps that guidance meets for a latent of this size, in running order."""

@@ -82,9 +82,9 @@ class Times:
         return block.scale_shift(self.embed) if made is None else made
 
 
-def first_keys_values(levels: list[LevelKeysValues], count: int) -> list[LevelKeysValues]:
-    """The keys and values of the first `count` samples."""
-    return [[None if kv is None else (kv[0][:count], kv[1][:count]) for kv in level] for level in levels]
+def sliced_keys_values(levels: list[LevelKeysValues], samples: slice) -> list[LevelKeysValues]:
+    """The keys and values of these samples."""
+    return [[None if kv is None else (kv[0][samples], kv[1][samples]) for kv in level] for level in levels]
 
 
 def build_level(
@@ -148,6 +148,8 @@ class CascadeUNet(nn.Module):
                 raise ValueError(f"{name} has {len(values)} entries, but c_hidden has {n} levels")
         self.c_r, self.t_conds = c_r, tuple(t_conds)
         self.gradient_checkpointing = False
+        # What makes operators for parts of a map out of a device's own, where a map is shared out.
+        self.over: Callable[[Operators], Operators] | None = None
         self.plain = False  # without the device's own operators
 
         def level(i: int, count: int, c_skip: int) -> nn.ModuleList:
@@ -266,7 +268,8 @@ class CascadeUNet(nn.Module):
         """How blocks compute here without gradients; None where their plain forward is asked for."""
         if torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(x.device.type):
             return None
-        return operators_for(x, self.plain)
+        ops = operators_for(x, self.plain)
+        return ops if self.over is None else self.over(ops)
 
     def _run_level(
         self,

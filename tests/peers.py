@@ -58,6 +58,7 @@ def renamed(state: Mapping[str, Tensor], stage_b: bool) -> dict[str, Tensor]:
 def unet_of(network: StageB | StageC) -> StableCascadeUNet:
     """StableCascadeUNet with the weights of a Stage B or C made here."""
     stage_b = isinstance(network, StageB)
+    pooled = network.clip_mapper if stage_b else network.clip_txt_pooled_mapper
     widths = tuple(level[0].depthwise.in_channels for level in network.down_blocks)
     attends = [any(hasattr(block, "kv_mapper") for block in level) for level in network.down_blocks]
     heads = tuple(
@@ -73,15 +74,17 @@ def unet_of(network: StageB | StageC) -> StableCascadeUNet:
         down_blocks_repeat_mappers=[len(m) + 1 for m in network.down_repeat_mappers],
         up_blocks_repeat_mappers=[len(m) + 1 for m in network.up_repeat_mappers],
         block_types_per_layer=[(RES, TIME, ATTN) if attention else (RES, TIME) for attention in attends],
-        clip_text_pooled_in_channels=TEXT, clip_seq=4, timestep_conditioning_type=network.t_conds,
-        dropout=[0.0] * len(widths),
+        clip_text_pooled_in_channels=pooled.in_features, clip_seq=4,
+        timestep_conditioning_type=network.t_conds, dropout=[0.0] * len(widths),
     )  # fmt: skip
     if stage_b:
         own = dict(in_channels=4, out_channels=4, patch_size=2, effnet_in_channels=16,
                    pixel_mapper_in_channels=3, switch_level=None)  # fmt: skip
     else:
-        own = dict(in_channels=16, out_channels=16, patch_size=1, clip_text_in_channels=TEXT,
-                   clip_image_in_channels=IMAGE, switch_level=[False])  # fmt: skip
+        own = dict(in_channels=16, out_channels=16, patch_size=1,
+                   clip_text_in_channels=network.clip_txt_mapper.in_features,
+                   clip_image_in_channels=network.clip_img_mapper.in_features,
+                   switch_level=[False])  # fmt: skip
     theirs = StableCascadeUNet(**common, **own)
     theirs.load_state_dict(renamed(network.state_dict(), stage_b), strict=True)
     return theirs.eval()

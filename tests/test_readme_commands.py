@@ -81,6 +81,7 @@ ADDED = {
 
 # Scripts that take long, and tests that run them in full, alike.
 TRIED_ELSEWHERE = {
+    "benchmarks/gpu.py": "tests/test_benchmarks.py",
     "tests/check_reference.py": "tests/test_reference.py",
     "train/train_tiny_on_gpu.py": "tests/test_tiny_on_gpu.py",
 }

@@ -21,9 +21,9 @@ from core.config.arguments import DRAW_SEED, first_seed, number_format
 from core.config.offloading import AUTO, NONE, OFFLOAD_NAMES
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS
 from core.config.settings import FAST, FP8_NAMES, PUBLISHED_STEPS, TRAINING_R, Job, Settings
-from core.devices import device_named
+from core.devices import own_device
 from core.images import FORMATS, check_format, prepare_folder, read_image_metadata
-from core.launch import fail, processes
+from core.launch import fail, is_main, processes, told_once
 from core.paths import at_home, located
 from core.printable import say
 from gdf.names import SAMPLER_NAMES
@@ -50,25 +50,40 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(main() or 0)
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except (ValueError, OSError) as error:
-        fail(f"error: {error}", 2)
     except ImportError as error:
-        package = (error.name or "").split(".")[0]
-        if package in OWN_PACKAGES:
+        if (error.name or "").split(".")[0] in OWN_PACKAGES:
             raise
-        lacking = f"the package {package} is missing: pip install -r requirements.txt"
-        fail(f"error: {lacking if package else error}", 2)
+        fail(*told(error))
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            if processes() == 1:
-                raise
-            fail(traceback.format_exc().rstrip(), 1)
-        cause = str(error).splitlines()[0]
-        fail(
-            f"error: the device's memory is full ({cause}): make a smaller picture, or use --device cpu; for "
-            "a training, set a smaller image_size, pictures_at_once=1 and gradient_checkpointing=true",
-            2,
-        )
+        if processes() == 1 and not is_mistake(error):
+            raise
+        fail(*told(error))
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether a sentence says all about an error, so that nobody needs a traceback."""
+    return isinstance(error, ValueError | OSError | ImportError) or _memory_is_full(error)
+
+
+def told(error: Exception) -> tuple[str, int]:
+    """What is said about an error that ends a script, and the exit code."""
+    if not is_mistake(error):
+        return "".join(traceback.format_exception(error)).rstrip(), 1
+    if isinstance(error, ImportError):
+        package = (error.name or "").split(".")[0]
+        lacking = f"the package {package} is missing: pip install -r requirements.txt"
+        return f"error: {lacking if package else error}", 2
+    if not _memory_is_full(error):
+        return f"error: {error}", 2
+    cause = str(error).splitlines()[0]
+    return (
+        f"error: the device's memory is full ({cause}): make a smaller picture, or use --device cpu; for "
+        "a training, set a smaller image_size, pictures_at_once=1 and gradient_checkpointing=true"
+    ), 2
+
+
+def _memory_is_full(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -251,6 +266,15 @@ def picture_parser(description: str, own: Collection[str] = ()) -> argparse.Argu
     )  # fmt: skip
     group.add_argument("--preview", action="store_true", help="save small previews while Stage C runs")
     group.add_argument("--dry_run", action="store_true", help="print configuration and plan, and stop")
+    group.add_argument(
+        "--skip_existing", action=argparse.BooleanOptionalAction,
+        help="leave out pictures that the folder has, made by the same settings and weights (default: under "
+        "torchrun)",
+    )  # fmt: skip
+    group.add_argument(
+        "--split", action="store_true",
+        help="under torchrun: all processes make each picture together, instead of a share of the pictures",
+    )  # fmt: skip
     return parser
 
 
@@ -262,7 +286,8 @@ def parse_with_preset(
     `own` names flags whose defaults a preset leaves as the script has them. --seed -1 draws a seed and says
     which.
     """
-    known = parser.parse_args(arguments)
+    with told_once():
+        known = parser.parse_args(arguments)
     if known.preset is not None:
         preset = asdict(PRESETS[known.preset])
         parser.set_defaults(**{name: value for name, value in preset.items() if name not in own})
@@ -279,9 +304,21 @@ def parse_with_preset(
         parser.set_defaults(**{name: value for name, value in stored.items() if hasattr(known, name)})
     found = parser.parse_args(arguments)
     if getattr(found, "seed", None) == DRAW_SEED:
-        found.seed = first_seed(found.seed)
-        say(f"seed {found.seed} was drawn", sys.stderr)
+        found.seed = _drawn_seed()
     return found
+
+
+def _drawn_seed() -> int:
+    """A seed, the same in all processes, which is said once."""
+    if processes() == 1:
+        seed = first_seed(DRAW_SEED)
+    else:
+        from core.commands.sharing import agreed  # loads torch
+
+        seed = agreed("seed", lambda: first_seed(DRAW_SEED))
+    if is_main():
+        say(f"seed {seed} was drawn", sys.stderr)
+    return seed
 
 
 def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
@@ -289,7 +326,7 @@ def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
     from core.pipeline.pipeline import UltraPixelPipeline
 
     guidance = None if arguments.pretrained_path == "none" else arguments.pretrained_path
-    device = device_named(arguments.device)
+    device = own_device(arguments.device)
     pipeline = UltraPixelPipeline.from_config(
         arguments.config_c, arguments.config_b, guidance, device, arguments.dtype,
         allow_download=arguments.allow_download, offload=arguments.offload,

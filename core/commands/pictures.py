@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Any
 
+import torch
+from tqdm import tqdm
+
+from core import launch
 from core.commands.flags import (
     MODEL_FLAGS,
     check_weights,
+    told,
     usage_table,
 )
 from core.commands.report import describe_plan
+from core.commands.sharing import agreed, on_its_own, on_one_picture, share
 from core.config.settings import Job, Settings
-from core.images import picture_stem, save_image, save_new_image, to_image
+from core.devices import cores
+from core.images import (
+    numbered_paths,
+    picture_stem,
+    read_image_metadata,
+    save_image,
+    save_new_image,
+    to_image,
+)
 from core.pipeline.control import Control
 from core.pipeline.made import Picture, Record
 from core.pipeline.pipeline import UltraPixelPipeline, load_previewer
@@ -85,6 +103,19 @@ class Gallery:
             return path
         raise OSError(f"the picture of seed {job.seed} cannot be saved anywhere ({failures[0]})")
 
+    def has(self, job: Job) -> bool:
+        """Whether the folder has the job's picture, made by the same settings and weights."""
+        names = [(stem, format) for folder, stem, format in self._ways(job) if folder == self.folder]
+        paths = [
+            path
+            for stem, format in dict.fromkeys(names)
+            for path in takewhile(Path.exists, numbered_paths(self.folder, stem, format))
+        ]
+        return any(_lasting(_metadata(path)) == self._wanted(job) for path in paths)
+
+    def _wanted(self, job: Job) -> dict[str, Any]:
+        return _lasting(json.loads(json.dumps(self.record.metadata(job))))
+
     def _ways(self, job: Job) -> Iterator[tuple[str, str, str]]:
         """Folder, name and format: as asked, and what is left if that cannot be."""
         plain = f"picture_{job.height}x{job.width}_{job.seed}"
@@ -92,6 +123,20 @@ class Gallery:
             yield folder, _stem(job), self.format
             yield folder, plain, self.format
             yield folder, plain, "png"  # which holds every picture
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """A picture's settings; none where it has none, or is none."""
+    try:
+        return read_image_metadata(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def _lasting(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how a picture looks: not the versions of packages, and of weights what they are alone."""
+    kept = {name: value for name, value in metadata.items() if name != "versions"}
+    return {**kept, "weights": sorted(metadata.get("weights", {}).values())}
 
 
 def save_beside(path: Path, control: Control) -> None:
@@ -117,27 +162,53 @@ def make_pictures(
     steers all of them, and is saved beside each.
     """
     plan_for(pipeline.config_c, arguments.height, arguments.width)  # raises what is wrong with the size
-    for sentence in pipeline.doubts(jobs, settings):
+    for sentence in pipeline.doubts(jobs, settings) if launch.is_main() else ():
         say(f"warning: {sentence}", sys.stderr)
     if arguments.dry_run:
-        say(describe_plan(pipeline, jobs, settings), sys.stdout)
+        if launch.is_main():
+            say(describe_plan(pipeline, jobs, settings), sys.stdout)
         return 0
     check_weights(pipeline, arguments.preset)
-    say(pipeline.settle_offload(arguments.height, arguments.width, settings), sys.stderr)
+    sentence = pipeline.settle_offload(arguments.height, arguments.width, settings)
+    if launch.is_main():
+        say(sentence, sys.stderr)
+    if launch.is_own_setting("OMP_NUM_THREADS") and pipeline.device.type == "cpu":
+        torch.set_num_threads(cores())  # as in one process: sums are rounded otherwise with one thread
     models = {name: getattr(arguments, name) for name in model_flags}
     folder, format = arguments.output_dir, arguments.format
     gallery = Gallery(folder, format, pipeline.record(settings, models))
-    previews = [Previews(pipeline, folder, format)] if arguments.preview else []
-    with closing(ProgressBars(jobs)) as bars, Saving(gallery, bars, control) as saving:
+    together = getattr(arguments, "split", False)
+    jobs = _lacking(gallery, jobs, getattr(arguments, "skip_existing", None))
+    jobs = jobs if together else share(jobs)
+    saves = launch.is_main() or not together
+    shown = tqdm if launch.is_main() else partial(tqdm, disable=True)
+    way = on_one_picture(pipeline, settings) if together else on_its_own(told)
+    with way, closing(ProgressBars(jobs, shown)) as bars, Saving(gallery, bars, control) as saving:
+        previews = [Previews(pipeline, folder, format)] if arguments.preview and saves else []
         observe = Together([bars, saving.tell, *previews])
         for start in range(0, len(jobs), pipeline.group):
             group = jobs[start : start + pipeline.group]
             controls = () if control is None else [control] * len(group)
             for picture in pipeline.pictures(group, settings, observe, controls):
-                saving.add(picture)
+                if saves:  # else another process does
+                    saving.add(picture)
             saving.check()
-    say(usage_table(list(pipeline.uses.values())), sys.stderr)
+    if launch.is_main():
+        say(usage_table(list(pipeline.uses.values())), sys.stderr)
     return 0
+
+
+def _lacking(gallery: Gallery, jobs: Sequence[Job], skip: bool | None) -> list[Job]:
+    """The jobs whose pictures are not there yet; all, unless `skip` (None: where a launcher started it).
+
+    The first process looks, before any starts: what it has made by then, another one would leave out.
+    """
+    if not (launch.is_launched() if skip is None else skip):
+        return list(jobs)
+    there = agreed("there", lambda: [number for number, job in enumerate(jobs) if gallery.has(job)])
+    if there and launch.is_main():
+        say(f"{len(there)} of {len(jobs)} pictures are there already: {gallery.folder}", sys.stderr)
+    return [job for number, job in enumerate(jobs) if number not in set(there)]
 
 
 class Saving:

@@ -14,6 +14,7 @@ from core.config.settings import Settings
 from core.pipeline.conditioning import Conditions
 from core.pipeline.graphs import LowPassGraphs
 from core.pipeline.resolution import Plan
+from core.pipeline.split import Shares, Split
 from core.random_keys import generator_of
 from gdf.noise_conditions import cosine_t
 from gdf.samplers import Denoise, Estimate, Sampled, Step, denoiser, sample, sampler_named, steps
@@ -31,7 +32,7 @@ C_LATENT = 16  # channels of Stage C's latent
 B_LATENT = 4  # channels of Stage B's latent
 
 OnStep = Callable[[Step, Estimate], None]
-Prepared = TypeVar("Prepared", StageCConditions, StageBConditions)
+Prepared = TypeVar("Prepared", StageCConditions, "Guided", StageBConditions)
 Predict = Callable[[Tensor, Times, Prepared, Step], Tensor]  # (x, time, conditions, step)
 
 
@@ -98,11 +99,13 @@ def in_halves(
     network: StageB | StageC,
     times: Sequence[Step],
     device: torch.device,
+    shares: Shares | None = None,
 ) -> Callable[..., Tensor]:
     """`predict(x, time, conditions, step)` as samplers call it, on one half or both, in the network's dtype.
 
     What depends on the steps' times alone is computed here, for all of them. Not all weights need lie on the
-    device between the steps.
+    device between the steps. `shares` are this process's of one half and of both, where several make a
+    picture.
     """
     dtype = next(network.parameters()).dtype
     halves = {True: conditions}
@@ -113,7 +116,16 @@ def in_halves(
         held = halves.setdefault(both, conditions.first(len(x)))
         return predict(batch, every.at(step.index), held, step)
 
-    return on_halves
+    def on_a_share(x: Tensor, step: Step, both: bool) -> Tensor:
+        share, batch = shares[both], (torch.cat([x, x]) if both else x).to(dtype)
+        if both not in parts:
+            held = conditions if both else conditions.first(len(x))
+            parts[both] = held.part(share.samples(len(batch)), share.map_rows(network.patch_size))
+        with share.within(network):
+            return share.whole(predict(share.of(batch), every.at(step.index), parts[both], step))
+
+    parts: dict[bool, Prepared] = {}
+    return on_halves if shares is None else on_a_share
 
 
 def prepare_stage_c(stage_c: StageC, conditions: Conditions) -> StageCConditions:
@@ -134,11 +146,12 @@ def low_resolution_pass(
     control: Sequence[Tensor | None] | None = None,
     on_step: OnStep | None = None,
     graphs: LowPassGraphs | None = None,
+    split: Split | None = None,
 ) -> tuple[Sampled, GuidanceFeatures]:
     """Denoise a latent at low resolution and take the features that guide the high one (section 3.1).
 
     The features are the conditional half's, at the last step or, with few steps, at r = 0.05 (`Settings`).
-    `graphs` run its steps by their recordings.
+    `graphs` run its steps by their recordings; `split` shares out the halves, but no rows: there are few.
     """
     taken: list[GuidanceFeatures] = []
     recorded = None if graphs is None else graphs.for_pass(stage_c, noise.device)
@@ -164,9 +177,9 @@ def low_resolution_pass(
 
     x = noise.draw(noise.count, C_LATENT, *plan.lr_latent)
     times = steps(cosine, settings.steps_low, settings.shift)
-    denoise = denoiser(
-        in_halves(predict, conditions, stage_c, times, noise.device), target, settings.cfg_stage_c
-    )
+    shares = None if split is None else split.shares(stage_c, None)
+    halves = in_halves(predict, conditions, stage_c, times, noise.device, shares)
+    denoise = denoiser(halves, target, settings.cfg_stage_c)
     sampled = _sample_stage_c(denoise, x, times, settings, noise, after_step)
     if settings.extra_guidance_r is not None:
         logsnr = cosine(torch.tensor(settings.extra_guidance_r))
@@ -174,7 +187,24 @@ def low_resolution_pass(
         noised = (a * last[0].x0 + b * last[0].epsilon).to(next(stage_c.parameters()).dtype)
         held = conditions.first(noise.count)
         taken.append(stage_c.predict_with_features(noised, _r(logsnr, noised), held, control=control)[1])
-    return sampled, taken[0]
+    return sampled, taken[0] if split is None else split.from_first(taken[0])
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Conditions and guidance of the high-resolution pass; the guidance is the same for both halves."""
+
+    conditions: StageCConditions
+    guidance: PreparedGuidance | None
+
+    def first(self, count: int) -> Guided:
+        """Those of the first `count` samples (the conditional half)."""
+        return self.part(slice(count), slice(None))
+
+    def part(self, samples: slice, rows: slice) -> Guided:
+        """Those of some samples and rows of the map."""
+        guidance = None if self.guidance is None else self.guidance.of_rows(rows)
+        return Guided(self.conditions.part(samples, rows), guidance)
 
 
 def high_resolution_pass(
@@ -186,17 +216,22 @@ def high_resolution_pass(
     settings: Settings,
     noise: NoiseSource | NoiseSources,
     on_step: OnStep | None = None,
+    split: Split | None = None,
 ) -> Sampled:
     """Denoise a latent at the asked resolution, guided in both halves at every step (section 3.2)."""
     inner = InnerMaps(settings.reuse) if settings.reuse > 1 else None
 
-    def predict(x: Tensor, time: Times, held: StageCConditions, _: Step) -> Tensor:
-        return stage_c.predict(x, time, held, guidance=guidance, inner=inner)
+    shares = None if split is None else split.shares(stage_c, plan.hr_latent[0])
+
+    def predict(x: Tensor, time: Times, held: Guided, _: Step) -> Tensor:
+        return stage_c.predict(x, time, held.conditions, guidance=held.guidance, inner=inner)
 
     x = noise.draw(noise.count, C_LATENT, *plan.hr_latent)
     times = steps(cosine, settings.steps, settings.shift)
     denoise = denoiser(
-        in_halves(predict, conditions, stage_c, times, noise.device), target, settings.cfg_stage_c
+        in_halves(predict, Guided(conditions, guidance), stage_c, times, noise.device, shares),
+        target,
+        settings.cfg_stage_c,
     )
     with products_in_fp8(stage_c, settings.fp8):
         return _sample_stage_c(denoise, x, times, settings, noise, on_step)
@@ -225,6 +260,7 @@ def stage_b_pass(
     settings: Settings,
     noise: NoiseSource | NoiseSources,
     on_step: OnStep | None = None,
+    split: Split | None = None,
 ) -> Sampled:
     """Denoise Stage B's latent under Stage C's (1, 16, h, w) and the pooled texts [conditional, empty].
 
@@ -240,9 +276,9 @@ def stage_b_pass(
 
     x = noise.draw(noise.count, B_LATENT, *plan.stage_b_latent)
     times = steps(cosine, settings.steps_b)
-    denoise = denoiser(
-        in_halves(predict, conditions, stage_b, times, noise.device), target, settings.cfg_stage_b
-    )
+    shares = None if split is None else split.shares(stage_b, plan.stage_b_latent[0])
+    halves = in_halves(predict, conditions, stage_b, times, noise.device, shares)
+    denoise = denoiser(halves, target, settings.cfg_stage_b)
     with products_in_fp8(stage_b, settings.fp8):
         return sample(denoise, x, times, sampler_named(settings.sampler_b), noise.like, on_step)
 

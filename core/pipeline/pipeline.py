@@ -71,6 +71,7 @@ from core.pipeline.passes import (
 from core.pipeline.progress import Observer, Progress, ProgressBars, Stopped, Together, harmless
 from core.pipeline.prompts import doubts, unknown
 from core.pipeline.resolution import MIN_SIDE, Plan, guidance_strength, plan_for
+from core.pipeline.split import Split
 from core.pipeline.steering import (
     CONTROLLED,
     SUFFIX,
@@ -147,6 +148,7 @@ class UltraPixelPipeline:
         self._steering: Steering | None = None
         self._steering_flags: dict[str, Any] = {}
         self.uses: dict[str, StageUse] = {}
+        self.split: Split | None = None  # the other processes, where several make each picture
         self.control_file: ControlNetFile | None = None
         self.controlnet: Offloaded[ControlNet] | None = None
         dtype_c, dtype_b = DTYPES[config_c.dtype], DTYPES[config_b.dtype]
@@ -433,7 +435,7 @@ class UltraPixelPipeline:
                     yield made
                 return
             except torch.OutOfMemoryError:
-                if not self._shrink(stage):
+                if self.split is not None or not self._shrink(stage):  # the others would wait for this one
                     raise
             self._make_room()  # here, where the error no longer holds what it found
 
@@ -641,6 +643,7 @@ class UltraPixelPipeline:
                     sizes,
                     settings,
                     self._noise(job, "lr"),
+                    split=self.split,
                     control=control and [e if e is None else e.to(self.device) for e in control],
                     on_step=_report(observer, "stage C, low resolution", job),
                     graphs=graphs,
@@ -659,6 +662,7 @@ class UltraPixelPipeline:
                     sizes,
                     settings,
                     self._noise(job, "hr"),
+                    split=self.split,
                     on_step=_report(observer, "stage C, high resolution", job),
                 )
                 yield high.x0.cpu()
@@ -703,6 +707,7 @@ class UltraPixelPipeline:
                     sizes,
                     settings,
                     self._noise(job, "stage_b"),
+                    split=self.split,
                     on_step=_report(observer, "stage B", job),
                 )
                 yield sampled.x0.cpu()

@@ -25,6 +25,7 @@ from core.config.schema import RunConfig, effnet_sizes
 from core.config.yaml import as_yaml
 from core.data.loader import Batch, LoaderSettings, Position
 from core.data.sources import Data, open_data, stream
+from core.devices import cores
 from core.training.distributed import ignore_accelerate_variables, join
 from core.training.exports import Export, Exports
 from core.training.log import UpdateBar, save_losses, tell_of_curve, tracker_named
@@ -251,11 +252,6 @@ def leave_a_core_free() -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() - 1)))
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train(

@@ -1,0 +1,97 @@
+"""The benchmarks of GPUs run with tiny sizes on a CPU: what they write, and what they draw from it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
+
+
+def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpu") / "figures" / "gpu.json"
+    done = script("gpu.py", "--small", "--out", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_all_parts_are_measured(measured: Path) -> None:
+    known = json.loads(measured.read_text())
+    assert "left_out" not in known and known["about"]["networks"] == "tiny networks"
+    found = {(step["side"], step["way"], step["stage"]) for step in known["steps"]}
+    full = {
+        (side, way, stage)
+        for side in gpu.SMALL_SIDES
+        for way in (gpu.OURS, gpu.PLAIN)
+        for stage in gpu.STAGES
+    }
+    assert full <= found and (gpu.SMALL_SIDES[0], gpu.DIFFUSERS, "Stage C, high") in found
+    assert all(step["seconds"] > 0 and step["times_floor"] > 0 for step in known["steps"])
+    assert len(known["pictures"]) == 2 * len(gpu.STAGES)
+    assert {line["name"] for line in known["operators"]} >= {"depthwise_norm", "hidden", "attention"}
+    assert all(line["error"] < 1e-5 for line in known["operators"])
+    assert [path.name for path in measured.parent.iterdir()] == ["gpu.json"]
+
+
+def test_the_plot_is_drawn_from_the_file_alone(measured: Path, tmp_path: Path) -> None:
+    done = script("gpu.py", "--out", measured, "--plot", tmp_path / "plot.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def parts_within(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: Sequence[gpu.Part], minutes: float
+) -> dict:
+    figures = gpu.Figures(tmp_path / "f.json")
+    monkeypatch.setattr(gpu, "parts", lambda _: parts)
+    monkeypatch.setattr(gpu, "measure_ceiling", mock.Mock())
+    gpu.measure(gpu.Run(None, figures, None), (), minutes)
+    return figures.known
+
+
+def test_what_time_does_not_suffice_for_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 50))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: float(next(clock)))
+
+    def full(run: gpu.Run) -> None:
+        raise torch.OutOfMemoryError("no memory\nmore")
+
+    def done(run: gpu.Run) -> None:
+        run.figures.add("done", x=1)
+
+    known = parts_within(tmp_path, monkeypatch, [("a", done), ("b", full), ("c", done)], 4)
+    assert known["done"] == [{"x": 1}]
+    assert known["left_out"] == [{"what": "b", "why": "no memory"}, {"what": "c", "why": "no time was left"}]
+    assert json.loads((tmp_path / "f.json").read_text()) == known
+
+
+def test_operations_are_those_that_were_counted_on_the_published_networks() -> None:
+    """In TFLOP at 2048 x 2048, from a count on the published code's networks."""
+    found = gpu.counted(gpu.Sizes(), 2048)
+    wanted = dict(zip(gpu.STAGES, (8.2, 36.3, 22.7, 8.7), strict=True))
+    assert {stage: value / 1e12 for stage, value in found.items()} == pytest.approx(wanted, rel=0.05)
+
+
+def test_training_speed_prints_a_line_for_each_way() -> None:
+    done = script("training_speed.py", "--sides", 64)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| 64²")]
+    assert [line[2].strip() for line in lines] == ["with", "without"]
+    for line in lines:
+        assert float(line[3]) > 0 and float(line[9]) > 0.5
+        assert 50 < sum(float(share.strip(" %")) for share in line[5:9]) <= 101
