@@ -22,13 +22,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from core.commands.flags import device_named, run
+from core.commands.flags import run
 from core.config.presets import EMBEDDED, PRESETS
 from core.config.schema import TrainConfig, guidance_sizes
 from core.config.settings import TRAINING_R, Settings
 from core.config.sizes import GuidanceSizes
 from core.config.yaml import as_yaml, load
 from core.data.loader import Batch
+from core.devices import device_named
 from core.family.evaluation import Evaluation, Judge, Measured, View, held_out_cases
 from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
 from core.pipeline.offload import Offloaded, Placement

@@ -19,9 +19,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from core.commands.flags import Parser, device_named, run
+from core.commands.flags import Parser, run
 from core.config.presets import PRESETS
 from core.config.settings import FAST, TRAINING_R, Settings
+from core.devices import device_named
 from core.family.evaluation import Evaluation, Judge, View, held_out_cases
 from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
 from core.pipeline.pipeline import Job, UltraPixelPipeline

@@ -25,6 +25,7 @@ from core.pipeline.control import blurred, edges, open_controlnet
 from core.training.control import ControlledStageC, check, random_holes, what_is_seen
 from core.training.guidance import draw_noise
 from core.training.noising import noised
+from core.training.run import check_run
 from core.weights.checkpoint import load_module, read_tensors
 from gdf.targets import V
 from modules.controlnet import ControlNet
@@ -91,13 +92,18 @@ def test_the_projections_can_be_trained_alone(trained: Path) -> None:
         ("train_encoder=false", "needs 'pretrained_path'"),
         ("effnet_checkpoint_path=", "needs 'effnet_checkpoint_path'"),
         ("use_fsdp=true", "'use_fsdp' is for"),
-        ("clip_text_path=nowhere", "nowhere"),
     ],
 )
 def test_what_cannot_be_trained_is_told(override: str, part: str) -> None:
     config = load(ControlTrainConfig, ROOT / "configs" / "tiny" / "train_control.yaml", [override])
     with pytest.raises((ValueError, OSError), match=part):
         check(config)
+
+
+def test_a_text_encoder_that_is_not_there_is_told() -> None:
+    path = ROOT / "configs" / "tiny" / "train_control.yaml"
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        check_run(load(ControlTrainConfig, path, ["clip_text_path=nowhere"]), [])
 
 
 # --- a step ---------------------------------------------------------------------------------------

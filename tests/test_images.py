@@ -307,7 +307,8 @@ def test_a_picture_that_cannot_be_placed_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(images.os, "replace", fail)
+    for name in ("link", "replace"):
+        monkeypatch.setattr(images.os, name, fail)
     with pytest.raises(OSError, match="no space left"):
         save_new_image(RED, tmp_path, "a", "png", {})
     assert not list(tmp_path.iterdir())

@@ -18,11 +18,11 @@ import torch
 from PIL import ImageOps
 from torch import Tensor, nn
 
-from core.commands.flags import device_named
 from core.config.presets import PRESETS
 from core.config.schema import guidance_sizes, stage_c_sizes
 from core.config.settings import Settings
 from core.config.yaml import load_stage_b, load_stage_c
+from core.devices import device_named
 from core.family.batched import in_batches, measured
 from core.family.evaluation import Judge, View, held_out_cases
 from core.family.pool import Drawers, Encoders, Kind, Pool, Pools, Samples
