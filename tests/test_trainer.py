@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from peers import random_stage_c
+from torch import nn
 from toy_training import read_weights, train
 from training_lesson import torchrun
 
-from core.training.trainer import check_batch_size
+from core.training.trainer import check_batch_size, compile_blocks
 from gdf.loss_weights import constant
 
 UPDATES = 30
@@ -168,3 +170,9 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "one")), torch.tensor(losses(tmp_path / "two")))
+
+
+def test_compiled_blocks_are_left_to_the_compiler() -> None:
+    network = random_stage_c(64, 2, ((1, 1), (1, 1)))
+    compile_blocks(nn.ModuleList([network]))
+    assert network.plain

@@ -37,6 +37,7 @@ from core.training.learning_rate import Course, LearningRate
 from core.weights.checkpoint import CheckpointError, read_archive, save_archive
 from gdf.loss_weights import AdaptiveLossWeight, LossWeight, constant
 from modules.blocks import AttnBlock, ResBlock
+from modules.unet import CascadeUNet
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,8 @@ def compile_blocks(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, ResBlock | AttnBlock):
             part.compile()
+        elif isinstance(part, CascadeUNet):
+            part.plain = True  # the compiler makes kernels of its own
 
 
 class Trainer:
