@@ -133,6 +133,7 @@ def draw(what: str, results: dict[str, dict[str, Any] | None], path: Path) -> No
             axes.annotate(
                 name, (row["time"], row["patch_frechet"]), (5, 4), textcoords="offset points", fontsize=8
             )
+        axes.margins(x=0.3, y=0.1)
         axes.set(
             xlabel="time, of that of the exact picture", ylabel="Fréchet distance of patches (less is better)"
         )
