@@ -65,8 +65,10 @@ def is_first() -> bool:
     return place()[0] == 0
 
 
-def fail(message: str, code: int) -> NoReturn:
+def fail(message: str, code: int, patience: float = 0.0) -> NoReturn:
     """End with a message on standard error and an exit code, and the launch with it.
+
+    The other processes get `patience` seconds to end by themselves.
 
     Where all processes of a machine fail, the first one's message alone is shown; where another one fails
     alone, its own, a little later.
@@ -75,7 +77,7 @@ def fail(message: str, code: int) -> NoReturn:
         _leave_it_to_the_first(code)
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
-    end_launch()
+    end_launch(patience)
     sys.exit(code)
 
 
@@ -97,7 +99,7 @@ def told_once() -> Iterator[None]:
         raise
 
 
-def end_launch() -> None:
+def end_launch(patience: float = 0.0) -> None:
     """End the launcher that started this process, and what else it started; nothing without a launcher.
 
     torchrun answers every exit code but 0 with a traceback and a table of its own, in which one sentence is
@@ -112,6 +114,7 @@ def end_launch() -> None:
         if not any(Path(part).name in LAUNCHERS for part in launcher.cmdline()):
             return
         others = [process for process in launcher.children() if process.pid != os.getpid()]
+        psutil.wait_procs(others, timeout=patience)
         launcher.send_signal(signal.SIGUSR1)
         for process in others:
             with suppress(psutil.NoSuchProcess):

@@ -48,7 +48,9 @@ def user_cache() -> Path:
     """This project's folder among the caches of the user, which may not exist yet."""
     home = os.path.expanduser("~")
     places = {"darwin": f"{home}/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", home)}
-    return Path(os.environ.get("XDG_CACHE_HOME") or places.get(sys.platform, f"{home}/.cache"), "ultrapixel")
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    folder = named if os.path.isabs(named) else places.get(sys.platform, f"{home}/.cache")
+    return Path(folder, "ultrapixel")
 
 
 def _is_there(path: str) -> bool:

@@ -99,7 +99,7 @@ def test_edges_control_and_are_saved(run: Run) -> None:
     stored = read_image_metadata(made[0])
     assert (stored["cfg"], stored["shift"], stored["steps"]) == (1.0, 2.0, 2)
     assert (stored["control"], stored["control_weight"], stored["control_size"]) == ("canny", 0.5, 96)
-    assert len(stored["weights"]) == 5
+    assert len(stored["weights"]) == 6
 
 
 def test_a_picture_is_repeated_with_its_control(run: Run, tmp_path: Path) -> None:

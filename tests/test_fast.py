@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_pipeline
+from PIL import Image
 from torch import nn
 
 from core.commands.flags import parse_with_preset, picture_parser, settings_of
 from core.config.settings import FAST, Job, Settings
+from core.images import save_image
 from core.pipeline.passes import needs_unconditional
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan
@@ -104,6 +106,13 @@ def test_fast_gives_the_flags_that_are_not_given() -> None:
     assert slower == Settings(**{**FAST, "steps": 30, "fp8": "off"})
     assert settings() == Settings()
     assert needs_unconditional(Settings(**FAST)) == (True, False)
+
+
+def test_fast_counts_beside_the_settings_of_a_picture(tmp_path: Path) -> None:
+    stored = {"prompt": "a", "steps": 7, "cfg": 3.0}
+    path = save_image(Image.new("RGB", (64, 64)), tmp_path / "a.png", "png", stored)
+    known = parse_with_preset(picture_parser(None), ["--from_image", str(path), "--fast"])
+    assert settings_of(known) == Settings(**FAST, cfg=3.0)
 
 
 @pytest.mark.parametrize(

@@ -289,3 +289,9 @@ def test_the_closing_table_tells_the_hosts_memory_where_it_is_another() -> None:
     on_gpu = usage_table([StageUse("stage C", 1.0, 2**31, 2**30)]).splitlines()
     assert on_gpu[0].split()[-2:] == ["host", "memory"]
     assert on_gpu[1].split()[-4:] == ["2.00", "GiB", "1.00", "GiB"]
+
+
+def test_a_prompt_that_is_no_text_is_told() -> None:
+    for flags in (("--prompt", "a \udcff boat"), ("--prompt", "a", "--negative_prompt", "\udcff")):
+        with pytest.raises(ValueError, match="prompt holds bytes that are not UTF-8"):
+            make_jobs(parse(*flags, "--dry_run"))

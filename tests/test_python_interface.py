@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -153,7 +155,7 @@ def test_a_saved_picture_tells_how_it_was_made(tiny: UltraPixelPipeline, tmp_pat
     assert metadata["prompt"] == "a red boat" and metadata["negative_prompt"] == "fog"
     assert metadata["steps"] == 1 and metadata["config_c"] == PRESETS["tiny"].config_c
     assert metadata["pretrained_path"] == PRESETS["tiny"].pretrained_path
-    assert len(metadata["weights"]) == 4 and "torch" in metadata["versions"]
+    assert len(metadata["weights"]) == 5 and "torch" in metadata["versions"]
     assert Image.open(path).format == {"JPEG": "JPEG", "jpg": "JPEG"}.get(suffix, suffix.upper())
 
 
@@ -402,3 +404,19 @@ def test_the_quickstart_runs_as_it_is_written(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.glob("*.png")} >= {"windmill_1.png"}
+
+
+def test_calls_of_several_threads_take_turns(tiny: UltraPixelPipeline) -> None:
+    prompts = ["a red boat", "a blue boat", "a pink house"]
+    alone = [quick(tiny, prompt)[0] for prompt in prompts]
+    pipeline = UltraPixelPipeline.from_preset("tiny", offload="block")
+    with ThreadPoolExecutor(3) as pool:
+        together = [made[0] for made in pool.map(lambda prompt: quick(pipeline, prompt), prompts)]
+    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_picture_can_be_pickled(tiny: UltraPixelPipeline, tmp_path: Path) -> None:
+    made = quick(tiny)[0]
+    again = pickle.loads(pickle.dumps(made))
+    paths = again.save(tmp_path / "a.png"), made.save(tmp_path / "b.png")
+    assert same(made, again) and read_image_metadata(paths[0]) == read_image_metadata(paths[1])

@@ -78,7 +78,7 @@ def test_a_prompt_file_becomes_pictures_with_settings_inside(script: Run, tmp_pa
         (7, "ein Löwe 🦁"), (8, "ein Löwe 🦁"),
     ]  # fmt: skip
     assert all(len(digest) == 64 for digest in stored[0]["weights"].values())
-    assert len(stored[0]["weights"]) == 4
+    assert len(stored[0]["weights"]) == 5
     assert {"torch", "ultrapixel"} <= stored[0]["versions"].keys()
     for text in ("stage C, low resolution", "stage C, high resolution", "stage B", "stage A", "peak memory"):
         assert text in done.stderr

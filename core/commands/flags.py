@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from core.config.arguments import DRAW_SEED, first_seed, number_format
+from core.config.arguments import DRAW_SEED, first_seed, number_format, text
 from core.config.offloading import AUTO, NONE, OFFLOAD_NAMES
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS
 from core.config.settings import FAST, FP8_NAMES, PUBLISHED_STEPS, TRAINING_R, Job, Settings
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # What tells which models made a picture.
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype", "int8")
 OWN_PACKAGES = ("core", "gdf", "modules")
+INTERRUPTED = 30.0  # seconds that Ctrl-C leaves the other processes to save what they have
 FACTS = ("versions", "weights")  # in pictures, besides the values of flags
 
 
@@ -49,7 +50,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted", 130, patience=INTERRUPTED)
     except ImportError as error:
         if (error.name or "").split(".")[0] in OWN_PACKAGES:
             raise
@@ -291,8 +292,6 @@ def parse_with_preset(
     if known.preset is not None:
         preset = asdict(PRESETS[known.preset])
         parser.set_defaults(**{name: value for name, value in preset.items() if name not in own})
-    if getattr(known, "fast", False):
-        parser.set_defaults(**FAST)
     if getattr(known, "from_image", None) is not None:
         stored = read_image_metadata(known.from_image)
         others = [name for name in stored if stored[name] and not hasattr(known, name)]
@@ -302,6 +301,8 @@ def parse_with_preset(
                 "one that made it"
             )
         parser.set_defaults(**{name: value for name, value in stored.items() if hasattr(known, name)})
+    if getattr(known, "fast", False):
+        parser.set_defaults(**FAST)
     found = parser.parse_args(arguments)
     if getattr(found, "seed", None) == DRAW_SEED:
         found.seed = _drawn_seed()
@@ -368,7 +369,8 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
     check_format(arguments.format, *size)
     if not arguments.dry_run:
         prepare_folder(arguments.output_dir)
-    return [Job(p, *size, arguments.seed + i, arguments.negative_prompt) for i, p in enumerate(wanted)]
+    negative = text("--negative_prompt", arguments.negative_prompt)
+    return [Job(p, *size, arguments.seed + i, negative) for i, p in enumerate(wanted)]
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:
@@ -379,7 +381,7 @@ def prompts_of(arguments: argparse.Namespace) -> list[str]:
         return read_prompts(arguments.prompt_file)
     if arguments.prompt is None:
         raise ValueError('no prompt was given: add --prompt "what the picture shows", or --prompt_file FILE')
-    return [arguments.prompt]
+    return [text("--prompt", arguments.prompt)]
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -33,6 +35,7 @@ from core.commands.sharing import agreed, on_its_own, on_one_picture, share
 from core.config.settings import Job, Settings
 from core.devices import cores
 from core.images import (
+    load_image,
     numbered_paths,
     picture_stem,
     read_image_metadata,
@@ -111,10 +114,8 @@ class Gallery:
             for stem, format in dict.fromkeys(names)
             for path in takewhile(Path.exists, numbered_paths(self.folder, stem, format))
         ]
-        return any(_lasting(_metadata(path)) == self._wanted(job) for path in paths)
-
-    def _wanted(self, job: Job) -> dict[str, Any]:
-        return _lasting(json.loads(json.dumps(self.record.metadata(job))))
+        wanted = json.loads(json.dumps(self.record.metadata(job)))
+        return any(_made_alike(_metadata(path), wanted) for path in paths)
 
     def _ways(self, job: Job) -> Iterator[tuple[str, str, str]]:
         """Folder, name and format: as asked, and what is left if that cannot be."""
@@ -126,17 +127,25 @@ class Gallery:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """A picture's settings; none where it has none, or is none."""
+    """A picture's settings; none where it has none, is none, or is not whole."""
     try:
+        load_image(path)
         return read_image_metadata(path)
     except (OSError, ValueError):
         return {}
 
 
-def _lasting(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides how a picture looks: not the versions of packages, and of weights what they are alone."""
-    kept = {name: value for name, value in metadata.items() if name != "versions"}
-    return {**kept, "weights": sorted(metadata.get("weights", {}).values())}
+def _made_alike(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two pictures' metadata tell of the same picture, whatever the packages' versions.
+
+    Hashes count as far as they are there: a picture that was saved in a hurry lacks some.
+    """
+    others = {"versions", "weights"}
+    if not stored or {n: v for n, v in stored.items() if n not in others} != {
+        n: v for n, v in wanted.items() if n not in others
+    }:
+        return False
+    return {*stored.get("weights", {}).values()} <= {*wanted["weights"].values()}
 
 
 def save_beside(path: Path, control: Control) -> None:
@@ -183,7 +192,8 @@ def make_pictures(
     saves = launch.is_main() or not together
     shown = tqdm if launch.is_main() else partial(tqdm, disable=True)
     way = on_one_picture(pipeline, settings) if together else on_its_own(told)
-    with way, closing(ProgressBars(jobs, shown)) as bars, Saving(gallery, bars, control) as saving:
+    bars = ProgressBars(jobs, shown)
+    with _ending_as_by_ctrl_c(), way, closing(bars), Saving(gallery, bars, control) as saving:
         previews = [Previews(pipeline, folder, format)] if arguments.preview and saves else []
         observe = Together([bars, saving.tell, *previews])
         for start in range(0, len(jobs), pipeline.group):
@@ -196,6 +206,23 @@ def make_pictures(
     if launch.is_main():
         say(usage_table(list(pipeline.uses.values())), sys.stderr)
     return 0
+
+
+@contextmanager
+def _ending_as_by_ctrl_c() -> Iterator[None]:
+    """Within it, SIGTERM too lets what is computed be saved; several processes have a way of their own."""
+    if launch.processes() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _lacking(gallery: Gallery, jobs: Sequence[Job], skip: bool | None) -> list[Job]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ from functools import cache
 from types import FrameType
 from typing import TypeVar
 
+import torch
 from torch.distributed import Store, rendezvous
 
 from core import launch
@@ -29,6 +31,7 @@ from core.printable import say
 
 AGREEMENT = timedelta(minutes=30)  # that the first process may take, say to read all weights for their hashes
 PAUSE = 0.2  # seconds
+LOST = re.compile("gloo|nccl|connection|peer", re.IGNORECASE)  # in what a collective says then
 STARTED, TERMINATED, ENDED = "started", "terminated", "ended"  # keys of the store
 
 T = TypeVar("T")
@@ -36,18 +39,23 @@ T = TypeVar("T")
 
 def share(items: Sequence[T]) -> list[T]:
     """Those of the items that this process does; ValueError where it cannot be told from the others."""
+    _check_rank()
+    return list(items[launch.rank() :: launch.processes()])
+
+
+def _check_rank() -> None:
     if launch.processes() > 1 and "RANK" not in os.environ:
         raise ValueError(
             f"the environment speaks of {launch.processes()} processes, but not of RANK: start them with "
             "torchrun, or unset WORLD_SIZE to use one"
         )
-    return list(items[launch.rank() :: launch.processes()])
 
 
 def agreed(name: str, make: Callable[[], T]) -> T:
     """What the first process makes, in all of them; it must be JSON, and is asked for in all, once a name."""
     if launch.processes() == 1:
         return make()
+    _check_rank()
     if launch.is_main():
         common_store().set(name, json.dumps(make()))
     common_store().wait([name], AGREEMENT)
@@ -90,6 +98,11 @@ def on_one_picture(pipeline: UltraPixelPipeline, settings: Settings) -> Iterator
     pipeline.split = Split(pipeline.device, common_store(), launch.rank(), launch.processes())
     try:
         yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not LOST.search(str(error)):
+            raise
+        way = "the same command makes what is missing"
+        raise ValueError(f"another process of --split was lost: {way}") from None
     finally:
         pipeline.split.close()
         pipeline.split = None

@@ -33,6 +33,10 @@ def number(name: str, value: object) -> float:
 def text(name: str, value: object) -> str:
     """The text; TypeError for what is none."""
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} holds bytes that are not UTF-8: {value!r}") from None
         return value
     several = isinstance(value, Sequence) and all(isinstance(part, str) for part in value)
     near = f": write {', '.join(value)!r}" if several and value else ""
@@ -42,7 +46,7 @@ def text(name: str, value: object) -> str:
 def prompts_of(prompt: object) -> list[str]:
     """The prompts: one, or each of several; TypeError for what is no text, ValueError for none."""
     if isinstance(prompt, str):
-        return [prompt]
+        return [text("prompt", prompt)]
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise TypeError(f"prompt must be text, or a list of texts, not {_shown(prompt)}")
     if not prompt:

@@ -109,6 +109,16 @@ class WeightHashes:
         pool.shutdown(wait=False)
         self._hurried = Event()
 
+    def __getstate__(self) -> dict[str, Any]:
+        found = {path: future.result() for path, future in self._hashes.items() if _was_read(path, future)}
+        return {"stamps": self._stamps, "found": found}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._stamps, self._hashes, self._hurried = state["stamps"], {}, Event()
+        for path, found in state["found"].items():
+            self._hashes[path] = Future()
+            self._hashes[path].set_result(found)
+
     def hurry(self) -> None:
         """Let nobody wait for hashes any longer."""
         self._hurried.set()
@@ -121,9 +131,9 @@ class WeightHashes:
         return {path: future.result() for path, future in done.items() if _was_read(path, future)}
 
 
-def _stamp(path: str) -> tuple[int, int]:
+def _stamp(path: str) -> tuple[int, ...]:
     status = Path(path).stat()
-    return status.st_mtime_ns, status.st_size
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
 def _was_read(path: str, future: Future[str]) -> bool:

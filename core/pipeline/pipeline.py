@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
@@ -82,7 +83,13 @@ from core.pipeline.steering import (
     with_suffix,
 )
 from core.weights.checkpoint import check_files, check_finite, load_module, read_config
-from core.weights.clip import TextCondition, TextEncoder, absent_text_files, find_text_encoder
+from core.weights.clip import (
+    TextCondition,
+    TextEncoder,
+    absent_text_files,
+    find_text_encoder,
+    weights_of_text_encoder,
+)
 from core.weights.layouts import guidance_names
 from core.weights.lora.merging import LoraMerger, WeightedLora, check_loras, load_loras, lora_files, uncalled
 from gdf.samplers import Estimate, Step
@@ -165,6 +172,7 @@ class UltraPixelPipeline:
         self._allow_download = allow_download
         self.plain = False  # without kernels, recordings and number formats of a GPU's own
         self._graphs = LowPassGraphs()
+        self._turn = RLock()  # calls of several threads take turns, as weights move in one
         self._text_encoder: TextEncoder | None = None
         self._guidance_path = guidance_path
         build_c = partial(StageC, **asdict(stage_c_sizes(config_c)))
@@ -295,6 +303,17 @@ class UltraPixelPipeline:
         control: Control | None,
         progress: bool,
     ) -> Pictures:
+        with self._turn:
+            return self._made_in_groups(jobs, settings, observer, control, progress)
+
+    def _made_in_groups(
+        self,
+        jobs: Sequence[Job],
+        settings: Settings,
+        observer: Observer | None,
+        control: Control | None,
+        progress: bool,
+    ) -> Pictures:
         self.rescued = made = Pictures()
         self.settle_offload(jobs[0].height, jobs[0].width, settings)
         record = self.record(settings)
@@ -329,7 +348,8 @@ class UltraPixelPipeline:
     def record(self, settings: Settings, models: Mapping[str, Any] | None = None) -> Record:
         """How pictures are made now; `models` are values of the scripts' flags, None: this pipeline's."""
         files = self.files()
-        self._hashes = WeightHashes(files, self._hashes)
+        hashed = {**files, "text encoder": weights_of_text_encoder(files["text encoder"])}
+        self._hashes = WeightHashes(hashed, self._hashes)
         name = Path(files.get("guidance", files["Stage C"])).stem
         return Record(settings, self._flags() if models is None else models, name, self._hashes)
 
@@ -346,9 +366,10 @@ class UltraPixelPipeline:
         controls: Sequence[Control] = (),
     ) -> Pictures:
         """The pictures of `pictures`, once all are made; their files will tell how they were made."""
-        record = self.record(settings)
-        made = self.pictures(jobs, settings, observer, controls)
-        return Pictures(replace(picture, record=record) for picture in made)
+        with self._turn:
+            record = self.record(settings)
+            made = self.pictures(jobs, settings, observer, controls)
+            return Pictures(replace(picture, record=record) for picture in made)
 
     @torch.no_grad()
     def pictures(

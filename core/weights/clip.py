@@ -9,7 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -203,6 +203,14 @@ def absent_text_files(source: str) -> dict[str, str]:
     except FileNotFoundError:
         return {str(path): what for path, what in _absent_published(Path(source)).items()}
     return {}
+
+
+def weights_of_text_encoder(source: str) -> str:
+    """The file with a text encoder's weights; the source itself where there is no such file."""
+    with suppress(OSError, ValueError):
+        file = find_text_encoder(source)[0] / WEIGHTS
+        return str(file) if file.is_file() else source
+    return source
 
 
 def words_of(texts: Iterable[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -12,36 +13,38 @@ from uuid import uuid4
 
 from core.paths import user_cache
 
-KNOWN_FILE = "sha256.json"  # {path: [bytes, time of change in ns, hash]}
+KNOWN_FILE = "sha256.json"  # {path: [bytes, times of change in ns, number of the file, hash]}
 HASHED_BYTES = 1 << 22  # read at once
-DIGITS = 64
+ENTRY, HASH = 5, "[0-9a-f]{64}"
 
 Known = dict[str, list]
+Stamp = tuple[int, int, int, int]
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The sha256 of a file in hexadecimal, computed once for its size and time of change."""
+    """The sha256 of a file in hexadecimal, computed once for its size, times of change and number."""
     path = Path(path).resolve()
-    return _sha256(path, *_stamp(path))
+    return _sha256(path, _stamp(path))
 
 
 @lru_cache
-def _sha256(path: Path, size: int, modified: int) -> str:
+def _sha256(path: Path, stamp: Stamp) -> str:
     known = _read_known().get(str(path))
-    if known is not None and known[:2] == [size, modified]:
-        return known[2]
+    if known is not None and known[:-1] == [*stamp]:
+        return known[-1]
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(HASHED_BYTES):
             digest.update(block)
-    if _stamp(path) == (size, modified):  # nobody wrote meanwhile
-        _remember(str(path), [size, modified, digest.hexdigest()])
+    if _stamp(path) == stamp:  # nobody wrote meanwhile
+        _remember(str(path), [*stamp, digest.hexdigest()])
     return digest.hexdigest()
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> Stamp:
+    """What changes with a file's content, also where an archive gives back its time."""
     status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _read_known() -> Known:
@@ -54,9 +57,15 @@ def _read_known() -> Known:
     return {path: entry for path, entry in entries if _is_entry(entry)}
 
 
+def _exists(path: str) -> bool:
+    with suppress(ValueError):  # of a name that no file can have
+        return os.path.exists(path)
+    return False
+
+
 def _is_entry(entry: object) -> bool:
-    whole = isinstance(entry, list) and len(entry) == 3
-    return whole and isinstance(entry[2], str) and len(entry[2]) == DIGITS
+    whole = isinstance(entry, list) and len(entry) == ENTRY
+    return whole and isinstance(entry[-1], str) and re.fullmatch(HASH, entry[-1]) is not None
 
 
 def _remember(path: str, entry: list) -> None:
@@ -65,7 +74,7 @@ def _remember(path: str, entry: list) -> None:
     with suppress(OSError, ValueError):
         folder = user_cache()
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {other: old for other, old in _read_known().items() if os.path.exists(other)}
+        kept = {other: old for other, old in _read_known().items() if _exists(other)}
         temporary = folder / f".{uuid4().hex}"
         temporary.write_text(json.dumps({**kept, path: entry}), "utf-8")
         os.replace(temporary, folder / KNOWN_FILE)
