@@ -68,12 +68,14 @@ def is_first() -> bool:
 def fail(message: str, code: int, patience: float = 0.0) -> NoReturn:
     """End with a message on standard error and an exit code, and the launch with it.
 
-    The other processes get `patience` seconds to end by themselves.
+    With `patience` all fail for a reason that all know: the first gives the others so many seconds to end.
 
     Where all processes of a machine fail, the first one's message alone is shown; where another one fails
     alone, its own, a little later.
     """
     if not is_first():
+        if patience:  # the first one waits for this one
+            sys.exit(code)
         _leave_it_to_the_first(code)
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
@@ -114,7 +116,9 @@ def end_launch(patience: float = 0.0) -> None:
         if not any(Path(part).name in LAUNCHERS for part in launcher.cmdline()):
             return
         others = [process for process in launcher.children() if process.pid != os.getpid()]
-        psutil.wait_procs(others, timeout=patience)
+        patient_until = time.monotonic() + patience
+        while neighbours() > 0 and time.monotonic() < patient_until:
+            time.sleep(0.05)
         launcher.send_signal(signal.SIGUSR1)
         for process in others:
             with suppress(psutil.NoSuchProcess):

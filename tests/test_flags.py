@@ -28,7 +28,7 @@ from core.commands.flags import (
 )  # fmt: skip
 from core.config.presets import PRESETS
 from core.config.schema import PersonalizedTrainConfig
-from core.config.settings import Job, Settings
+from core.config.settings import FP8_NAMES, Job, Settings
 from core.config.sizes import Upsampling
 from core.images import read_image_metadata, save_image
 from core.pipeline.pipeline import StageUse
@@ -37,6 +37,7 @@ from core.weights.lora.layouts import LAYOUTS
 from gdf.loss_weights import WEIGHTS
 from gdf.names import LOSS_WEIGHT_NAMES, SAMPLER_NAMES
 from gdf.samplers import SAMPLERS
+from modules.fp8 import Fp8
 from modules.guidance import UPSAMPLINGS
 
 SCRIPTS = sorted([*(ROOT / "inference").glob("*.py"), *(ROOT / "train").glob("*.py")])
@@ -104,6 +105,7 @@ def test_every_flag_has_a_text_a_group_and_its_default(path: Path, monkeypatch: 
 def test_the_names_that_flags_and_keys_know_are_those_of_the_tables() -> None:
     assert SAMPLER_NAMES == tuple(SAMPLERS)
     assert LOSS_WEIGHT_NAMES == tuple(WEIGHTS)
+    assert FP8_NAMES == get_args(Fp8)
     assert get_args(Upsampling) == tuple(UPSAMPLINGS)
     assert get_args(get_type_hints(PersonalizedTrainConfig)["lora_layout"]) == LAYOUTS
 

@@ -113,8 +113,9 @@ def in_halves(
 
     def on_halves(x: Tensor, step: Step, both: bool) -> Tensor:
         batch = (torch.cat([x, x]) if both else x).to(dtype)
-        held = halves.setdefault(both, conditions.first(len(x)))
-        return predict(batch, every.at(step.index), held, step)
+        if both not in halves:
+            halves[both] = conditions.first(len(x))
+        return predict(batch, every.at(step.index), halves[both], step)
 
     def on_a_share(x: Tensor, step: Step, both: bool) -> Tensor:
         share, batch = shares[both], (torch.cat([x, x]) if both else x).to(dtype)
