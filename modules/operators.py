@@ -14,6 +14,7 @@ from modules.blocks import PLAIN, AttnBlock, Operators, ResBlock
 
 HEAD_WIDTH = 64  # of the published networks
 TRIED_SIZE, TRIED_TOKENS, TOLERANCE = (32, 33), 85, 0.02  # of the trial of kernels
+TRIED_SCALE = 0.01  # of its map: norms undo it, and what blocks add is large beside the map's own rounding
 FEW_PIXELS = 32**2  # of a map, below which a GPU's own kernels are slower than PyTorch's
 
 
@@ -63,7 +64,7 @@ def _compare(ops: Operators, device: torch.device, c: int, dtype: torch.dtype) -
     for block in (residual, attention):
         block.to(device, dtype).eval()
     nn.init.normal_(residual.channelwise[2].gamma)
-    x = torch.randn(2, c, *TRIED_SIZE).to(device, dtype)
+    x = (TRIED_SCALE * torch.randn(2, c, *TRIED_SIZE)).to(device, dtype)
     condition = attention.keys_values(torch.randn(2, TRIED_TOKENS, c).to(device, dtype))
     for block, other in ((residual, None), (attention, condition)):
         plain, own = (block(x, other, each).float() for each in (PLAIN, ops))

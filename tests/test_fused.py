@@ -248,6 +248,24 @@ def test_a_large_hidden_layer_is_never_whole(monkeypatch: pytest.MonkeyPatch) ->
     assert sizes == [100] * 18  # once for the sums, and once for the product
 
 
+def test_rounding_alone_is_no_reason_to_do_without_the_kernels(
+    fused, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def with_bias(x: Tensor, modulation: blocks.Modulation | None, bias: Tensor) -> tuple[Tensor, Tensor]:
+        normed, residual = PLAIN.modulated_norm(x, modulation, bias)
+        return normed, residual + bias
+
+    def without_bias(residual: Tensor, x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+        return PLAIN.add_product(residual, x, weights, torch.zeros_like(bias))
+
+    as_kernels_do = replace(PLAIN, modulated_norm=with_bias, add_product=without_bias)
+    as_kernels_do = replace(
+        as_kernels_do, depthwise_norm=lambda x, c, b: (PLAIN.depthwise_norm(x, c, b)[0], x + b)
+    )
+    monkeypatch.setattr(fused, "OPERATORS", as_kernels_do)
+    assert operators.fused_works.__wrapped__(torch.device("cpu"), 320, torch.bfloat16), recwarn.list
+
+
 def test_kernels_are_tried_before_they_are_relied_on(fused, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = operators.fused_works.__wrapped__
     monkeypatch.setattr(operators, "TRIED_SIZE", (6, 5))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import random_pipeline
 from peers import random_stage_c
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from core.config.settings import Job, Settings
 from core.pipeline.graphs import LowPassGraphs, Outputs
@@ -94,6 +96,14 @@ def test_recordings_follow_the_weights(stage_c: StageC, recorder: Recorder) -> N
 def test_weights_elsewhere_are_not_recorded(stage_c: StageC, recorder: Recorder) -> None:
     stage_c.clf.to("meta")
     assert LowPassGraphs(recorder).for_pass(stage_c, torch.device("cpu")) is None
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_gpu_without_a_number_is_the_current_one(recorder: Recorder) -> None:
+    with FakeTensorMode():
+        there = nn.ParameterList([torch.empty(1, device="cuda")])  # on cuda:0
+    for name, found in {"cuda": True, "cuda:0": True, "cuda:1": False, "cpu": False}.items():
+        assert (LowPassGraphs(recorder).for_pass(there, torch.device(name)) is not None) == found
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ class LowPassGraphs:
     def for_pass(self, stage_c: StageC, device: torch.device) -> LowPassGraphs | None:
         """These for one pass; None where its weights do not all lie on the device."""
         parameters = list(stage_c.parameters())
-        if self._failed or any(p.device != device for p in parameters):
+        if self._failed or not all(_on(device, p) for p in parameters):
             return None
         weights = tuple(p.data_ptr() for p in parameters)
         if weights != self._weights:
@@ -114,6 +114,11 @@ class LowPassGraphs:
 
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             return Recording(step, held, *self._recorder(function))
+
+
+def _on(device: torch.device, weights: Tensor) -> bool:
+    """Whether weights lie on a device, which may be a GPU without a number."""
+    return weights.device.type == device.type and device.index in (None, weights.device.index)
 
 
 # --- tensors of structures, and back --------------------------------------------------------------
