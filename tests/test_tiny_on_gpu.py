@@ -51,7 +51,7 @@ def events(folder: Path) -> list[dict]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two small sizes of pictures, and few steps for the sheets."""
     monkeypatch.chdir(ROOT)
-    often = {"stage_c": 0.5, "guidance": 0.5}
+    often = {"stage_c": 0.5, "guidance": 0.5, "together": 0.5}
     made = {
         "ROWS": tuple(tiny_on_gpu.Row(kind, 8, 2, often) for kind in KINDS), "FIRST_SCENES": 4,
         "PRESET": replace(tiny_on_gpu.PRESET, height=128, width=128), "LARGE": 128, "LARGE_SHOWN": 1,
@@ -68,7 +68,11 @@ def test_all_parts_run_and_leave_a_family(tmp_path: Path) -> None:
     assert main(arguments(tmp_path, "--max_updates", "10")) == 0
     log = events(tmp_path)
     assert log[-1]["event"] == "finished"
-    assert {line["part"]: line["step"] for line in log if "part" in line} == {"stage_c": 10, "guidance": 10}
+    assert {line["part"]: line["step"] for line in log if "part" in line} == {
+        "stage_c": 10,
+        "guidance": 10,
+        "together": 10,
+    }
     assert {path.name for path in tmp_path.glob("sheet_*.jpg")} == {"sheet_128.jpg"}
     figures = json.loads((tmp_path / "figures.json").read_text("utf-8"))
     assert [figure["count"] for figure in figures] == [2, 2, 2]

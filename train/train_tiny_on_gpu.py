@@ -1,7 +1,7 @@
 """Train Stage C and the guidance of the tiny family in minutes: train/train_tiny_on_gpu.py --output FOLDER
 
 Made for a GPU that is rented for minutes, and the same anywhere else: scenes are drawn by all cores while the
-training runs on what was drawn so far, at all sizes together. --minutes says how long both trainings take;
+training runs on what was drawn so far, at all sizes together. --minutes says how long all trainings take;
 the rates fall with the time, so that they end finished. Sheets of pictures and figures follow. Everything is
 written as it goes, SIGTERM ends it early with all saved, and the same command goes on.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from core.commands.flags import Parser, home_path, run
 from core.config.presets import EMBEDDED, PRESETS
 
-PARTS = ("stage_c", "guidance", "figures")
+PARTS = ("stage_c", "guidance", "together", "figures")
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,12 +24,13 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     add_file_flags(parser)
     add = parser.add_argument_group("training").add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is done (default: all, in turn)")
-    add("--minutes", type=float, default=8.0, help="of both trainings")
+    add("--minutes", type=float, default=8.0, help="of all trainings")
     add("--minutes_c", type=float, help="of Stage C's alone (default: a share of --minutes)")
     add("--minutes_guidance", type=float, help="of the guidance's alone (default: a share of --minutes)")
     add("--max_updates", type=int, help="of each training, for a trial")
     add("--batch", type=float, default=1.0, help="times the batches of a large GPU")
     add("--pool", type=float, default=1.0, help="times the scenes that are kept on a large GPU")
+    add("--minutes_together", type=float, help="of both together alone (default: a share of --minutes)")
     workers = max(1, (os.cpu_count() or 2) - 2)
     add("--workers", type=int, default=workers, help="processes that draw (default: two less than cores)")
     add("--seed", type=int, default=0, help="of weights, noise and scenes")
@@ -67,7 +68,16 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise what is wrong with the command line, before anything is imported."""
-    for name in ("minutes", "batch", "pool", "minutes_c", "minutes_guidance", "workers", "max_updates"):
+    for name in (
+        "minutes",
+        "batch",
+        "pool",
+        "minutes_c",
+        "minutes_guidance",
+        "minutes_together",
+        "workers",
+        "max_updates",
+    ):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise ValueError(f"--{name} must be above 0, not {value}")
     for name in ("num_image", "num_large", "shown"):

@@ -1,4 +1,8 @@
-"""The run of train/train_tiny_on_gpu.py: Stage C and the guidance on scenes that are drawn meanwhile."""
+"""The run of train/train_tiny_on_gpu.py: Stage C and the guidance on scenes that are drawn meanwhile.
+
+At the end both are trained together, guided where Stage C runs at high resolution, which the paper does not
+do: so small a Stage C has not the capacity to draw outlines without its guidance, and need not.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 from core.config.presets import PRESETS
 from core.config.schema import guidance_sizes, stage_c_sizes
 from core.config.settings import Settings
+from core.config.sizes import GuidanceSizes, StageCSizes
 from core.config.yaml import load_stage_b, load_stage_c
 from core.devices import device_named
 from core.family.batched import in_batches, measured
@@ -31,7 +36,13 @@ from core.images import save_image, to_image
 from core.paths import located
 from core.pipeline.conditioning import Conditions, conditions
 from core.pipeline.pipeline import DTYPES, UltraPixelPipeline, load_encoder
-from core.training.guidance import GuidedStageC, SampleNoise, drop_conditions, noise_latents
+from core.training.guidance import (
+    GuidedStageC,
+    NoisyLatents,
+    SampleNoise,
+    drop_conditions,
+    noise_latents,
+)
 from core.training.noising import noised
 from core.training.preview import contact_sheet
 from core.training.run import in_dtype, trained_module
@@ -40,7 +51,8 @@ from core.weights.clip import TextEncoder
 from core.weights.layouts import guidance_names
 from gdf.diffusion import sample_losses
 from gdf.loss_weights import loss_weight_named
-from gdf.schedules import TIME_MIN
+from gdf.noise_conditions import cosine_t
+from gdf.schedules import TIME_MIN, cosine
 from gdf.targets import target_named
 from modules.guidance import Guidance
 from modules.recogniser import Recogniser
@@ -49,12 +61,13 @@ from modules.stage_c import StageC
 log = logging.getLogger(__name__)
 
 PRESET = PRESETS["tiny-wide"]
-TRAININGS = {"stage_c", "guidance"}  # of --parts
+TRAININGS = {"stage_c", "guidance", "together"}  # of --parts
 STAGE_C, GUIDANCE = "stage_c.safetensors", "ultrapixel_t2i.safetensors"
-SHARE_OF_C = 0.68  # of --minutes
+SHARES = {"stage_c": 0.45, "guidance": 0.15, "together": 0.4}  # of --minutes
 LR = 1e-3
-EMA = {"stage_c": 0.998, "guidance": 0.995}
-TEXT_DROPOUT = {"stage_c": 0.1, "guidance": 0.5}
+EMA = {"stage_c": 0.998, "guidance": 0.995, "together": 0.998}
+TEXT_DROPOUT = {"stage_c": 0.1, "guidance": 0.5, "together": 0.3}
+GUIDED = 0.85  # share of the updates above the low resolution, where both are trained together
 IMAGE_SHARE = 0.1
 LOSS_WEIGHT = loss_weight_named("p2", 0.37)
 ABSORBED = 3  # chunks an update, at most
@@ -75,21 +88,28 @@ class Row:
     often: Mapping[str, float]  # share of the updates of each training
 
 
+def _often(stage_c: float, guidance: float, together: float) -> dict[str, float]:
+    return {"stage_c": stage_c, "guidance": guidance, "together": together}
+
+
 ROWS = (
-    Row(Kind(96, 0.08, 256), 100_000, 1024, {"stage_c": 0.20, "guidance": 0.10}),  # latents of 12 x 12
-    Row(Kind(192, 0.24, 128), 150_000, 384, {"stage_c": 0.15, "guidance": 0.20}),
-    Row(Kind(288, 0.20, 96), 120_000, 192, {"stage_c": 0.15, "guidance": 0.20}),
-    Row(Kind(384, 0.465, 64), 250_000, 96, {"stage_c": 0.45, "guidance": 0.45}),
-    Row(Kind(768, 0.015, 16), 6_000, 16, {"stage_c": 0.05, "guidance": 0.05}),
+    Row(Kind(96, 0.08, 256), 100_000, 1024, _often(0.20, 0.10, 0.20)),  # latents of 12 x 12
+    Row(Kind(192, 0.24, 128), 150_000, 384, _often(0.15, 0.20, 0.10)),
+    Row(Kind(288, 0.20, 96), 120_000, 192, _often(0.15, 0.20, 0.10)),
+    Row(Kind(384, 0.465, 64), 250_000, 96, _often(0.45, 0.45, 0.55)),
+    Row(Kind(768, 0.015, 16), 6_000, 16, _often(0.05, 0.05, 0.05)),
 )
 LOW = ROWS[0].kind.side
 
 
 def minutes_of(arguments: argparse.Namespace, part: str) -> float:
     """How long a training takes."""
-    share = {"stage_c": SHARE_OF_C, "guidance": 1 - SHARE_OF_C}[part]
-    own = {"stage_c": arguments.minutes_c, "guidance": arguments.minutes_guidance}[part]
-    return arguments.minutes * share if own is None else own
+    own = {
+        "stage_c": arguments.minutes_c,
+        "guidance": arguments.minutes_guidance,
+        "together": arguments.minutes_together,
+    }[part]
+    return arguments.minutes * SHARES[part] if own is None else own
 
 
 # --- the run ----------------------------------------------------------------------------------------
@@ -214,16 +234,19 @@ class Loss:
         samples = pool.draw(max(1, round(self.run.batch * row.batch)), self._generator).to(self.run.dtype)
         if row.kind.side == LOW:
             samples = replace(samples, z=samples.z_lr)
-        noise = self._noise(samples)
+        noise = self._noise(samples, row.kind.side / LOW)
         return row, samples, noise, drop_conditions(samples.conditions, self._empty, noise)
 
-    def _noise(self, samples: Samples) -> SampleNoise:
+    def _noise(self, samples: Samples, scale: float) -> SampleNoise:
         count, draw = len(samples.z), partial(torch.rand, generator=self._generator, device=self.run.device)
         normal = partial(torch.randn, generator=self._generator, device=self.run.device)
         # Evenly over all times, so that batches differ less than if each time was drawn for itself.
-        t = (torch.arange(count, device=self.run.device) + draw(count)) / count
+        t = ((torch.arange(count, device=self.run.device) + draw(count)) / count).clamp(min=TIME_MIN)
+        # Larger pictures show what they are through more noise, and take shape there.
+        shift = 1 + (scale - 1) * draw(count)
+        t = cosine_t((cosine(t) - 2 * shift.log()).clamp(min=float(cosine(torch.ones(())))))
         return SampleNoise(
-            t.clamp(min=TIME_MIN), normal(samples.z.shape), normal(samples.z_lr.shape),
+            t, normal(samples.z.shape), normal(samples.z_lr.shape),
             draw(count) < TEXT_DROPOUT[self.part], draw(count) < IMAGE_SHARE,
         )  # fmt: skip
 
@@ -262,6 +285,52 @@ class GuidanceLoss(Loss):
         return self.result(row, prediction, latents.target, latents.logsnr)
 
 
+class Together(nn.Module):
+    """Stage C and the guidance, both of whose weights are trained."""
+
+    def __init__(self, stage_c: StageC, guidance: Guidance) -> None:
+        super().__init__()
+        self.stage_c, self.guidance = stage_c, guidance
+
+    def forward(self, latents: NoisyLatents, held: Conditions) -> Tensor:
+        """The guided prediction (B, 16, H, W); the guiding features, too, are trained by it."""
+        conditions = self.stage_c.prepare(held.clip_text, held.clip_text_pooled, held.clip_img)
+        dtype = held.clip_text.dtype
+        features = self.stage_c.predict_with_features(latents.x_lr.to(dtype), latents.r_lr, conditions)[1]
+        size = (latents.x.shape[-2], latents.x.shape[-1])
+        prepared = self.guidance.prepare(features, self.stage_c.site_sizes(size))
+        return self.stage_c.predict(latents.x.to(dtype), latents.r, conditions, guidance=prepared)
+
+
+class TogetherLoss(Loss):
+    """Of Stage C alone at the low resolution and at times above it, else with its guidance."""
+
+    def __init__(self, run: Run, pools: Pools, together: Together, step: int) -> None:
+        super().__init__(run, pools, "together", step)
+        self._together = together
+
+    def __call__(self) -> tuple[str, Tensor]:
+        row, samples, noise, held = self.draw()
+        latents = noise_latents(samples.z, samples.z_lr, noise, self.target)
+        if row.kind.side != LOW and self._choose.random() < GUIDED:
+            prediction = self._together(latents, held)
+            name, loss = self.result(row, prediction, latents.target, latents.logsnr)
+            return f"{name}_guided", loss
+        x = latents.x.to(self.run.dtype)
+        prediction = self._together.stage_c(
+            x, latents.r, held.clip_text, held.clip_text_pooled, held.clip_img
+        )
+        return self.result(row, prediction, latents.target, latents.logsnr)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file of the family, and the sizes of its network."""
+
+    name: str
+    sizes: StageCSizes | GuidanceSizes
+
+
 def part_of(run: Run, name: str, module: nn.Module) -> Part:
     """A training of a module in float32, as far as it was got before."""
     arguments = run.arguments
@@ -274,46 +343,70 @@ def part_of(run: Run, name: str, module: nn.Module) -> Part:
     return part
 
 
-def train_part(run: Run, pools: Pools, part: Part, loss: Loss, name: str, sizes: object) -> None:
-    """Train, with the running means exported as the family's file."""
-    metadata = config_metadata(asdict(sizes))
+def train_part(run: Run, pools: Pools, part: Part, loss: Loss, exported: Mapping[str, Exported]) -> None:
+    """Train, with the running means exported as the family's files: by a prefix of the weights' names."""
 
-    def export(tensors: Mapping[str, Tensor], _step: int) -> None:
-        named = {name.removeprefix("guidance."): tensor for name, tensor in tensors.items()}
-        save_tensors(run.output / name, named, metadata)
+    def save(prefix: str, file: Exported, tensors: Mapping[str, Tensor], _step: int) -> None:
+        named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        save_tensors(run.output / file.name, named, config_metadata(asdict(file.sizes)))
 
     def on_log(line: dict[str, object]) -> None:
         memory = torch.cuda.max_memory_reserved() / 2**30 if run.device.type == "cuda" else 0.0
         run.write({**line, "scenes": pools.counts(), "memory_gib": round(memory, 1)})
 
-    write = in_dtype(export, torch.float16)
-    part.run(
-        loss, on_log, lambda: write(part.weights.averaged(), part.weights.step), run.stopped, run.smaller
-    )
+    def on_save() -> None:
+        for prefix, file in exported.items():
+            write = in_dtype(partial(save, prefix, file), torch.float16)
+            write(part.weights.averaged(), part.weights.step)
+
+    if part.share < 1:  # one that is over was exported, and what went on from it has the same files
+        part.run(loss, on_log, on_save, run.stopped, run.smaller)
+
+
+def build_stage_c(run: Run, start: str | Path | None) -> StageC:
+    """Stage C with the weights of a file; None: from nothing."""
+    torch.manual_seed(run.arguments.seed)
+    build = partial(StageC, **asdict(stage_c_sizes(run.config)))
+    return trained_module(build, start, run.device, "Stage C")
+
+
+def build_guidance(run: Run, start: str | Path | None) -> Guidance:
+    """The guidance, likewise."""
+    torch.manual_seed(run.arguments.seed)
+    build = partial(Guidance, **asdict(guidance_sizes(run.config)))
+    return trained_module(build, start, run.device, "guidance", guidance_names)
 
 
 def train_stage_c(run: Run, pools: Pools) -> None:
     """Stage C, from nothing or from earlier weights."""
-    torch.manual_seed(run.arguments.seed)
-    sizes = stage_c_sizes(run.config)
-    stage_c = trained_module(partial(StageC, **asdict(sizes)), run.start_path(STAGE_C), run.device, "Stage C")
+    stage_c = build_stage_c(run, run.start_path(STAGE_C))
     part = part_of(run, "stage_c", stage_c)
-    train_part(run, pools, part, StageCLoss(run, pools, stage_c, part.weights.step), STAGE_C, sizes)
+    exported = {"": Exported(STAGE_C, stage_c_sizes(run.config))}
+    train_part(run, pools, part, StageCLoss(run, pools, stage_c, part.weights.step), exported)
 
 
 def train_guidance(run: Run, pools: Pools) -> None:
     """The guidance, on the running means of Stage C."""
-    torch.manual_seed(run.arguments.seed)
-    sizes = guidance_sizes(run.config)
-    build = partial(Guidance, **asdict(sizes))
-    guidance = trained_module(build, run.start_path(GUIDANCE), run.device, "guidance", guidance_names)
+    guidance = build_guidance(run, run.start_path(GUIDANCE))
     stage_c = load_module(
         partial(StageC, **asdict(stage_c_sizes(run.config))), run.path(STAGE_C), dtype=run.dtype,
         device=run.device, what="Stage C",
     )  # fmt: skip
     guided = GuidedStageC(stage_c, guidance)
     part = part_of(run, "guidance", guided)
-    train_part(run, pools, part, GuidanceLoss(run, pools, guided, part.weights.step), GUIDANCE, sizes)
+    exported = {"guidance.": Exported(GUIDANCE, guidance_sizes(run.config))}
+    train_part(run, pools, part, GuidanceLoss(run, pools, guided, part.weights.step), exported)
+
+
+def train_together(run: Run, pools: Pools) -> None:
+    """Both, from the running means of each."""
+    together = Together(build_stage_c(run, run.path(STAGE_C)), build_guidance(run, run.path(GUIDANCE)))
+    part = part_of(run, "together", together)
+    exported = {
+        "stage_c.": Exported(STAGE_C, stage_c_sizes(run.config)),
+        "guidance.": Exported(GUIDANCE, guidance_sizes(run.config)),
+    }
+    train_part(run, pools, part, TogetherLoss(run, pools, together, part.weights.step), exported)
 
 
 # --- what comes of it -------------------------------------------------------------------------------
@@ -394,7 +487,8 @@ def train(run: Run, drawers: Drawers) -> None:
     set_up(run.device)
     pools = open_pools(drawers, run)
     fill(pools, run)
-    for name, part in (("stage_c", train_stage_c), ("guidance", train_guidance)):
+    parts = {"stage_c": train_stage_c, "guidance": train_guidance, "together": train_together}
+    for name, part in parts.items():
         if name in run.arguments.parts and not run.stopped():
             part(run, pools)
 
