@@ -153,13 +153,20 @@ def gelu_squares_kernel(
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = k < columns
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    n = part * STEPS * ROWS + tl.arange(0, ROWS)
+    at = sample * x_batch + n.to(tl.int64)[:, None] * x_row + k[None, :]
+    mask = (n < rows)[:, None] & inside[None, :]
+    value = tl.load(x + at, mask, 0.0)
     for step in range(STEPS):
-        n = (part * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        at = sample * x_batch + n.to(tl.int64)[:, None] * x_row + k[None, :]
-        mask = (n < rows)[:, None] & inside[None, :]
-        g = _gelu(tl.load(x + at, mask, 0.0).to(tl.float32)).to(y.dtype.element_ty)
+        # The next rows are on their way while these are computed.
+        n += ROWS
+        next_at = at + tl.full((), ROWS, tl.int64) * x_row
+        next_mask = (n < rows)[:, None] & inside[None, :] & (step + 1 < STEPS)
+        next_value = tl.load(x + next_at, next_mask, 0.0)
+        g = _gelu(value.to(tl.float32)).to(y.dtype.element_ty)
         tl.store(y + at, g, mask)
         total += g.to(tl.float32) * g.to(tl.float32)
+        at, mask, value = next_at, next_mask, next_value
     out = (sample * tl.num_programs(1) + part) * columns + k
     tl.store(sums + out, tl.sum(total, 0), inside)
 
@@ -288,7 +295,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, condition: KeysValues) -> Tensor:
     with _on_device(q):
         add_condition_kernel[(triton.cdiv(rows, QUERIES), heads, batch)](
             q, keys, values, y, sums, y, rows, tokens, *strides, width**-0.5,
-            HEADS=heads, WIDTH=width, ROWS=QUERIES, TOKENS=block, num_warps=4,
+            HEADS=heads, WIDTH=width, ROWS=QUERIES, TOKENS=block, num_warps=8,
         )  # fmt: skip
     return y.flatten(2)
 

@@ -488,7 +488,7 @@ def test_configurations_name_stage_c_and_its_controlnet_together() -> None:
     path = ROOT / "configs" / "training" / "cfg_control_lr.yaml"
     assert load_stage_c(path).model_version == "3.6B"
     assert controlnet_sizes(load(ControlTrainConfig, path)) == CONTROL_TYPES["canny"].sizes
-    tiny = load(ControlTrainConfig, ROOT / "configs" / "tiny" / "train_control.yaml")
+    tiny = load(ControlTrainConfig, ROOT / "configs" / "tiny" / "train_control_canny.yaml")
     assert controlnet_sizes(tiny) == TINY.controlnet
 
 

@@ -40,7 +40,7 @@ SCRIPT = str(ROOT / "train" / "train_ultrapixel_control.py")
 
 def run(folder: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     """The script on the embedded family, with a smaller ControlNet."""
-    values = yaml.safe_load((ROOT / "configs" / "tiny" / "train_control.yaml").read_text())
+    values = yaml.safe_load((ROOT / "configs" / "tiny" / "train_control_canny.yaml").read_text())
     values |= {
         "experiment_id": name, "checkpoint_path": str(folder), "output_path": str(folder / "samples"),
         "scenes": {"count": 8}, "image_size": 64, "control_size": 64, "num_workers": 0, "batch_size": 4,
@@ -95,13 +95,13 @@ def test_the_projections_can_be_trained_alone(trained: Path) -> None:
     ],
 )
 def test_what_cannot_be_trained_is_told(override: str, part: str) -> None:
-    config = load(ControlTrainConfig, ROOT / "configs" / "tiny" / "train_control.yaml", [override])
+    config = load(ControlTrainConfig, ROOT / "configs" / "tiny" / "train_control_canny.yaml", [override])
     with pytest.raises((ValueError, OSError), match=part):
         check(config)
 
 
 def test_a_text_encoder_that_is_not_there_is_told() -> None:
-    path = ROOT / "configs" / "tiny" / "train_control.yaml"
+    path = ROOT / "configs" / "tiny" / "train_control_canny.yaml"
     with pytest.raises((ValueError, OSError), match="nowhere"):
         check_run(load(ControlTrainConfig, path, ["clip_text_path=nowhere"]), [])
 

@@ -62,8 +62,13 @@ PARTS = (
         "train_personalized",
         (("lora.safetensors", "lora_striped_balloon.safetensors"),),
     ),
-    Part(
-        "train_ultrapixel_control", "train_control", (("canny.safetensors", "controlnet_canny.safetensors"),)
+    *(
+        Part(
+            "train_ultrapixel_control",
+            f"train_control_{kind}",
+            ((f"{kind}.safetensors", f"controlnet_{kind}.safetensors"),),
+        )
+        for kind in ("canny", "inpainting", "super_resolution")
     ),
 )
 

@@ -58,7 +58,7 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
     add("--state", type=home_path, help="folder for what a training goes on from (default: OUTPUT/state)")
     add("--start_from", type=home_path, help="folder with weights to begin from, such as an earlier OUTPUT")
     for name, default, text in (
-        ("config_c", "configs/tiny/stage_c_wide.yaml", "Stage C's sizes and its encoders"),
+        ("config_c", "configs/tiny/stage_c.yaml", "Stage C's sizes and its encoders"),
         ("config_b", PRESETS[EMBEDDED].config_b, "Stages B and A, for the pictures"),
         ("image_encoder", "models/tiny/image_encoder.safetensors", "of image prompts"),
         ("recogniser", "models/tiny/recogniser.safetensors", "the judge of the figures"),

@@ -36,11 +36,6 @@ PRESETS = {
         control_file="models/tiny/controlnet_{control}.safetensors", height=512, width=512, cfg=2.0,
         control_weight=1.3, lora=("models/tiny/lora_striped_balloon.safetensors",),
     ),
-    "tiny-wide": Preset(  # better pictures; no LoRA and no ControlNet were trained for it yet
-        "configs/tiny/stage_c_wide.yaml", "configs/tiny/stage_b.yaml",
-        "models/tiny/wide/ultrapixel_t2i.safetensors",
-        control_file="models/tiny/wide/controlnet_{control}.safetensors", height=512, width=512, cfg=2.0,
-    ),
 }  # fmt: skip
 DEFAULT = PRESETS["small-big"]
 EMBEDDED = "tiny"  # the preset whose weights lie in the repository

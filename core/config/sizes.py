@@ -135,7 +135,7 @@ class Sizes:
 PUBLISHED = Sizes(StageCSizes())
 TINY = Sizes(
     stage_c=StageCSizes(
-        c_cond=128, c_hidden=(128, 128), nhead=(2, 2), blocks=((2, 3), (3, 2)), c_clip_text=128,
+        c_cond=128, c_hidden=(192, 192), nhead=(3, 3), blocks=((2, 4), (4, 2)), c_clip_text=128,
         c_clip_text_pooled=128, c_clip_img=16, dropout=(0.0, 0.0), switch_level=(True,),
     ),
     stage_b=StageBSizes(
@@ -143,14 +143,14 @@ TINY = Sizes(
         block_repeat=((1, 1, 1), (1, 1, 1)), c_cond=128, c_clip=128, level_config=("CT", "CT", "CTA"),
         dropout=(0.0, 0.0, 0.0),
     ),
-    guidance=GuidanceSizes(ind=128, ch=64, n_head=2, head_dim=32, n_groups=16, f_dim=64),
+    guidance=GuidanceSizes(ind=192, ch=128, n_head=2, head_dim=64, n_groups=16, f_dim=128),
     stage_a=StageASizes(c_hidden=64, bottleneck_blocks=3, codebook_size=1024),
     effnet=EffnetSizes(
         stem=16, stages=(("fused", 2, 2, 32, 1), ("fused", 2, 2, 64, 2), ("fused", 2, 1, 96, 2)), head=256,
     ),
     previewer=PreviewerSizes(c_hidden=64),
     controlnet=ControlNetSizes(
-        c_proj=128, proj_blocks=tuple(range(10)), stem=16, head=128,
+        c_proj=192, proj_blocks=(0, 1, 2, 3, 4, 5, 10, 11), stem=16, head=128,
         stages=(("fused", 2, 2, 32, 1), ("fused", 2, 2, 64, 2), ("fused", 2, 1, 96, 2)),
     ),
 )  # fmt: skip

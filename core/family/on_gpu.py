@@ -22,7 +22,7 @@ import torch
 from PIL import ImageOps
 from torch import Tensor, nn
 
-from core.config.presets import PRESETS
+from core.config.presets import EMBEDDED, PRESETS
 from core.config.schema import guidance_sizes, stage_c_sizes
 from core.config.settings import Settings
 from core.config.sizes import GuidanceSizes, StageCSizes
@@ -60,11 +60,11 @@ from modules.stage_c import StageC
 
 log = logging.getLogger(__name__)
 
-PRESET = PRESETS["tiny-wide"]
+PRESET = PRESETS[EMBEDDED]
 TRAININGS = {"stage_c", "guidance", "together"}  # of --parts
 STAGE_C, GUIDANCE = "stage_c.safetensors", "ultrapixel_t2i.safetensors"
 SHARES = {"stage_c": 0.45, "guidance": 0.15, "together": 0.4}  # of --minutes
-LR = 1e-3
+LR = {"stage_c": 1e-3, "guidance": 1e-3, "together": 7e-4}
 EMA = {"stage_c": 0.998, "guidance": 0.995, "together": 0.998}
 TEXT_DROPOUT = {"stage_c": 0.1, "guidance": 0.5, "together": 0.3}
 GUIDED = 0.85  # share of the updates above the low resolution, where both are trained together
@@ -334,7 +334,7 @@ class Exported:
 def part_of(run: Run, name: str, module: nn.Module) -> Part:
     """A training of a module in float32, as far as it was got before."""
     arguments = run.arguments
-    budget = Budget(minutes_of(arguments, name), LR, ema=EMA[name], max_updates=arguments.max_updates)
+    budget = Budget(minutes_of(arguments, name), LR[name], ema=EMA[name], max_updates=arguments.max_updates)
     weights = Weights(module, run.dtype, budget.ema)
     part = Part(name, weights, budget, run.state / f"{name}.safetensors")
     resumed = part.resume()
