@@ -1,4 +1,4 @@
-"""The benchmarks of GPUs run with tiny sizes on a CPU: what they write, and what they draw from it."""
+"""The benchmarks of GPUs run with tiny sizes on a CPU: what they write, and what is made of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
+import random_weights  # noqa: E402
+
+from core.weights.published import FILES  # noqa: E402
 
 
 def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
@@ -95,3 +98,40 @@ def test_training_speed_prints_a_line_for_each_way() -> None:
     for line in lines:
         assert float(line[3]) > 0 and float(line[9]) > 0.5
         assert 50 < sum(float(share.strip(" %")) for share in line[5:9]) <= 101
+
+
+def test_starting_is_measured_with_random_weights(tmp_path: Path) -> None:
+    folder, out = tmp_path / "weights", tmp_path / "figures" / "starting.json"
+    done = script("starting.py", "--random_weights", folder, "--small", "--offload", "stage", "--out", out)
+    assert done.returncode == 0, done.stderr
+    known = json.loads(out.read_text())
+    assert known["flags"][:2] == ["--config_c", str(folder / "random_c.yaml")]
+    assert [*known["runs"]] == ["cold", "warm", "two", "stage"]
+    for name, run in known["runs"].items():
+        values = run["values"]
+        assert 0 < values["start"] < values["imports"] < values["file"] < values["process"], name
+        assert values["passes"] > values["stage C"] > 0 and values["host GiB"] > 0.1, name
+        assert ("second" in values) == ("its passes" in values) == (name == "two")
+    assert 0 < known["runs"]["two"]["values"]["second"] < known["runs"]["two"]["values"]["file"]
+    rows = [line.split()[0] for line in done.stdout.splitlines()]
+    assert rows[-3:] == ["all", "device", "host"] and "second" in rows
+
+
+def test_random_weights_have_the_published_sizes(tmp_path: Path) -> None:
+    found = random_weights.networks(*random_weights.configured(tmp_path, small=False))
+    published = {str(tmp_path / file.name): file.size for file in FILES}
+    for path, tensors in found.items():
+        assert sum(tensor.nbytes for tensor in tensors.values()) == pytest.approx(published[path], rel=2e-3)
+
+
+def test_random_weights_that_are_there_stay(tmp_path: Path) -> None:
+    flags = random_weights.write_all(tmp_path, small=True)
+    files = [*tmp_path.rglob("*.safetensors")]
+    stamps = {path: path.stat().st_mtime_ns for path in files}
+    files[0].unlink()
+    assert random_weights.write_all(tmp_path, small=True) == flags
+    changed = [path for path in files if path.stat().st_mtime_ns != stamps[path]]
+    assert len(files) == 5 and changed == files[:1]
+    with pytest.raises(ValueError, match="of other sizes: name another folder"):
+        random_weights.write_all(tmp_path, small=False)
+    assert {*tmp_path.rglob("*.safetensors")} == {*files}
