@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import core.weights.checkpoint
+import core.weights.ring
 from core.weights.checkpoint import (
     CheckpointError,
     check_file,
@@ -675,7 +676,10 @@ def test_the_disk_has_the_data_before_the_name(
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [16, 64, 1 << 12])
-def test_what_goes_through_the_ring_is_what_was_sent(stored: torch.dtype, size: int) -> None:
+def test_what_goes_through_the_ring_is_what_was_sent(
+    monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, size: int
+) -> None:
+    monkeypatch.setattr(core.weights.ring, "LEAST_SHARE", 16)
     torch.manual_seed(0)
     sources = [torch.randn(shape).to(stored) for shape in ((3, 50), (7,), (1, 2, 3, 4), (0, 3), ())]
     sources.append(torch.randn(6, 9).to(stored).T)

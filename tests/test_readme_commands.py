@@ -150,7 +150,9 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_controlnet(path: Path, kind: str) -> None:
     """Random weights of a ControlNet for the embedded family."""
     sizes = controlnet_sizes(
-        load(ControlTrainConfig, ROOT / "configs/tiny/train_control_canny.yaml", [f"controlnet_filter={kind}"])
+        load(
+            ControlTrainConfig, ROOT / "configs/tiny/train_control_canny.yaml", [f"controlnet_filter={kind}"]
+        )
     )
     network = ControlNet(**asdict(sizes))
     randomise(network)

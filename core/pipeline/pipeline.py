@@ -595,7 +595,10 @@ class UltraPixelPipeline:
         with self._measured("text"):
             if self._text_encoder is None:
                 self._text_encoder = TextEncoder.load(
-                    self.config_c.clip_text_path, DTYPES[self.config_c.dtype], self._allow_download
+                    self.config_c.clip_text_path,
+                    DTYPES[self.config_c.dtype],
+                    self._allow_download,
+                    self._placement.home,
                 )
             self._loras.into_text(self._text_encoder)
             texts = self._text_encoder.encode(distinct, self.device)

@@ -178,11 +178,9 @@ def read_tensors(
     path = Path(path)
     tensors, scales = _open_weights(path)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(without)}
-    copies = {}
-    for name, tensor, scale in _drain(path, tensors, scales):
-        own = torch.float32 if is_quantised(tensor, scale) else tensor.dtype
-        wanted = dtype if dtype and own.is_floating_point else own
-        copies[name] = _copied(path, name, tensor, scale, wanted, device)
+    own = {n: torch.float32 if is_quantised(t, scales.get(n)) else t.dtype for n, t in tensors.items()}
+    wanted = {n: dtype if dtype and given.is_floating_point else given for n, given in own.items()}
+    copies = _filled(path, tensors, scales, wanted, torch.device(device))
     check_finite(path, copies)
     return copies
 

@@ -64,15 +64,21 @@ class TextEncoder:
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def load(cls, source: str, dtype: torch.dtype, allow_download: bool = False) -> TextEncoder:
-        """Load from a folder, or a hub id that is in the local cache or may be downloaded.
+    def load(
+        cls,
+        source: str,
+        dtype: torch.dtype,
+        allow_download: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> TextEncoder:
+        """Load to a device from a folder, or a hub id that is in the local cache or may be downloaded.
 
         Either holds `text_encoder/` and `tokenizer/`, or the files of both side by side, as safetensors.
         FileNotFoundError says what is missing and how to get it, ValueError what is wrong with a file.
         """
         model_folder, tokenizer_folder = find_text_encoder(source, allow_download)
         tokenizer = _load_tokenizer(tokenizer_folder)
-        return cls(_load_text_model(model_folder, dtype), tokenizer)
+        return cls(_load_text_model(model_folder, dtype, device), tokenizer)
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the model and return self."""
@@ -274,11 +280,11 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder}: the tokenizer cannot be loaded ({_one_line(error)})") from None
 
 
-def _load_text_model(folder: Path, dtype: torch.dtype) -> ClipText:
+def _load_text_model(folder: Path, dtype: torch.dtype, device: torch.device | str) -> ClipText:
     """The text model in `folder`; ValueError, of one sentence, for what is missing or does not fit."""
     with _told_of(folder, "the text encoder"):
         config = _text_config(json.loads((folder / "config.json").read_text("utf-8")))
-        tensors = _read_model(folder, dtype, OF_VISION)
+        tensors = _read_model(folder, dtype, OF_VISION, device)
         model = build_empty(partial(ClipText, config))
         report = model.load_state_dict(tensors, strict=False, assign=True)
         _check_complete(report.missing_keys)
@@ -323,12 +329,14 @@ def _check_complete(missing: Iterable[str]) -> None:
         raise ValueError(f"{len(names)} tensors are missing, {names[0]} among them")
 
 
-def _read_model(folder: Path, dtype: torch.dtype, without: tuple[str, ...]) -> dict[str, Tensor]:
+def _read_model(
+    folder: Path, dtype: torch.dtype, without: tuple[str, ...], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """The tensors of a model in one file or, by its index, in several, but for those that begin so."""
     files = [WEIGHTS]
     if not (folder / WEIGHTS).is_file():
         files = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
-    parts = [read_tensors(folder / file, dtype, without=without) for file in files]
+    parts = [read_tensors(folder / file, dtype, device, without) for file in files]
     return {name: tensor for part in parts for name, tensor in part.items()}
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 PIECES, PIECE_BYTES = 3, 1 << 25
+READERS = 4  # threads that fill a piece
+LEAST_SHARE = 1 << 19  # bytes that are worth a thread
 
 
 class Ring:
-    """Copies tensors to a device: a piece is read by torch's threads while others are on their way.
+    """Copies tensors to a device: a piece is read by some threads while others are on their way.
 
     The copies have a CUDA stream of their own; all have arrived at the end of `in_use`. On the CPU the same
     is done without streams.
@@ -24,12 +28,13 @@ class Ring:
         self._pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(pieces)]
         self._sent: list[torch.cuda.Event | None] = [None] * pieces
         self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._readers: ThreadPoolExecutor | None = None  # while in use
         self._turn = 0
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Within it, what `copy` returns is on its way; afterwards it is there."""
-        with torch.cuda.stream(self._stream):
+        with ThreadPoolExecutor(READERS) as self._readers, torch.cuda.stream(self._stream):
             yield
         if self._stream is not None:
             self._stream.synchronize()
@@ -42,9 +47,22 @@ class Ring:
         for start in range(0, len(given), step):
             part = given[start : start + step]
             piece = self._free_piece().view(dtype)[: len(part)]
-            taken[start : start + step].copy_(piece.copy_(part), non_blocking=True)
+            self._read(part, piece)
+            taken[start : start + step].copy_(piece, non_blocking=True)
             self._sent[self._turn] = None if self._stream is None else self._stream.record_event()
         return goal
+
+    def _read(self, part: Tensor, piece: Tensor) -> None:
+        if part.dtype != piece.dtype:
+            piece.copy_(part)
+            return
+        # Not by torch's own threads, each of whose operations waits for the slowest: several files are read
+        # at once, and Python runs meanwhile.
+        source, goal = (t.view(torch.uint8).numpy() for t in (part, piece))
+        share = max(LEAST_SHARE, -(-len(goal) // READERS))
+        shares = [slice(start, start + share) for start in range(0, len(goal), share)]
+        for _ in self._readers.map(lambda s: np.copyto(goal[s], source[s]), shares):
+            pass
 
     def _free_piece(self) -> Tensor:
         """The piece whose copy began the longest ago, once that has ended."""
