@@ -48,15 +48,18 @@ def steps(
     shift: float = 1.0,
     scaler: Scaler = variance_preserving,
     device: torch.device | str = "cpu",
+    start: float = 1.0,
 ) -> list[Step]:
-    """The `count` steps between count + 1 equally spaced times from 1 to 0.
+    """The `count` steps between count + 1 equally spaced times from 1, or from `start`, to 0.
 
     Scalars on the CPU combine with tensors of any device without a wait, so leave them there in general.
-    Raises ValueError for a count below 1 or a shift that is not positive.
+    Raises ValueError for a count below 1, a shift that is not positive, or a start outside (0, 1].
     """
     if count < 1:
         raise ValueError(f"the number of sampling steps is {count}, but must be at least 1")
-    times = torch.linspace(1, 0, count + 1)
+    if not 0 < start <= 1:
+        raise ValueError(f"sampling starts at the time {start}, but that must be above 0 and at most 1")
+    times = torch.linspace(start, 0, count + 1)
     logsnr = logsnr_at(schedule, times, shift)
     a, b = scaler(logsnr)
     t, logsnr, a, b = times.tolist(), logsnr.to(device), a.to(device), b.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from core.config.settings import Settings
+from core.config.settings import TRAINING_R, Settings
 from core.pipeline.conditioning import Conditions
 from core.pipeline.graphs import LowPassGraphs
 from core.pipeline.resolution import Plan
@@ -137,6 +138,38 @@ def prepare_stage_c(stage_c: StageC, conditions: Conditions) -> StageCConditions
 # --- Stage C --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a pass begins instead of at noise alone: at a latent (1, 16, H, W), noised to a time.
+
+    ValueError for a strength, which that time is, that is not above 0 and at most 1.
+    """
+
+    latent: Tensor
+    strength: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:  # a NaN is neither
+            raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
+
+    def steps(self, count: int) -> int:
+        """How many of a whole pass's steps are left, at least one."""
+        return max(1, math.ceil(count * self.strength - 1e-6))
+
+
+def _begun(
+    start: Start | None, noise: NoiseSource | NoiseSources, size: tuple[int, int], count: int, shift: float
+) -> tuple[Tensor, list[Step]]:
+    """The noisy latent that a pass begins with, and its steps."""
+    x = noise.draw(noise.count, C_LATENT, *size)
+    if start is None or start.strength == 1:
+        return x, steps(cosine, count, shift)
+    if start.latent.shape[1:] != x.shape[1:]:
+        raise ValueError(f"the pass begins at a latent of {_shape(start.latent)}, but it is of {_shape(x)}")
+    times = steps(cosine, start.steps(count), shift, start=start.strength)
+    return times[0].a * start.latent.to(x) + times[0].b * x, times
+
+
 def low_resolution_pass(
     stage_c: StageC,
     conditions: StageCConditions,
@@ -148,6 +181,7 @@ def low_resolution_pass(
     on_step: OnStep | None = None,
     graphs: LowPassGraphs | None = None,
     split: Split | None = None,
+    start: Start | None = None,
 ) -> tuple[Sampled, GuidanceFeatures]:
     """Denoise a latent at low resolution and take the features that guide the high one (section 3.1).
 
@@ -176,19 +210,38 @@ def low_resolution_pass(
         if on_step is not None:
             on_step(step, estimate)
 
-    x = noise.draw(noise.count, C_LATENT, *plan.lr_latent)
-    times = steps(cosine, settings.steps_low, settings.shift)
+    x, times = _begun(start, noise, plan.lr_latent, settings.steps_low, settings.shift)
     shares = None if split is None else split.shares(stage_c, None)
     halves = in_halves(predict, conditions, stage_c, times, noise.device, shares)
     denoise = denoiser(halves, target, settings.cfg_stage_c)
     sampled = _sample_stage_c(denoise, x, times, settings, noise, after_step)
     if settings.extra_guidance_r is not None:
-        logsnr = cosine(torch.tensor(settings.extra_guidance_r))
-        a, b = variance_preserving(logsnr)
-        noised = (a * last[0].x0 + b * last[0].epsilon).to(next(stage_c.parameters()).dtype)
-        held = conditions.first(noise.count)
-        taken.append(stage_c.predict_with_features(noised, _r(logsnr, noised), held, control=control)[1])
+        latent, epsilon, r = last[0].x0, last[0].epsilon, settings.extra_guidance_r
+        taken.append(features_of(stage_c, conditions, latent, epsilon, r, control))
     return sampled, taken[0] if split is None else split.from_first(taken[0])
+
+
+def _shape(latent: Tensor) -> str:
+    return " x ".join(map(str, latent.shape[1:]))
+
+
+def features_of(
+    stage_c: StageC,
+    conditions: StageCConditions,
+    latent: Tensor,
+    epsilon: Tensor,
+    r: float = TRAINING_R,
+    control: Sequence[Tensor | None] | None = None,
+) -> GuidanceFeatures:
+    """The guiding features of clean low-resolution latents (B, 16, h, w) with noise, at the condition r.
+
+    This is how the guidance was trained, on the latents of pictures at r = 0.05 (section 4.1).
+    """
+    logsnr = cosine(torch.tensor(r))
+    a, b = variance_preserving(logsnr)
+    noised = (a * latent + b * epsilon).to(next(stage_c.parameters()).dtype)
+    held = conditions.first(len(latent))
+    return stage_c.predict_with_features(noised, _r(logsnr, noised), held, control=control)[1]
 
 
 @dataclass(frozen=True)
@@ -218,6 +271,7 @@ def high_resolution_pass(
     noise: NoiseSource | NoiseSources,
     on_step: OnStep | None = None,
     split: Split | None = None,
+    start: Start | None = None,
 ) -> Sampled:
     """Denoise a latent at the asked resolution, guided in both halves at every step (section 3.2)."""
     inner = InnerMaps(settings.reuse) if settings.reuse > 1 else None
@@ -227,8 +281,7 @@ def high_resolution_pass(
     def predict(x: Tensor, time: Times, held: Guided, _: Step) -> Tensor:
         return stage_c.predict(x, time, held.conditions, guidance=held.guidance, inner=inner)
 
-    x = noise.draw(noise.count, C_LATENT, *plan.hr_latent)
-    times = steps(cosine, settings.steps, settings.shift)
+    x, times = _begun(start, noise, plan.hr_latent, settings.steps, settings.shift)
     denoise = denoiser(
         in_halves(predict, Guided(conditions, guidance), stage_c, times, noise.device, shares),
         target,

@@ -63,6 +63,7 @@ from core.pipeline.passes import (
     C_LATENT,
     NoiseSource,
     decode_picture,
+    features_of,
     high_resolution_pass,
     low_resolution_pass,
     needs_unconditional,
@@ -72,6 +73,7 @@ from core.pipeline.passes import (
 from core.pipeline.progress import Observer, Progress, ProgressBars, Stopped, Together, harmless
 from core.pipeline.prompts import doubts, unknown
 from core.pipeline.resolution import MIN_SIDE, Plan, guidance_strength, plan_for
+from core.pipeline.sources import NOISE_ALONE, Source
 from core.pipeline.split import Split
 from core.pipeline.steering import (
     CONTROLLED,
@@ -364,11 +366,12 @@ class UltraPixelPipeline:
         settings: Settings,
         observer: Observer | None = None,
         controls: Sequence[Control] = (),
+        sources: Sequence[Source] = (),
     ) -> Pictures:
         """The pictures of `pictures`, once all are made; their files will tell how they were made."""
         with self._turn:
             record = self.record(settings)
-            made = self.pictures(jobs, settings, observer, controls)
+            made = self.pictures(jobs, settings, observer, controls, sources)
             return Pictures(replace(picture, record=record) for picture in made)
 
     @torch.no_grad()
@@ -378,16 +381,18 @@ class UltraPixelPipeline:
         settings: Settings,
         observer: Observer | None = None,
         controls: Sequence[Control] = (),
+        sources: Sequence[Source] = (),
     ) -> Iterator[Picture]:
         """Pictures of the jobs, stage by stage, so that each stage visits the device once.
 
         Each comes as soon as it is decoded. Where Stage B breaks off, those come that are through it, and
         then the error. An observer that fails ends nothing: it costs a warning, and is not called again.
         Where one returns True, no further step is made, and those come that are through Stage B.
-        `controls`, where there are any, are one for each job, for the ControlNet of `set_control`.
+        `controls`, where there are any, are one for each job, for the ControlNet of `set_control`, and so
+        are `sources`: what the passes begin at.
         """
         with suppress(Stopped):
-            yield from self._pictures(jobs, settings, observer and harmless(observer), controls)
+            yield from self._pictures(jobs, settings, observer and harmless(observer), controls, sources)
 
     def _pictures(
         self,
@@ -395,6 +400,7 @@ class UltraPixelPipeline:
         settings: Settings,
         observer: Observer | None,
         controls: Sequence[Control],
+        sources: Sequence[Source],
     ) -> Iterator[Picture]:
         plans = [plan_for(self.config_c, job.height, job.width) for job in jobs]
         for stage in (self.stage_c, self.guidance):
@@ -402,7 +408,7 @@ class UltraPixelPipeline:
                 stage.load_ahead()
         texts = self.encode_text(jobs)
         entries = self.run_controlnet(controls)
-        latents = self.run_stage_c(jobs, plans, texts, settings, observer, entries)
+        latents = self.run_stage_c(jobs, plans, texts, settings, observer, entries, sources)
         latents, error = _until_error(self.run_stage_b(jobs, plans, texts, latents, settings, observer))
         through = len(latents)
         told = None if isinstance(error, Stopped) else observer
@@ -628,15 +634,16 @@ class UltraPixelPipeline:
         settings: Settings,
         observer: Observer | None = None,
         entries: Sequence[ControlEntries] = (),
+        sources: Sequence[Source] = (),
     ) -> list[Tensor]:
         """Both passes of Stage C for every job: latents (1, 16, h, w) on the CPU.
 
         `entries`, where there are any, are those of `run_controlnet`; they act on the low-resolution pass.
         """
-        controls = entries or [None] * len(jobs)
+        controls, starts = entries or [None] * len(jobs), sources or [NOISE_ALONE] * len(jobs)
 
         def work(first: int) -> Iterator[Tensor]:
-            rest = jobs[first:], plans[first:], texts, settings, observer, controls[first:]
+            rest = jobs[first:], plans[first:], texts, settings, observer, controls[first:], starts[first:]
             return self._stage_c_latents(*rest)
 
         return list(self._in_turn("stage C", len(jobs), work))
@@ -649,6 +656,7 @@ class UltraPixelPipeline:
         settings: Settings,
         observer: Observer | None,
         entries: Sequence[ControlEntries],
+        sources: Sequence[Source],
     ) -> Iterator[Tensor]:
         target, settings = target_named(self.config_c.target), self._without_fp8(settings)
         with (
@@ -658,20 +666,29 @@ class UltraPixelPipeline:
             self._recordings() as graphs,
         ):
             stage_c.plain = self.plain
-            for job, sizes, control in zip(jobs, plans, entries, strict=True):
+            for job, sizes, control, source in zip(jobs, plans, entries, sources, strict=True):
                 held = prepare_stage_c(stage_c, self._conditions(job, texts, settings))
-                low, features = low_resolution_pass(
-                    stage_c,
-                    held,
-                    target,
-                    sizes,
-                    settings,
-                    self._noise(job, "lr"),
-                    split=self.split,
-                    control=control and [e if e is None else e.to(self.device) for e in control],
-                    on_step=_report(observer, "stage C, low resolution", job),
-                    graphs=graphs,
-                )
+                source = source.to(self.device)
+                control = control and [e if e is None else e.to(self.device) for e in control]
+                noise = self._noise(job, "lr")
+                if source.guide is None:
+                    features = low_resolution_pass(
+                        stage_c,
+                        held,
+                        target,
+                        sizes,
+                        settings,
+                        noise,
+                        split=self.split,
+                        control=control,
+                        on_step=_report(observer, "stage C, low resolution", job),
+                        graphs=graphs,
+                        start=source.low,
+                    )[1]
+                else:
+                    features = features_of(
+                        stage_c, held, source.guide, noise.like(source.guide), control=control
+                    )
                 self.stage_b.load_ahead(self._warm_stage_b)  # from here on, as steps were being recorded
                 self.stage_a.load_ahead(self._warm_stage_a)
                 prepared = None
@@ -688,6 +705,7 @@ class UltraPixelPipeline:
                     self._noise(job, "hr"),
                     split=self.split,
                     on_step=_report(observer, "stage C, high resolution", job),
+                    start=source.high,
                 )
                 yield high.x0.cpu()
 
