@@ -14,6 +14,7 @@ from core.config.schema import StageBConfig, StageCConfig, stage_a_sizes, stage_
 from core.config.sizes import GuidanceSizes
 from core.pipeline.resolution import Plan
 from core.weights.checkpoint import build_empty
+from modules.blocks import CHUNK_HIDDEN, KEPT_HIDDEN
 from modules.guidance import Guidance
 from modules.stage_a import MAX_TILE, StageA
 from modules.stage_b import StageB
@@ -23,9 +24,9 @@ GIB = 2**30
 ELEMENT = {"bfloat16": 2, "float32": 4}  # bytes of a number
 
 # Maps of a ResBlock's width that live at its peak: input, normed, and the hidden layer (4 times as wide)
-# before and
-# after GELU and normalisation; a level's skip and the guidance are counted with them.
+# before and after GELU and normalisation; a level's skip and the guidance are counted with them.
 MAPS_AT_PEAK = 16
+MAPS_BESIDE_CHUNKS = 8  # the same where the hidden layer is computed in chunks, and is never whole
 # Of Stage A's width at the latent's size. Its last block has half the width at twice the size, so twice as
 # many: the hidden layer before and after GELU, the input of the block and of its MLP, and what is normed.
 STAGE_A_MAPS = 22
@@ -57,9 +58,12 @@ def stage_c_activations(plan: Plan, width: int, halves: int, element: int) -> in
 
 
 def stage_b_activations(plan: Plan, width: int, halves: int, element: int) -> int:
-    """Bytes of Stage B's maps at its first level, whose patches are 2 latent pixels wide."""
+    """Bytes of Stage B's maps on a GPU at its first level, whose patches are 2 latent pixels wide."""
     pixels = plan.stage_b_latent[0] * plan.stage_b_latent[1] // 4
-    return pixels * width * halves * element * MAPS_AT_PEAK
+    numbers = pixels * width * halves
+    if 4 * numbers <= KEPT_HIDDEN["cuda"]:
+        return numbers * element * MAPS_AT_PEAK
+    return (numbers * MAPS_BESIDE_CHUNKS + 2 * CHUNK_HIDDEN["cuda"]) * element
 
 
 def stage_a_activations(plan: Plan, width: int, halo: int, tile: int = MAX_TILE) -> int:

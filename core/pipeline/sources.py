@@ -16,9 +16,7 @@ class Source:
 
     low: Start | None = None  # of the low-resolution pass
     high: Start | None = None  # of the high-resolution pass
-    guide: Tensor | None = (
-        None  # a clean latent of low resolution, which guides without a low-resolution pass
-    )
+    guide: Tensor | None = None  # a clean latent of low resolution, in place of what its pass makes
 
     def to(self, device: torch.device) -> Source:
         """The same on a device."""
