@@ -21,7 +21,7 @@ $(STAMP): $(READY) requirements-dev.txt
 	touch $(STAMP)
 
 demo: $(READY)
-	$(BIN)/python inference/test_t2i.py --preset tiny-wide --output_dir $(DEMO) \
+	$(BIN)/python inference/test_t2i.py --preset tiny --output_dir $(DEMO) \
 		--prompt "a large red lighthouse on the left, by the sea, a dusk sky with a low sun"
 
 tiny: venv

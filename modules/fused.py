@@ -33,7 +33,8 @@ def _on_device(x: Tensor):
 # --- depthwise convolution and norm ---------------------------------------------------------------
 
 
-@triton.jit
+# Sizes and numbers of pixels, which masks alone read, are compiled once for all values.
+@triton.jit(do_not_specialize=["height", "width"])
 def depthwise_norm_kernel(
     x, weight, bias, added, y, residual, height, width,
     x_batch, x_pixel, y_batch, y_pixel,
@@ -143,7 +144,7 @@ def _gelu(v):
     return v * tl.where(v < 0, tail, 1.0 - tail)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gelu_squares_kernel(
     x, y, sums, rows, columns, x_batch, x_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
@@ -236,7 +237,7 @@ def add_product(residual: Tensor, x: Tensor, weights: Tensor, _bias: Tensor) -> 
 # --- attention in two parts -----------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def add_condition_kernel(
     q, keys, values, pixels, sums, y, rows, tokens,
     q_batch, q_row, kv_batch, kv_row, y_batch, y_row, scale,

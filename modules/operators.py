@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from threading import Lock, Thread
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from modules.blocks import PLAIN, AttnBlock, Operators, ResBlock
 HEAD_WIDTH = 64  # of the published networks
 TRIED_SIZE, TRIED_TOKENS, TOLERANCE = (32, 33), 85, 0.02  # of the trial of kernels
 TRIED_SCALE = 0.01  # of its map: norms undo it, and what blocks add is large beside the map's own rounding
+ONE_TRIAL = Lock()  # a thread that asks meanwhile waits, and compiles nothing twice
 FEW_PIXELS = 32**2  # of a map, below which a GPU's own kernels are slower than PyTorch's
 
 
@@ -39,17 +42,28 @@ def triton_found() -> bool:
     return importlib.util.find_spec("triton") is not None and torch.version.cuda is not None
 
 
-@lru_cache
+def try_ahead(device: torch.device, widths: Sequence[int]) -> None:
+    """Begin to compile and try the kernels for maps of these widths, beside what else is done."""
+    if device.type == "cuda" and triton_found():
+        named = torch.empty(0, device=device).device  # with its number, as tensors have it
+        Thread(target=lambda: [fused_works(named, c) for c in dict.fromkeys(widths)], daemon=True).start()
+
+
 def fused_works(device: torch.device, c: int, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether the fused kernels run on a device, for maps of c channels, and agree with the plain operators.
 
     It is tried once, on small blocks with random weights; a warning says what does not work.
     """
+    with ONE_TRIAL:
+        return _tried(device, c, dtype)
+
+
+@lru_cache
+def _tried(device: torch.device, c: int, dtype: torch.dtype) -> bool:
     try:
         from modules import fused
 
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(0)
+        with torch.no_grad():
             _compare(fused.OPERATORS, device, c, dtype)
     except Exception as error:  # whatever a compiler or a driver raises
         reason = " ".join(str(error).split())[:200]
@@ -60,12 +74,17 @@ def fused_works(device: torch.device, c: int, dtype: torch.dtype = torch.bfloat1
 
 def _compare(ops: Operators, device: torch.device, c: int, dtype: torch.dtype) -> None:
     """ValueError where blocks with other operators differ from plain ones by more than rounding does."""
-    residual, attention = ResBlock(c), AttnBlock(c, c, max(1, c // HEAD_WIDTH))
+    draw = torch.Generator(device).manual_seed(0)  # its own: other threads draw meanwhile
+    with torch.device("meta"):
+        residual, attention = ResBlock(c), AttnBlock(c, c, max(1, c // HEAD_WIDTH))
     for block in (residual, attention):
-        block.to(device, dtype).eval()
-    nn.init.normal_(residual.channelwise[2].gamma)
-    x = (TRIED_SCALE * torch.randn(2, c, *TRIED_SIZE)).to(device, dtype)
-    condition = attention.keys_values(torch.randn(2, TRIED_TOKENS, c).to(device, dtype))
+        block.to_empty(device=device).to(dtype).eval()
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=draw)
+    nn.init.normal_(residual.channelwise[2].gamma, generator=draw)
+    drawn = partial(torch.randn, generator=draw, device=device)
+    x, tokens = TRIED_SCALE * drawn(2, c, *TRIED_SIZE), drawn(2, TRIED_TOKENS, c)
+    x, condition = x.to(dtype), attention.keys_values(tokens.to(dtype))
     for block, other in ((residual, None), (attention, condition)):
         plain, own = (block(x, other, each).float() for each in (PLAIN, ops))
         if not (own - plain).norm() <= TOLERANCE * (plain - x.float()).norm():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from dataclasses import replace
+from threading import Thread
 
 import pytest
 import torch
@@ -263,11 +265,11 @@ def test_rounding_alone_is_no_reason_to_do_without_the_kernels(
         as_kernels_do, depthwise_norm=lambda x, c, b: (PLAIN.depthwise_norm(x, c, b)[0], x + b)
     )
     monkeypatch.setattr(fused, "OPERATORS", as_kernels_do)
-    assert operators.fused_works.__wrapped__(torch.device("cpu"), 320, torch.bfloat16), recwarn.list
+    assert operators._tried.__wrapped__(torch.device("cpu"), 320, torch.bfloat16), recwarn.list
 
 
 def test_kernels_are_tried_before_they_are_relied_on(fused, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = operators.fused_works.__wrapped__
+    tried = operators._tried.__wrapped__
     monkeypatch.setattr(operators, "TRIED_SIZE", (6, 5))
     cpu = torch.device("cpu")
     before = torch.random.get_rng_state()
@@ -280,3 +282,21 @@ def test_kernels_are_tried_before_they_are_relied_on(fused, monkeypatch: pytest.
     monkeypatch.setattr(fused, "OPERATORS", replace(wrong, attention=None, hidden=blocks.hidden))
     with pytest.warns(UserWarning, match="not used, as they fail here"):
         assert not tried(cpu, 64, torch.float32)
+
+
+def test_threads_that_ask_at_once_compile_once(fused, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+
+    def slow(_ops: Operators, _device: torch.device, c: int, _dtype: torch.dtype) -> None:
+        time.sleep(0.1)
+        compared.append(c)
+
+    monkeypatch.setattr(operators, "_compare", slow)
+    cpu = torch.device("cpu")
+    threads = [Thread(target=operators.fused_works, args=(cpu, 3)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert compared == [3]
+    operators._tried.cache_clear()

@@ -63,21 +63,12 @@ def judge() -> Judge:
 
 def test_all_files_together_are_small_and_hold_no_nan() -> None:
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 38e6  # both Stages C, until there is one
+    assert sum(path.stat().st_size for path in files) <= 36e6
     for path in FOLDER.rglob("*.safetensors"):
         assert all(t.isfinite().all() for t in read_tensors(path).values() if t.is_floating_point())
 
 
-def test_small_pictures_show_what_was_asked_for(pipeline: UltraPixelPipeline, judge: Judge) -> None:
-    evaluation = Evaluation(pipeline, judge, held_out_cases(12, 2000), SETTINGS)
-    view = View("128", (128, 128))
-    (measured,) = evaluation.pictures(view.size, [view], None, lambda *_: None)
-    assert measured.accuracy.mean > 0.75
-
-
-def test_the_wide_family_shows_what_was_asked_for_at_both_sizes(judge: Judge) -> None:
-    wide = PRESETS["tiny-wide"]
-    pipeline = UltraPixelPipeline.from_config(wide.config_c, wide.config_b, wide.pretrained_path, CPU)
+def test_pictures_show_what_was_asked_for_at_both_sizes(pipeline: UltraPixelPipeline, judge: Judge) -> None:
     for side, count in ((128, 8), (256, 2)):
         evaluation = Evaluation(pipeline, judge, held_out_cases(count, 2000), SETTINGS)
         view = View(str(side), (side, side))

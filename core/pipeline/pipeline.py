@@ -99,6 +99,7 @@ from gdf.targets import target_named
 from modules.controlnet import ControlNet
 from modules.effnet import EfficientNetEncoder
 from modules.guidance import UPSAMPLINGS, Guidance
+from modules.operators import try_ahead
 from modules.previewer import Previewer
 from modules.stage_a import MAX_TILE, StageA
 from modules.stage_b import StageB
@@ -406,6 +407,8 @@ class UltraPixelPipeline:
         for stage in (self.stage_c, self.guidance):
             if stage is not None:
                 stage.load_ahead()
+        if not self.plain and DTYPES[self.config_c.dtype] == torch.bfloat16:
+            try_ahead(self.device, stage_c_sizes(self.config_c).c_hidden)
         texts = self.encode_text(jobs)
         entries = self.run_controlnet(controls)
         latents = self.run_stage_c(jobs, plans, texts, settings, observer, entries, sources)
