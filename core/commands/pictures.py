@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from core import launch
 from core.commands.flags import (
+    FACTS,
     MODEL_FLAGS,
     check_weights,
     is_mistake,
@@ -127,7 +128,7 @@ class Gallery:
             for path in takewhile(Path.exists, numbered_paths(self.folder, stem, format))
         ]
         wanted = json.loads(json.dumps(self.record.metadata(job)))
-        return next((path for path in paths if _made_alike(_metadata(path), wanted)), None)
+        return next((path for path in paths if made_alike(_metadata(path), wanted)), None)
 
     def _ways(self, job: Job) -> Iterator[tuple[str, str, str]]:
         """Folder, name and format: as asked, and what is left if that cannot be."""
@@ -147,17 +148,19 @@ def _metadata(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _made_alike(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether two pictures' metadata tell of the same picture, whatever the packages' versions.
+def made_alike(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two pictures' metadata tell of the same picture, whatever else they tell.
 
-    Hashes count as far as they are there: a picture that was saved in a hurry lacks some.
+    A setting that an older picture lacks was as its default. Hashes count as far as they are there: a picture
+    that was saved in a hurry lacks some.
     """
-    others = {"versions", "weights"}
-    if not stored or {n: v for n, v in stored.items() if n not in others} != {
-        n: v for n, v in wanted.items() if n not in others
-    }:
+    if not stored or _telling({**asdict(Settings()), **stored}) != _telling(wanted):
         return False
     return {*stored.get("weights", {}).values()} <= {*wanted["weights"].values()}
+
+
+def _telling(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metadata.items() if name not in FACTS}
 
 
 def save_beside(path: Path, control: Control) -> None:
