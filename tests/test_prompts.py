@@ -390,7 +390,7 @@ def test_prompts_are_read_line_by_line_and_a_bad_one_costs_a_sentence(
     make: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     lines = ["a fox", "", json.dumps({"prompt": "an owl", "height": 128}), '{"prompt"', "{a|b} boat",
-             '{"prompt": "x", "heigth": 1}', '{"prompt": "x", "height": 7}']  # fmt: skip
+             '{"prompt": "x", "hight": 1}', '{"prompt": "x", "height": 7}']  # fmt: skip
     content = "\n".join(lines).encode() + b"\n\xff\nlast"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     loads, load = [], TextEncoder.load

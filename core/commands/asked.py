@@ -96,7 +96,10 @@ def make_grids(
         metadata = {**record.metadata(base), "grid": list(arguments.grid)}
         path = save_new_image(sheet, arguments.output_dir, stem, "png", metadata, record.text(base))
         say(f"grid: {path}", sys.stdout)
-    return int(len(outcome.paths) < len(cells))
+    if len(outcome.paths) == len(cells):
+        return 0
+    launch.end_launch(launch.PATIENCE)  # which would answer the exit code with a traceback
+    return 1
 
 
 def _possible(cell: Cell, pipeline: UltraPixelPipeline) -> Cell:
