@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 
-from core.commands.flags import home_path, parse_with_preset, picture_parser, prompts_of, run, settings_of
+from core.commands.flags import home_path, parse_with_preset, picture_parser, run, settings_of
+from core.commands.prompts import lines_of
 from core.config.control_types import CONTROL_TYPES, control_type, no_weights
 from core.config.presets import DEFAULT
 from core.config.yaml import load_control
@@ -72,7 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check_flags(arguments: argparse.Namespace) -> None:
     """ValueError for flags that are missing, or do not go with what controls."""
-    prompts_of(arguments)  # raises if there is none
+    lines_of(arguments)  # raises if there is none
     name, source, ready = arguments.control, arguments.canny_source_url, arguments.control_image
     way = control_type(name).inference
     if way == "ready":

@@ -61,7 +61,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if not arguments.lora:
         raise ValueError("no LoRA was given: add --pretrained_path_lora FILE, or --lora FILE:WEIGHT")
     # These load torch, once the flags are read.
-    from core.commands.pictures import make_pictures
+    from core.commands.asked import make_asked
     from core.weights.lora.merging import load_loras, named_files, uncalled
 
     pipeline = make_pipeline(arguments)
@@ -72,7 +72,7 @@ def main(given: Sequence[str] | None = None) -> int:
     prompts = list(dict.fromkeys(job.prompt for job in jobs))
     for sentence in uncalled(loras, prompts) if is_main() else ():
         say(f"warning: {sentence}", sys.stderr)
-    return make_pictures(arguments, pipeline, jobs, settings, (*MODEL_FLAGS, "lora"))
+    return make_asked(arguments, pipeline, jobs, settings, (*MODEL_FLAGS, "lora"))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(given: list[str] | None = None) -> int:
     arguments = parse(given)
     jobs, settings = make_jobs(arguments), settings_of(arguments)
-    from core.commands.pictures import make_pictures  # loads torch, once the flags are read
+    from core.commands.asked import make_asked  # loads torch, once the flags are read
 
-    return make_pictures(arguments, make_pipeline(arguments), jobs, settings)
+    return make_asked(arguments, make_pipeline(arguments), jobs, settings)
 
 
 if __name__ == "__main__":

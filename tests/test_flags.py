@@ -21,11 +21,11 @@ from core.commands.flags import (
     make_jobs,
     parse_with_preset,
     picture_parser,
-    read_prompts,
     run,
     settings_of,
     usage_table,
 )  # fmt: skip
+from core.commands.prompts import read_lines
 from core.config.presets import PRESETS
 from core.config.schema import PersonalizedTrainConfig
 from core.config.settings import FP8_NAMES, Job, Settings
@@ -256,7 +256,7 @@ def test_a_file_of_prompts_that_is_not_there_is_named_with_its_flag(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        run(lambda: read_prompts(tmp_path / "nope.txt") and None)
+        run(lambda: read_lines(tmp_path / "nope.txt") and None)
     assert ended.value.code == 2
     assert f"--prompt_file {tmp_path / 'nope.txt'} cannot be read" in capsys.readouterr().err
 

@@ -29,8 +29,9 @@ import core.commands.pictures
 import core.images
 import core.pipeline.made
 import core.pipeline.pipeline
-from core.commands.flags import make_jobs, read_prompts
+from core.commands.flags import make_jobs
 from core.commands.pictures import Gallery, make_pictures, save_beside
+from core.commands.prompts import read_lines
 from core.config.settings import Settings
 from core.family import evaluation_run
 from core.images import read_image_metadata, take_path
@@ -479,7 +480,7 @@ def test_pictures_are_made_without_any_streams(
 def test_a_line_of_blanks_separates_prompts(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("a red\nhouse\n \t\na blue house\r\n\u3000\r\n\r\n  a fox\n\n \n".encode())
-    assert read_prompts(path) == ["a red house", "a blue house", "a fox"]
+    assert [line.prompt for line in read_lines(path)] == ["a red house", "a blue house", "a fox"]
 
 
 def test_a_taken_name_is_taken_at_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import runpy
@@ -138,6 +139,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, folder / name)
     for name in ("models/tiny/text_encoder", "models/tiny/tokenizer"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "cards").mkdir()
+    (folder / "cards" / "colour.txt").write_text("red\nblue\n")
     torch.manual_seed(0)
     write_lora(folder / "models/lora_cat.safetensors", make_lora(1, sizes=STAGE_C_VERSIONS["tiny"]), "own")
     for name in ("canny", "inpainting", "super_resolution"):
@@ -173,6 +176,7 @@ def start_here(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -
     AcceleratorState._reset_state(reset_partial_state=True)
     path = script if Path(script).is_file() else str(ROOT / script)  # a copy, where it writes beside itself
     monkeypatch.setattr(sys, "argv", [path, *words])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a red house\n")))  # for --loop
     try:
         runpy.run_path(path, run_name="__main__")
     except SystemExit as ended:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
+from core.commands.asked import make_asked
 from core.commands.flags import MODEL_FLAGS, make_jobs, make_pipeline
-from core.commands.pictures import make_pictures
 from core.config.schema import ControlConfig
 from core.config.settings import Settings
+from core.config.sizes import Size
 from core.config.yaml import load_control
 from core.images import load_image
 from core.pipeline.control import Control, Source, read_source
@@ -46,13 +47,12 @@ def control_source(arguments: argparse.Namespace) -> Source:
 
 
 def make_control(
-    arguments: argparse.Namespace, pipeline: UltraPixelPipeline, source: Source, size: int
+    arguments: argparse.Namespace, pipeline: UltraPixelPipeline, source: Source, size: int, shape: Size
 ) -> Control:
-    """What steers the pictures; `size` as in `core.pipeline.control.edges`."""
+    """What steers pictures of `shape` (height, width); `size` as in `core.pipeline.control.edges`."""
     ready = arguments.control_image is not None
     weight, keep_aspect = arguments.control_weight, arguments.keep_aspect
     steering = Steering(arguments.control, source, size, weight, keep_aspect, ready)
-    shape = (arguments.height, arguments.width)
     encoder = partial(load_encoder, pipeline.config_c, f"--control {arguments.control}")
     return steering.control(shape, pipeline.config_c.geometry, encoder)
 
@@ -64,5 +64,7 @@ def make_controlled_pictures(arguments: argparse.Namespace, settings: Settings) 
     pipeline = make_pipeline(arguments)
     file = pipeline.set_control(control_config(arguments))
     arguments.control_file, arguments.control_size = file.path, file.control_size
-    control = None if arguments.dry_run else make_control(arguments, pipeline, source, file.control_size)
-    return make_pictures(arguments, pipeline, jobs, settings, (*MODEL_FLAGS, *CONTROL_FLAGS), control)
+    # As sizes may differ from picture to picture; of each it is made once.
+    control = cache(partial(make_control, arguments, pipeline, source, file.control_size))
+    control = None if arguments.dry_run else control
+    return make_asked(arguments, pipeline, jobs, settings, (*MODEL_FLAGS, *CONTROL_FLAGS), control)

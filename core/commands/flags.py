@@ -17,15 +17,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from core.config.arguments import DRAW_SEED, first_seed, number_format, text
+from core.commands.grid import axes_of
+from core.commands.prompts import drawn_seed, jobs_of, lines_of
+from core.config.arguments import DRAW_SEED, number_format
 from core.config.offloading import AUTO, NONE, OFFLOAD_NAMES
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS
 from core.config.settings import FAST, FP8_NAMES, PUBLISHED_STEPS, TRAINING_R, Job, Settings
 from core.devices import own_device
-from core.images import FORMATS, check_format, prepare_folder, read_image_metadata
-from core.launch import fail, is_main, processes, told_once
+from core.images import FORMATS, prepare_folder, read_image_metadata
+from core.launch import fail, processes, told_once
 from core.paths import at_home, located
-from core.printable import say
 from gdf.names import SAMPLER_NAMES
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype", "int8")
 OWN_PACKAGES = ("core", "gdf", "modules")
 INTERRUPTED = 30.0  # seconds that Ctrl-C leaves the other processes to save what they have
-FACTS = ("versions", "weights")  # in pictures, besides the values of flags
+FACTS = ("versions", "weights", "template", "negative_template")  # in pictures, besides values of flags
 
 
 # --- running a script -----------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
     prompts = group.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help="what the picture shows; it or --prompt_file")
-    prompts.add_argument("--prompt_file", type=home_path, help="a text file with one prompt a paragraph")
+    add_prompt_flags(group, prompts)
     group.add_argument("--negative_prompt", default="", help="what it should not show (default: nothing)")
     group.add_argument("--num_image", type=int, default=1, help="pictures per prompt")
     group.add_argument(
@@ -198,6 +199,33 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--output_dir", type=home_path, default="outputs", help="folder for the pictures")
     group.add_argument("--format", choices=FORMATS, default="png", help="of the files")
+
+
+def add_prompt_flags(group: argparse._ArgumentGroup, prompts: argparse._MutuallyExclusiveGroup) -> None:
+    """Prompts from elsewhere, and how they are read."""
+    prompts.add_argument(
+        "--prompt_file", type=home_path,
+        help="prompts in a text file, one a paragraph, or in CSV or JSON lines with a size, seed … of their "
+        "own",
+    )  # fmt: skip
+    prompts.add_argument(
+        "--loop", action="store_true", help="read prompts from standard input, a line each, models loaded"
+    )
+    group.add_argument(
+        "--wildcards", type=home_path, metavar="FOLDER",
+        help="let prompts have choices {red|blue} and __wildcards__ from this folder's files",
+    )  # fmt: skip
+    group.add_argument(
+        "--weighted_prompts", action="store_true", help="let (a house:1.3) and [less] weight parts of prompts"
+    )
+    group.add_argument(
+        "--long_prompts", action="store_true",
+        help="read all of a prompt that is too long for the text encoder, in pieces",
+    )  # fmt: skip
+    group.add_argument(
+        "--grid", nargs="+", metavar="NAME=A,B",
+        help="make a sheet over the values of one or two settings, as in seed=1,2,3 cfg=1,2,4",
+    )  # fmt: skip
 
 
 def add_settings_flags(parser: argparse.ArgumentParser, own: Collection[str] = ()) -> None:
@@ -301,25 +329,19 @@ def parse_with_preset(
                 "one that made it"
             )
         parser.set_defaults(**{name: value for name, value in stored.items() if hasattr(known, name)})
+        parser.set_defaults(templates=_templates(stored))
     if getattr(known, "fast", False):
         parser.set_defaults(**FAST)
     found = parser.parse_args(arguments)
     if getattr(found, "seed", None) == DRAW_SEED:
-        found.seed = _drawn_seed()
+        found.seed = drawn_seed()
     return found
 
 
-def _drawn_seed() -> int:
-    """A seed, the same in all processes, which is said once."""
-    if processes() == 1:
-        seed = first_seed(DRAW_SEED)
-    else:
-        from core.commands.sharing import agreed  # loads torch
-
-        seed = agreed("seed", lambda: first_seed(DRAW_SEED))
-    if is_main():
-        say(f"seed {seed} was drawn", sys.stderr)
-    return seed
+def _templates(stored: Mapping[str, Any]) -> dict[str, str]:
+    """The templates that a picture's prompts were made of, by these."""
+    pairs = (("prompt", "template"), ("negative_prompt", "negative_template"))
+    return {stored[made]: stored[template] for made, template in pairs if stored.get(template)}
 
 
 def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
@@ -355,50 +377,20 @@ def check_weights(
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """The settings that the flags describe."""
-    values = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__}
+    values = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__ if name in arguments}
     return Settings(**{**values, "cfg_interval": tuple(values["cfg_interval"])})
 
 
 def make_jobs(arguments: argparse.Namespace) -> list[Job]:
-    """The pictures to make: each prompt --num_image times, the i-th of all with seed + i.
+    """The pictures to make: each prompt --num_image times, the i-th of all with seed + i; none with --loop.
 
     Their folder is made, unless nothing is to be made (--dry_run). ValueError for what they cannot be.
     """
-    wanted = [prompt for prompt in prompts_of(arguments) for _ in range(arguments.num_image)]
-    size = (arguments.height, arguments.width)
-    check_format(arguments.format, *size)
+    axes_of(arguments.grid)  # raises what is wrong with it
+    jobs = jobs_of(lines_of(arguments), arguments, settings_of(arguments))
     if not arguments.dry_run:
         prepare_folder(arguments.output_dir)
-    negative = text("--negative_prompt", arguments.negative_prompt)
-    return [Job(p, *size, arguments.seed + i, negative) for i, p in enumerate(wanted)]
-
-
-def prompts_of(arguments: argparse.Namespace) -> list[str]:
-    """The prompts that the flags name; ValueError if they name none, or no picture of them."""
-    if arguments.num_image < 1:
-        raise ValueError(f"--num_image must be at least 1, not {arguments.num_image}")
-    if arguments.prompt_file is not None:
-        return read_prompts(arguments.prompt_file)
-    if arguments.prompt is None:
-        raise ValueError('no prompt was given: add --prompt "what the picture shows", or --prompt_file FILE')
-    return [text("--prompt", arguments.prompt)]
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one a paragraph; ValueError where there is none."""
-    try:
-        text = Path(path).read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: the prompt file is not UTF-8 text") from None
-    except OSError as error:
-        raise ValueError(
-            f"--prompt_file {path} cannot be read ({error.strerror}): name a text file"
-        ) from None
-    prompts = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise ValueError(f"{path}: the prompt file holds no prompt; write one a paragraph")
-    return prompts
+    return jobs
 
 
 # --- at the end ----------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -25,14 +25,17 @@ from tqdm import tqdm
 
 from core import launch
 from core.commands.flags import (
+    FACTS,
     MODEL_FLAGS,
     check_weights,
+    is_mistake,
     told,
     usage_table,
 )
 from core.commands.report import describe_plan
-from core.commands.sharing import agreed, on_its_own, on_one_picture, share
+from core.commands.sharing import agreed, gathered, on_its_own, on_one_picture, share
 from core.config.settings import Job, Settings
+from core.config.sizes import Size
 from core.devices import cores
 from core.images import (
     load_image,
@@ -50,6 +53,7 @@ from core.pipeline.progress import Progress, ProgressBars, Together
 from core.pipeline.resolution import plan_for
 from core.printable import say
 
+ControlOf = Callable[[Size], Control]  # what steers pictures of a size (height, width)
 PREVIEW_EVERY = 4  # steps of the high-resolution pass
 
 
@@ -59,7 +63,7 @@ class Previews:
     def __init__(self, pipeline: UltraPixelPipeline, folder: str, format: str) -> None:
         self._previewer = load_previewer(pipeline.config_c, pipeline.device)
         self._folder, self._format = folder, format
-        self._paths: dict[str, Path] = {}
+        self._paths: dict[tuple[Job, bool], Path] = {}
 
     def __call__(self, progress: Progress) -> None:
         low = "low" in progress.stage
@@ -71,10 +75,15 @@ class Previews:
         image = to_image(self._previewer(progress.latent.float())[0].clamp(0, 1))
         stem = f"{_stem(progress.job)}_preview_{'lr' if low else 'hr'}"
         metadata = {"prompt": progress.job.prompt, "step": progress.step}
-        if stem in self._paths:
-            save_image(image, self._paths[stem], self._format, metadata)
+        key = progress.job, low  # names may be alike
+        if key in self._paths:
+            save_image(image, self._paths[key], self._format, metadata)
         else:
-            self._paths[stem] = save_new_image(image, self._folder, stem, self._format, metadata)
+            self._paths[key] = save_new_image(image, self._folder, stem, self._format, metadata)
+
+
+def _size(job: Job) -> Size:
+    return job.height, job.width
 
 
 def _stem(job: Job) -> str:
@@ -107,7 +116,11 @@ class Gallery:
         raise OSError(f"the picture of seed {job.seed} cannot be saved anywhere ({failures[0]})")
 
     def has(self, job: Job) -> bool:
-        """Whether the folder has the job's picture, made by the same settings and weights."""
+        """Whether `find` finds the job's picture."""
+        return self.find(job) is not None
+
+    def find(self, job: Job) -> Path | None:
+        """The job's picture in the folder, made by the same settings and weights; None if there is none."""
         names = [(stem, format) for folder, stem, format in self._ways(job) if folder == self.folder]
         paths = [
             path
@@ -115,7 +128,7 @@ class Gallery:
             for path in takewhile(Path.exists, numbered_paths(self.folder, stem, format))
         ]
         wanted = json.loads(json.dumps(self.record.metadata(job)))
-        return any(_made_alike(_metadata(path), wanted) for path in paths)
+        return next((path for path in paths if made_alike(_metadata(path), wanted)), None)
 
     def _ways(self, job: Job) -> Iterator[tuple[str, str, str]]:
         """Folder, name and format: as asked, and what is left if that cannot be."""
@@ -135,17 +148,19 @@ def _metadata(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _made_alike(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether two pictures' metadata tell of the same picture, whatever the packages' versions.
+def made_alike(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two pictures' metadata tell of the same picture, whatever else they tell.
 
-    Hashes count as far as they are there: a picture that was saved in a hurry lacks some.
+    A setting that an older picture lacks was as its default. Hashes count as far as they are there: a picture
+    that was saved in a hurry lacks some.
     """
-    others = {"versions", "weights"}
-    if not stored or {n: v for n, v in stored.items() if n not in others} != {
-        n: v for n, v in wanted.items() if n not in others
-    }:
+    if not stored or _telling({**asdict(Settings()), **stored}) != _telling(wanted):
         return False
     return {*stored.get("weights", {}).values()} <= {*wanted["weights"].values()}
+
+
+def _telling(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metadata.items() if name not in FACTS}
 
 
 def save_beside(path: Path, control: Control) -> None:
@@ -157,55 +172,129 @@ def save_beside(path: Path, control: Control) -> None:
         warnings.warn(f"{path}: what the ControlNet saw is not saved beside it ({error})", stacklevel=2)
 
 
+@dataclass
+class Outcome:
+    """What became of a run's jobs, by their numbers: files, and why there is none."""
+
+    paths: dict[int, Path]
+    errors: dict[int, str]
+
+
 def make_pictures(
     arguments: argparse.Namespace,
     pipeline: UltraPixelPipeline,
     jobs: Sequence[Job],
     settings: Settings,
     model_flags: Sequence[str] = MODEL_FLAGS,
-    control: Control | None = None,
+    control: ControlOf | None = None,
 ) -> int:
     """Make and save the jobs' pictures, or say what would be done (--dry_run); return the exit code.
 
     `model_flags` are those whose values go into the pictures, besides the jobs and the settings. `control`
-    steers all of them, and is saved beside each.
+    steers all of them, and what it gives is saved beside each.
     """
-    plan_for(pipeline.config_c, arguments.height, arguments.width)  # raises what is wrong with the size
+    check_jobs(pipeline, jobs, settings, control)
+    if arguments.dry_run:
+        tell_plan(pipeline, jobs, settings)
+        return 0
+    prepare(arguments, pipeline, jobs, settings)
+    make_and_save(arguments, pipeline, jobs, settings, model_flags, control)
+    tell_uses(pipeline)
+    return 0
+
+
+def check_jobs(
+    pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings, control: ControlOf | None = None
+) -> None:
+    """ValueError for sizes that cannot be made; what may not do what it is meant to do is said."""
+    for size in dict.fromkeys(map(_size, jobs)):
+        plan_for(pipeline.config_c, *size)
+        if control is not None:
+            control(size)
     for sentence in pipeline.doubts(jobs, settings) if launch.is_main() else ():
         say(f"warning: {sentence}", sys.stderr)
-    if arguments.dry_run:
-        if launch.is_main():
-            say(describe_plan(pipeline, jobs, settings), sys.stdout)
-        return 0
+
+
+def tell_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings) -> None:
+    """Say what would be done."""
+    if launch.is_main():
+        say(describe_plan(pipeline, jobs, settings), sys.stdout)
+
+
+def tell_uses(pipeline: UltraPixelPipeline) -> None:
+    """Say what the stages took."""
+    if launch.is_main():
+        say(usage_table(list(pipeline.uses.values())), sys.stderr)
+
+
+def prepare(
+    arguments: argparse.Namespace, pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings
+) -> None:
+    """Check the weights, and settle where they rest and how the CPU computes, before jobs are made."""
     check_weights(pipeline, arguments.preset)
-    sentence = pipeline.settle_offload(arguments.height, arguments.width, settings)
+    sizes = [*map(_size, jobs)] or [(arguments.height, arguments.width)]
+    sentence = pipeline.settle_offload(*max(sizes, key=lambda size: size[0] * size[1]), settings)
     if launch.is_main():
         say(sentence, sys.stderr)
     if launch.is_own_setting("OMP_NUM_THREADS") and pipeline.device.type == "cpu":
         torch.set_num_threads(cores())  # as in one process: sums are rounded otherwise with one thread
+
+
+def make_and_save(
+    arguments: argparse.Namespace,
+    pipeline: UltraPixelPipeline,
+    jobs: Sequence[Job],
+    settings: Settings,
+    model_flags: Sequence[str] = MODEL_FLAGS,
+    control: ControlOf | None = None,
+    forgiving: bool = False,
+) -> Outcome:
+    """Make and save the jobs' pictures after `prepare`; where it is `forgiving`, an error costs one picture.
+
+    What became of them, the first of several processes knows of all.
+    """
     models = {name: getattr(arguments, name) for name in model_flags}
     folder, format = arguments.output_dir, arguments.format
     gallery = Gallery(folder, format, pipeline.record(settings, models))
     together = getattr(arguments, "split", False)
-    jobs = _lacking(gallery, jobs, getattr(arguments, "skip_existing", None))
-    jobs = jobs if together else share(jobs)
+    forgiving = forgiving and not together  # the other processes would wait for the rest of the picture
+    there = _there(gallery, jobs, getattr(arguments, "skip_existing", None))
+    numbers = [number for number in range(len(jobs)) if number not in there]
+    numbers = numbers if together else share(numbers)
     saves = launch.is_main() or not together
     shown = tqdm if launch.is_main() else partial(tqdm, disable=True)
-    way = on_one_picture(pipeline, settings) if together else on_its_own(told)
-    bars = ProgressBars(jobs, shown)
-    with _ending_as_by_ctrl_c(), way, closing(bars), Saving(gallery, bars, control) as saving:
-        previews = [Previews(pipeline, folder, format)] if arguments.preview and saves else []
-        observe = Together([bars, saving.tell, *previews])
-        for start in range(0, len(jobs), pipeline.group):
-            group = jobs[start : start + pipeline.group]
-            controls = () if control is None else [control] * len(group)
-            for picture in pipeline.pictures(group, settings, observe, controls):
-                if saves:  # else another process does
-                    saving.add(picture)
-            saving.check()
-    if launch.is_main():
-        say(usage_table(list(pipeline.uses.values())), sys.stderr)
-    return 0
+    own = [job.settings or settings for job in jobs]
+    way = on_one_picture(pipeline, own) if together else on_its_own(told)
+    bars = ProgressBars([jobs[number] for number in numbers], shown)
+    errors: dict[int, str] = {}
+    with _ending_as_by_ctrl_c(), way, closing(bars):
+        with Saving(gallery, bars, control, forgiving) as saving:
+            previews = [Previews(pipeline, folder, format)] if arguments.preview and saves else []
+            observe = Together([bars, saving.tell, *previews])
+            size = 1 if forgiving else pipeline.group
+            for group in (numbers[start : start + size] for start in range(0, len(numbers), size)):
+                controls = () if control is None else [control(_size(jobs[number])) for number in group]
+                made = pipeline.pictures([jobs[number] for number in group], settings, observe, controls)
+                try:
+                    for picture, number in zip(made, group, strict=False):
+                        if saves:  # else another process does
+                            saving.add(picture, number)
+                    saving.check()
+                except Exception as error:
+                    if not forgiving:
+                        raise
+                    errors |= dict.fromkeys(group, sentence_of(error))
+        outcome = {"paths": saving.paths(), "errors": errors | saving.errors()}
+        found = gathered("outcome", outcome) if forgiving else [outcome]
+    paths = {**there, **{int(n): path for part in found for n, path in part["paths"].items()}}
+    failed = {int(n): error for part in found for n, error in part["errors"].items()}
+    return Outcome({number: Path(path) for number, path in paths.items()}, failed)
+
+
+def sentence_of(error: Exception) -> str:
+    """What an error says, as one line."""
+    sentence = told(error)[0] if is_mistake(error) else f"{type(error).__name__}: {error}"
+    return sentence.removeprefix("error: ").partition("\n")[0]
 
 
 @contextmanager
@@ -225,17 +314,20 @@ def _ending_as_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _lacking(gallery: Gallery, jobs: Sequence[Job], skip: bool | None) -> list[Job]:
-    """The jobs whose pictures are not there yet; all, unless `skip` (None: where a launcher started it).
+def _there(gallery: Gallery, jobs: Sequence[Job], skip: bool | None) -> dict[int, str]:
+    """The pictures that are there already, by the jobs' numbers; none, unless `skip`.
 
-    The first process looks, before any starts: what it has made by then, another one would leave out.
+    None stands for whether a launcher started it. The first process looks, before any starts: what it has
+    made by then, another one would leave out.
     """
     if not (launch.is_launched() if skip is None else skip):
-        return list(jobs)
-    there = agreed("there", lambda: [number for number, job in enumerate(jobs) if gallery.has(job)])
-    if there and launch.is_main():
-        say(f"{len(there)} of {len(jobs)} pictures are there already: {gallery.folder}", sys.stderr)
-    return [job for number, job in enumerate(jobs) if number not in set(there)]
+        return {}
+    found = agreed(
+        "there", lambda: {n: str(path) for n, job in enumerate(jobs) if (path := gallery.find(job))}
+    )
+    if found and launch.is_main():
+        say(f"{len(found)} of {len(jobs)} pictures are there already: {gallery.folder}", sys.stderr)
+    return {int(number): path for number, path in found.items()}
 
 
 class Saving:
@@ -246,14 +338,19 @@ class Saving:
     would wait for it in vain.
     """
 
-    def __init__(self, gallery: Gallery, bars: ProgressBars, control: Control | None) -> None:
+    def __init__(
+        self, gallery: Gallery, bars: ProgressBars, control: ControlOf | None, forgiving: bool = False
+    ) -> None:
         self._gallery, self._bars, self._control = gallery, bars, control
+        self._forgiving = forgiving  # errors are raised by nobody, only found
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saving")
-        self._saved: list[Future[None]] = []
+        self._saved: list[Future[Path]] = []
+        self._numbers: list[int] = []  # of the jobs
         self._told: deque[str] = deque()
 
-    def add(self, picture: Picture) -> None:
-        """Save a picture, once the one before is saved, so that few are held."""
+    def add(self, picture: Picture, number: int) -> None:
+        """Save a job's picture, once the one before is saved, so that few are held."""
+        self._numbers.append(number)
         self._saved.append(self._pool.submit(self._save, picture))
         futures.wait(self._saved[-2:-1])
         self.tell()
@@ -265,15 +362,28 @@ class Saving:
 
     def check(self) -> None:
         """Raise the first error of what has been saved by now."""
-        for saved in self._saved:
+        for saved in () if self._forgiving else self._saved:
             if saved.done():
                 saved.result()
 
-    def _save(self, picture: Picture) -> None:
+    def paths(self) -> dict[int, str]:
+        """Where pictures lie, by the numbers of their jobs, once all are saved."""
+        return {n: str(saved.result()) for n, saved in self._by_number() if saved.exception() is None}
+
+    def errors(self) -> dict[int, str]:
+        """Why pictures could not be saved, likewise."""
+        failed = ((n, saved.exception()) for n, saved in self._by_number())
+        return {n: sentence_of(error) for n, error in failed if error is not None}
+
+    def _by_number(self) -> Iterator[tuple[int, Future[Path]]]:
+        return zip(self._numbers, self._saved, strict=True)
+
+    def _save(self, picture: Picture) -> Path:
         path = self._gallery.add(picture)
         if self._control is not None:
-            save_beside(path, self._control)
+            save_beside(path, self._control(_size(picture.job)))
         self._told.append(f"seed {picture.job.seed}: {path}")
+        return path
 
     def __enter__(self) -> Saving:
         return self

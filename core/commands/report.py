@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.config.settings import Job, Settings
+from core.config.sizes import Size
 from core.config.yaml import as_yaml
 from core.pipeline.estimate import GIB, weights_on_disk
 from core.pipeline.pipeline import UltraPixelPipeline
@@ -14,31 +15,56 @@ from core.pipeline.resolution import guidance_strength, plan_for
 
 def describe_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings) -> str:
     """The resolved configurations, sizes, steps, memory and files of a run, as text."""
-    job = jobs[0]
-    sizes = plan_for(pipeline.config_c, job.height, job.width)
-    strength = guidance_strength(sizes.hr_latent, pipeline.config_c.guidance_strength)
-    guided = f"guidance strength {strength} on the way up" if pipeline.guidance else "unguided"
-    lr_pixels = f"{sizes.lr_height} x {sizes.lr_width} px"
+    own: dict[tuple[Size, Settings], list[Job]] = {}
+    for job in jobs:
+        own.setdefault(((job.height, job.width), job.settings or settings), []).append(job)
     lines = [
         "# Stage C",
         as_yaml(pipeline.config_c),
         "# Stages B and A",
         as_yaml(pipeline.config_b),
         "# plan (sizes are height x width)",
-        f"pictures: {len(jobs)} of {job.height} x {job.width} px on {pipeline.device}",
-        f"seeds: {jobs[0].seed} to {jobs[-1].seed}",
+    ]
+    for (_, of_these), alike in own.items():
+        lines += _plan_lines(pipeline, alike, of_these, settings)
+    largest, of_it = max(own, key=lambda key: key[0][0] * key[0][1])
+    lines.append("# memory on the device (estimate)")
+    if len({size for size, _ in own}) > 1:
+        lines.append(f"of the largest, {_by(largest)} px:")
+    for stage in pipeline.estimate(plan_for(pipeline.config_c, *largest), of_it):
+        weights, maps = stage.weights / GIB, stage.activations / GIB
+        lines.append(f"{stage.name}: {stage.total / GIB:.2f} GiB (weights {weights:.2f}, maps {maps:.2f})")
+    lines += [describe_offload(pipeline, own[largest, of_it][0], of_it), "# files"]
+    lines += [f"{what}: {path}, {_file_size(path)}" for what, path in pipeline.files().items()]
+    return "\n".join(lines)
+
+
+def _plan_lines(
+    pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings, of_run: Settings
+) -> list[str]:
+    """What is planned for jobs of one size and the same settings."""
+    job = jobs[0]
+    sizes = plan_for(pipeline.config_c, job.height, job.width)
+    strength = guidance_strength(sizes.hr_latent, pipeline.config_c.guidance_strength)
+    guided = f"guidance strength {strength} on the way up" if pipeline.guidance else "unguided"
+    lr_pixels = f"{sizes.lr_height} x {sizes.lr_width} px"
+    others = [(name, value) for name, value in vars(settings).items() if value != getattr(of_run, name)]
+    changed = "".join(f", {name} {value}" for name, value in others)
+    return [
+        f"pictures: {len(jobs)} of {_by((job.height, job.width))} px on {pipeline.device}{changed}",
+        f"seeds: {_seeds(jobs)}",
         f"Stage C, low resolution: latent {_by(sizes.lr_latent)} ({lr_pixels}), {settings.steps_low} steps",
         f"Stage C, high resolution: latent {_by(sizes.hr_latent)}, {settings.steps} steps, {guided}",
         f"Stage B: latent {_by(sizes.stage_b_latent)}, {settings.steps_b} steps",
         f"Stage A: {sizes.decoded_height} x {sizes.decoded_width} px, cropped",
-        "# memory on the device (estimate)",
     ]
-    for stage in pipeline.estimate(sizes, settings):
-        weights, maps = stage.weights / GIB, stage.activations / GIB
-        lines.append(f"{stage.name}: {stage.total / GIB:.2f} GiB (weights {weights:.2f}, maps {maps:.2f})")
-    lines += [describe_offload(pipeline, job, settings), "# files"]
-    lines += [f"{what}: {path}, {_file_size(path)}" for what, path in pipeline.files().items()]
-    return "\n".join(lines)
+
+
+def _seeds(jobs: Sequence[Job]) -> str:
+    seeds = [job.seed for job in jobs]
+    if seeds == list(range(seeds[0], seeds[0] + len(seeds))):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, dict.fromkeys(seeds)))
 
 
 def describe_offload(pipeline: UltraPixelPipeline, job: Job, settings: Settings) -> str:
@@ -49,7 +75,7 @@ def describe_offload(pipeline: UltraPixelPipeline, job: Job, settings: Settings)
     return f"offload: {pipeline.offload}; auto would choose {mode} ({why})"
 
 
-def _by(size: tuple[int, int]) -> str:
+def _by(size: Size) -> str:
     return f"{size[0]} x {size[1]}"
 
 

@@ -62,6 +62,26 @@ def agreed(name: str, make: Callable[[], T]) -> T:
     return json.loads(common_store().get(name))
 
 
+def gathered(name: str, mine: T) -> list[T]:
+    """What each process has found, JSON, in the first one; in the others what is theirs alone.
+
+    The first one does not wait for those that are gone. It is asked for in all, once a name.
+    """
+    if launch.processes() == 1:
+        return [mine]
+    store, keys = common_store(), [f"{name} {rank}" for rank in range(launch.processes())]
+    store.set(keys[launch.rank()], json.dumps(mine))
+    if not launch.is_main():
+        return [json.loads(json.dumps(mine))]
+    elsewhere = launch.processes() > launch.place()[1]
+    patient_until = time.monotonic() + AGREEMENT.total_seconds()
+    while not store.check(keys) and time.monotonic() < patient_until:
+        if not (launch.neighbours() > 0 or elsewhere):
+            break
+        time.sleep(PAUSE)
+    return [json.loads(store.get(key)) for key in keys if store.check([key])]
+
+
 @contextmanager
 def on_its_own(told: Callable[[Exception], tuple[str, int]]) -> Iterator[None]:
     """Within it, an error of this process ends no other one, nor does another one's death end this one.
@@ -86,15 +106,15 @@ def on_its_own(told: Callable[[Exception], tuple[str, int]]) -> Iterator[None]:
 
 
 @contextmanager
-def on_one_picture(pipeline: UltraPixelPipeline, settings: Settings) -> Iterator[None]:
+def on_one_picture(pipeline: UltraPixelPipeline, settings: Sequence[Settings]) -> Iterator[None]:
     """Within it, all processes make each picture of the pipeline together.
 
     ValueError where there is one process alone, or for settings with which that is not possible.
     """
     if launch.processes() < 2:
         raise ValueError("--split is for several processes: start them with torchrun --nproc_per_node N")
-    if settings.reuse > 1:
-        raise ValueError(f"--split and --reuse {settings.reuse} do not go together: use --reuse 1")
+    if (reuse := max((each.reuse for each in settings), default=1)) > 1:
+        raise ValueError(f"--split and --reuse {reuse} do not go together: use --reuse 1")
     pipeline.split = Split(pipeline.device, common_store(), launch.rank(), launch.processes())
     try:
         yield

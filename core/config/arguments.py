@@ -30,6 +30,13 @@ def number(name: str, value: object) -> float:
     return float(value)
 
 
+def truth(name: str, value: object) -> bool:
+    """The value; TypeError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {_shown(value)}")
+    return value
+
+
 def text(name: str, value: object) -> str:
     """The text; TypeError for what is none."""
     if isinstance(value, str):

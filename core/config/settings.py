@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Literal
 
-from core.config.arguments import number, text, whole_number
+from core.config.arguments import number, text, truth, whole_number
 from gdf.cfg import CfgSettings
 from gdf.names import SAMPLER_NAMES, check_name
 
@@ -27,6 +27,13 @@ class Job:
     width: int
     seed: int
     negative_prompt: str = ""
+    template: str = ""  # with choices and wildcards, of which the prompt was made
+    negative_template: str = ""
+    settings: Settings | None = None  # its own; None: those of the run
+
+    def values(self) -> dict[str, Any]:
+        """What is its own, by name, without settings."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "settings"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Settings:
     steps_lr: int | None = None  # of the low-resolution pass; None: as steps
     reuse: int = 1  # steps of the high-resolution pass that share what Stage C's inner levels make
     fp8: Literal["off", "auto", "on"] = "off"  # products in float8: auto where the device has them
+    weighted_prompts: bool = False  # (a house:1.3) and [less] weight parts of prompts
+    long_prompts: bool = False  # prompts of more tokens than the text encoder takes, in chunks
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -103,7 +112,8 @@ FAST: Mapping[str, Any] = MappingProxyType({
 
 
 # Arguments of a call that are no settings, and what callers of other libraries call ours.
-OF_CALLS = ("prompt", "height", "width", "seed", "num_images", "negative_prompt", "observer", "progress")
+OF_CALLS = ("prompt", "height", "width", "seed", "num_images", "negative_prompt", "observer", "progress",
+            "wildcards")  # fmt: skip
 ELSEWHERE = {
     "guidance_scale": "cfg", "cfg_scale": "cfg", "num_inference_steps": "steps", "generator": "seed",
     "num_images_per_prompt": "num_images", "callback": "observer", "scheduler": "sampler",
@@ -133,6 +143,8 @@ def _check_types(settings: Settings) -> None:
         number(name, getattr(settings, name))
     for name in ("sampler", "sampler_b", "fp8"):
         text(name, getattr(settings, name))
+    for name in ("stage_a_tiled", "weighted_prompts", "long_prompts"):
+        truth(name, getattr(settings, name))
     if settings.cfg_end is not None:
         number("cfg_end", settings.cfg_end)
     if not isinstance(settings.guidance_r, str | None):

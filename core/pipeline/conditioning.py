@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +39,17 @@ def conditions(text: TextCondition, image_embedding: Tensor | None, clip_img_wid
     """
     image = text.pooled.new_zeros(1, 1, clip_img_width) if image_embedding is None else image_embedding
     return Conditions(text.tokens, text.pooled, image)
+
+
+def of_one_length(texts: Sequence[TextCondition], empty: TextCondition) -> list[TextCondition]:
+    """Prompts of different numbers of chunks, all as long as the longest, by the empty prompt's tokens."""
+    longest = max(text.tokens.shape[1] for text in texts)
+
+    def filled(text: TextCondition) -> TextCondition:
+        missing = (longest - text.tokens.shape[1]) // empty.tokens.shape[1]
+        return replace(text, tokens=torch.cat([text.tokens, *[empty.tokens] * missing], dim=1))
+
+    return [filled(text) for text in texts]
 
 
 def stack(conditional: Conditions, unconditional: Conditions) -> Conditions:

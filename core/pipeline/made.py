@@ -38,11 +38,11 @@ class Record:
 
     def metadata(self, job: Job) -> dict[str, Any]:
         """What `picture_metadata` gives."""
-        return picture_metadata(job, self.settings, self.models, self.hashes.result())
+        return picture_metadata(job, job.settings or self.settings, self.models, self.hashes.result())
 
     def text(self, job: Job) -> str:
         """What `infotext` gives."""
-        return infotext(job, self.settings, self.model)
+        return infotext(job, job.settings or self.settings, self.model)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Picture:
         The path comes back. ValueError for another suffix.
         """
         path = Path(at_home(str(path)))
-        metadata, text = asdict(self.job), self.job.prompt
+        metadata, text = self.job.values(), self.job.prompt
         if self.record is not None:
             metadata, text = self.record.metadata(self.job), self.record.text(self.job)
         return save_image(self.image, path, format_of(path), metadata, text)
@@ -149,7 +149,7 @@ def picture_metadata(
     """The settings that repeat a picture (--from_image), with versions and hashes to tell what made it."""
     found = {package: _version(package) for package in PACKAGES}
     versions = {package: number for package, number in found.items() if number is not None}
-    return {**asdict(job), **asdict(settings), **models, "versions": versions, "weights": dict(hashes)}
+    return {**job.values(), **asdict(settings), **models, "versions": versions, "weights": dict(hashes)}
 
 
 def _version(package: str) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
@@ -41,11 +42,12 @@ from core.config.schema import (
 )
 from core.config.settings import Job, Settings, changed
 from core.config.sizes import GuidanceSizes
+from core.config.wildcards import Wildcards
 from core.config.yaml import load_stage_b, load_stage_c
 from core.devices import device_named
 from core.memory import free_memory, peak_host_memory, peak_memory
 from core.paths import at_home, located
-from core.pipeline.conditioning import Conditions, conditions, stack
+from core.pipeline.conditioning import Conditions, conditions, of_one_length, stack
 from core.pipeline.control import Control, ControlNetFile, open_controlnet
 from core.pipeline.estimate import (
     MIN_TILE,
@@ -94,6 +96,7 @@ from core.weights.clip import (
 )
 from core.weights.layouts import guidance_names
 from core.weights.lora.merging import LoraMerger, WeightedLora, check_loras, load_loras, lora_files, uncalled
+from core.weights.prompting import Reading, encode_prompts
 from gdf.samplers import Estimate, Step
 from gdf.targets import target_named
 from modules.controlnet import ControlNet
@@ -266,14 +269,16 @@ class UltraPixelPipeline:
         control: Control | None = None,
         progress: bool = True,
         num_image: int | None = None,
+        wildcards: str | Path | None = None,
         **changes: Any,
     ) -> Pictures:
         """Pictures of a prompt, or `num_images` of each of several; the i-th of all has seed `seed + i`.
 
         What is left open is the preset's. Values of `Settings` may be given by name, as in `steps=10`. Seed
-        -1 draws one. `progress` shows bars. An observer is told of every step; where it returns True, the run
-        ends, and the pictures that are done come back. After an error, or Ctrl-C, they lie in `rescued`.
-        TypeError or ValueError names a wrong argument.
+        -1 draws one. With `wildcards`, a folder, prompts are templates (`core.config.wildcards`). `progress`
+        shows bars. An observer is told of every step; where it returns True, the run ends, and the pictures
+        that are done come back. After an error, or Ctrl-C, they lie in `rescued`. TypeError or ValueError
+        names a wrong argument.
         """
         settings = changed(settings, self._default_settings(), changes)
         count = picture_count(num_images, num_image)
@@ -281,22 +286,32 @@ class UltraPixelPipeline:
         size, first = self._size(height, width), first_seed(seed)
         negative = text("negative_prompt", negative_prompt)
         jobs = [Job(p, *size, first + i, negative) for i, p in enumerate(wanted)]
+        if wildcards is not None:
+            jobs = list(map(Wildcards(wildcards).fill, jobs))
         plan_for(self.config_c, *size)  # raises what is wrong with the size
         _check_callable(observer)
         self.check_files()
         if self._steering is not None and control is None:
             jobs = [with_suffix(job) for job in jobs]
             control = self._steering.control(size, self.config_c.geometry, self._encoder)
-        called = uncalled(self._loras.wanted, list(dict.fromkeys(wanted)))
+        called = uncalled(
+            self._loras.wanted, list(dict.fromkeys(job.prompt.removesuffix(SUFFIX) for job in jobs))
+        )
         for sentence in [*self.doubts(jobs, settings), *called]:
             warnings.warn(sentence, stacklevel=2)
         return self._in_groups(jobs, settings, observer, control, progress)
 
     def doubts(self, jobs: Sequence[Job], settings: Settings) -> list[str]:
         """A sentence for everything in prompts and settings that may not do what it is meant to do."""
-        texts = [text for job in jobs for text in (job.prompt.removesuffix(SUFFIX), job.negative_prompt)]
-        tokens = [token for lora in self._loras.wanted for token in lora.tokens]
-        return [*doubts(jobs, settings), *unknown(texts, tokens, self.config_c.clip_text_path)]
+        reading = self.reading(settings)
+        prompts = [text for job in jobs for text in (job.prompt.removesuffix(SUFFIX), job.negative_prompt)]
+        texts = [reading.text(prompt).text for prompt in prompts]
+        return [*doubts(jobs, settings), *unknown(texts, reading.names, self.config_c.clip_text_path)]
+
+    def reading(self, settings: Settings) -> Reading:
+        """How prompts are read: brackets of the LoRAs' tokens are no weights."""
+        names = tuple(token for lora in self._loras.wanted for token in lora.tokens)
+        return Reading(settings.weighted_prompts, settings.long_prompts, names)
 
     def _in_groups(
         self,
@@ -392,8 +407,13 @@ class UltraPixelPipeline:
         `controls`, where there are any, are one for each job, for the ControlNet of `set_control`, and so
         are `sources`: what the passes begin at.
         """
+        told, done = observer and harmless(observer), 0
         with suppress(Stopped):
-            yield from self._pictures(jobs, settings, observer and harmless(observer), controls, sources)
+            for own, group in groupby(jobs, lambda job: job.settings or settings):
+                alike = list(group)
+                part = slice(done, done + len(alike))
+                yield from self._pictures(alike, own, told, controls[part], sources[part])
+                done = part.stop
 
     def _pictures(
         self,
@@ -409,7 +429,7 @@ class UltraPixelPipeline:
                 stage.load_ahead()
         if not self.plain and DTYPES[self.config_c.dtype] == torch.bfloat16:
             try_ahead(self.device, stage_c_sizes(self.config_c).c_hidden)
-        texts = self.encode_text(jobs)
+        texts = self.encode_text(jobs, settings)
         entries = self.run_controlnet(controls)
         latents = self.run_stage_c(jobs, plans, texts, settings, observer, entries, sources)
         latents, error = _until_error(self.run_stage_b(jobs, plans, texts, latents, settings, observer))
@@ -594,13 +614,17 @@ class UltraPixelPipeline:
 
     # --- stages -----------------------------------------------------------------------------------
 
-    def encode_text(self, jobs: Sequence[Job]) -> dict[str, TextCondition]:
-        """Every distinct prompt's condition, on the device; the encoder leaves it again."""
+    def encode_text(self, jobs: Sequence[Job], settings: Settings | None = None) -> dict[str, TextCondition]:
+        """Every distinct prompt's condition, on the device; the encoder leaves it again.
+
+        Of the settings only the ways in which prompts are read count.
+        """
+        reading = self.reading(settings or Settings())
         distinct = list(dict.fromkeys(p for job in jobs for p in (job.prompt, job.negative_prompt, "")))
-        (texts,) = self._in_turn("text", 1, lambda _: iter([self._encode(distinct)]))
+        (texts,) = self._in_turn("text", 1, lambda _: iter([self._encode(distinct, reading)]))
         return texts
 
-    def _encode(self, distinct: Sequence[str]) -> dict[str, TextCondition]:
+    def _encode(self, distinct: Sequence[str], reading: Reading) -> dict[str, TextCondition]:
         with self._measured("text"):
             if self._text_encoder is None:
                 self._text_encoder = TextEncoder.load(
@@ -610,7 +634,7 @@ class UltraPixelPipeline:
                     self._placement.home,
                 )
             self._loras.into_text(self._text_encoder)
-            texts = self._text_encoder.encode(distinct, self.device)
+            texts = encode_prompts(self._text_encoder, distinct, self.device, reading)
             self._text_encoder.to(self._placement.home)
         return texts
 
@@ -799,8 +823,10 @@ class UltraPixelPipeline:
 
     def _conditions(self, job: Job, texts: dict[str, TextCondition], settings: Settings) -> Conditions:
         width = stage_c_sizes(self.config_c).c_clip_img
-        halves = [conditions(texts[p], None, width) for p in (job.prompt, job.negative_prompt)]
-        held = stack(*halves) if needs_unconditional(settings)[0] else halves[0]
+        both = needs_unconditional(settings)[0]
+        prompts = [texts[p] for p in (job.prompt, job.negative_prompt)[: 1 + both]]
+        halves = [conditions(text, None, width) for text in of_one_length(prompts, texts[""])]
+        held = stack(*halves) if both else halves[0]
         return held.to(self.device, DTYPES[self.config_c.dtype])
 
     def _without_fp8(self, settings: Settings) -> Settings:

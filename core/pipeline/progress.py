@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -83,6 +84,7 @@ class ProgressBars:
         self._jobs = list(jobs)
         self._bar = bar
         self._bars: dict[str, tqdm] = {}
+        self._begun: Counter[str] = Counter()  # jobs by stage
 
     def __call__(self, progress: Progress) -> None:
         with unbroken(sys.stderr):
@@ -94,6 +96,10 @@ class ProgressBars:
             total = progress.steps * len(self._jobs)
             bar = self._bar(total=total, desc=progress.stage.ljust(24), unit="step")
             self._bars[progress.stage] = bar
+        if progress.step == 1:  # the jobs that are left may have other numbers of steps
+            left = max(1, len(self._jobs) - self._begun[progress.stage])
+            bar.total = bar.n + left * progress.steps
+            self._begun[progress.stage] += 1
         bar.update()
         if bar.n == bar.total:  # its clock stands still, as it is drawn again when others move
             ended = bar._time()

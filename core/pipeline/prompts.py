@@ -6,15 +6,18 @@ import re
 from collections.abc import Iterable, Sequence
 
 from core.config.settings import Job, Settings
+from core.config.weighted import NUMBER
 from core.pipeline.passes import needs_unconditional
 from core.weights.clip import unknown_words
 
 NAMED = 12  # unknown words
 # As in (a house:1.3), but not in (at 10:30).
-WEIGHTED = r"\([^()]*(?:\([^()]*\)[^()]*)*:\s*[-+]?(?:\d(?:\.\d*)?|\.\d+)\s*\)"
+WEIGHTED = rf"\([^()]*(?:\([^()]*\)[^()]*)*:\s*{NUMBER}\s*\)"
+# As in [a house:a castle:0.5], which is another prompt from half of the steps on.
+CHANGED = re.compile(rf"\[[^\[\]]*:\s*{NUMBER}\s*\]")
 # What other programs act on, and nothing here does: its pattern, and what can be done.
 FOREIGN = (
-    (re.compile(WEIGHTED), "a part of a prompt cannot be weighted"),
+    (re.compile(WEIGHTED), "--weighted_prompts makes it a weight"),
     (
         re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE),
         "a LoRA is named by inference/test_personalized.py --lora FILE:WEIGHT",
@@ -25,10 +28,15 @@ FOREIGN = (
 
 def doubts(jobs: Sequence[Job], settings: Settings) -> list[str]:
     """A sentence for everything that will not do what its author may expect, each kind once."""
-    sentences = taken_as_words(text for job in jobs for text in (job.prompt, job.negative_prompt))
-    if any(job.negative_prompt for job in jobs) and not needs_unconditional(settings)[0]:
-        sentences.append(f"the negative prompt has no effect, {_why_unguided(settings)}")
-    return sentences
+    read = [(job, job.settings or settings) for job in jobs]
+    texts = [(text, own) for job, own in read for text in (job.prompt, job.negative_prompt)]
+    weighted = [text for text, own in texts if own.weighted_prompts]
+    sentences = taken_as_words([text for text, own in texts if not own.weighted_prompts])
+    sentences += [*taken_as_words(weighted, FOREIGN[1:]), *taken_as_weighted(weighted)]
+    without = [own for job, own in read if job.negative_prompt and not needs_unconditional(own)[0]]
+    if without:
+        sentences.append(f"the negative prompt has no effect, {_why_unguided(without[0])}")
+    return list(dict.fromkeys(sentences))
 
 
 def unknown(texts: Iterable[str], tokens: Iterable[str], source: str) -> list[str]:
@@ -41,14 +49,23 @@ def unknown(texts: Iterable[str], tokens: Iterable[str], source: str) -> list[st
     return [f"unknown to this family: {', '.join(words[:NAMED])}{more}"] if words else []
 
 
-def taken_as_words(texts: Iterable[str]) -> list[str]:
+def taken_as_words(
+    texts: Iterable[str], foreign: Sequence[tuple[re.Pattern[str], str]] = FOREIGN
+) -> list[str]:
     """A sentence for each kind of other programs' syntax in prompts."""
     found: dict[str, str] = {}
     for text in dict.fromkeys(texts):
-        for pattern, instead in FOREIGN:
+        for pattern, instead in foreign:
             if match := pattern.search(text):
                 found.setdefault(instead, match[0])
     return [f"{text} is taken as words: {instead}" for instead, text in found.items()]
+
+
+def taken_as_weighted(texts: Iterable[str]) -> list[str]:
+    """A sentence where weighted prompts hold what changes a prompt on the way in other programs."""
+    found = next(filter(None, map(CHANGED.search, texts)), None)
+    meant = "is only weighted as other words in [brackets]: a prompt stays the same in all steps"
+    return [f"{found[0]} {meant}"] if found else []
 
 
 def _why_unguided(settings: Settings) -> str:

@@ -124,13 +124,14 @@ class TextEncoder:
         length = self.model.config.max_position_embeddings
         for whole in self.tokenizer(list(prompts), verbose=False)["input_ids"]:
             if len(whole) > length:
-                self._warn_of_cut(whole[length - 1 : -1])  # the end-of-text token stays
+                self.warn_of_cut(whole[length - 1 : -1])  # the end-of-text token stays
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         return tokens["input_ids"], tokens["attention_mask"]
 
-    def _warn_of_cut(self, cut: Sequence[int]) -> None:
+    def warn_of_cut(self, cut: Sequence[int]) -> None:
+        """Warn that these ids, of tokens at a prompt's end, are left out."""
         start = self.tokenizer.decode(cut[:8])
         warnings.warn(
             f"the prompt is {len(cut)} tokens too long; what follows is cut: {start!r} …", stacklevel=2
