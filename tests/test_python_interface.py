@@ -25,7 +25,7 @@ from core.weights.lora.merging import load_loras
 
 SIDE = 64
 QUICK = Settings(steps=1, steps_b=1, cfg=1.0)
-LORA = ROOT / PRESETS["tiny"].lora[0]
+LORA = ROOT / PRESETS["tiny"].lora[0].partition(":")[0]
 LIGHTHOUSE = ROOT / "figures/example_control/lighthouse.png"
 CUDA = torch.cuda.is_available()
 

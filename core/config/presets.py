@@ -34,7 +34,7 @@ PRESETS = {
     "tiny": Preset(
         "configs/tiny/stage_c.yaml", "configs/tiny/stage_b.yaml", "models/tiny/ultrapixel_t2i.safetensors",
         control_file="models/tiny/controlnet_{control}.safetensors", height=512, width=512, cfg=2.0,
-        control_weight=1.3, lora=("models/tiny/lora_striped_balloon.safetensors",),
+        control_weight=1.3, lora=("models/tiny/lora_striped_balloon.safetensors:1.4",),
     ),
 }  # fmt: skip
 DEFAULT = PRESETS["small-big"]
