@@ -183,7 +183,7 @@ def test_a_small_picture_is_enlarged(run: Run, family_folder: Path, tmp_path: Pa
         ({"control_size": 4}, ["control_size", "at least 16"]),
         ({"control_file": "inpainting.safetensors"}, ["is the inpainting ControlNet, but the canny"]),
         ({"control_file": "nowhere.safetensors"}, ["nowhere.safetensors", "does not exist"]),
-        ({"preset": "tiny", "config_c": None, "config_b": None}, ["width 64", "has 128"]),
+        ({"preset": "tiny", "config_c": None, "config_b": None}, ["width 64", "has 192"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(

@@ -179,7 +179,8 @@ def test_the_benchmark_measures_a_lora(tmp_path: Path, capsys: pytest.CaptureFix
     sizes = STAGE_C_VERSIONS["tiny"]
     tokens = LoraTokens(torch.zeros(1, sizes.c_clip_text), (777,), ("[stripes]",), ("^red</w>",))
     weight = next(iter(make_lora(1, sizes=sizes).updates))
-    still = LoraFile({weight: LoraUpdate(torch.zeros(1, 128), torch.ones(128, 1))}, sizes, tokens=tokens)
+    c = sizes.c_hidden[0]
+    still = LoraFile({weight: LoraUpdate(torch.zeros(1, c), torch.ones(c, 1))}, sizes, tokens=tokens)
     write_lora(tmp_path / "lora.safetensors", still, "own")
     flags = ["--lora", tmp_path / "lora.safetensors", "--num_image", 2, "--height", 128, "--width", 128,
              "--output_dir", tmp_path / "out", "--steps", 2, "--steps_b", 2]  # fmt: skip
