@@ -24,9 +24,10 @@ from core.config.offloading import AUTO, NONE, OFFLOAD_NAMES
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS
 from core.config.settings import FAST, FP8_NAMES, PUBLISHED_STEPS, TRAINING_R, Job, Settings
 from core.devices import own_device
-from core.images import FORMATS, prepare_folder, read_image_metadata
+from core.images import prepare_folder, read_image_metadata
 from core.launch import fail, processes, told_once
 from core.paths import at_home, located
+from core.picture_files import FORMATS
 from gdf.names import SAMPLER_NAMES
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from core.config.settings import Job, Settings
-from core.images import format_of, save_image, to_image
+from core.images import save_image, to_image
 from core.paths import at_home
+from core.picture_files import format_of
 from core.weights.hashes import file_sha256
 
 HURRIED_WITHIN = 0.1  # seconds
