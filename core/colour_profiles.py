@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # of profiles, by the mode of the picture
-NO_DATE = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)  # instead of when the profile was built
+DATE = struct.pack(">6H", 1999, 10, 18, 0, 0, 0)  # of sRGB's standard, instead of now
 DAMAGED = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 CURVE_POINTS = 65536  # every level of 16 bits
 WHITE = (0.9642, 1.0, 0.8249)  # XYZ of D50, which profiles are relative to
@@ -32,7 +32,7 @@ BAND = 1 << 20  # pixels that are converted at once
 def srgb_profile() -> bytes:
     """The ICC profile of sRGB, which is embedded; always the same bytes."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return profile[:24] + NO_DATE + profile[36:]
+    return profile[:24] + DATE + profile[36:]
 
 
 def fits(profile: bytes | None, mode: str) -> bool:

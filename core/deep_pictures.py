@@ -80,7 +80,7 @@ def _described(exif: bytes) -> TiffImagePlugin.ImageFileDirectory_v2:
 
 def _strip(levels: Levels) -> bytes:
     """Rows of pixels, each less the one before it in its row."""
-    differences = levels.astype("<u2")
+    differences = levels.astype("<u2", order="C")
     differences[:, 1:] -= levels[:, :-1]
     return zlib.compress(differences, COMPRESSION)
 

@@ -20,7 +20,7 @@ from PIL import Image
 from core.colour_profiles import fits, into_srgb, out_of_srgb, srgb_profile
 from core.deep_pictures import TOP, decode
 from core.images import DAMAGED, NamedBytes, open_image, orientation, upright_parts, written
-from core.picture_files import DEEP, Beside, format_of
+from core.picture_files import DEEP, UNPROFILED, Beside, format_of
 from core.picture_metadata import stored_exif, stored_xmp, upright, upright_xmp
 
 MIN_SIDE = 16  # px
@@ -157,7 +157,7 @@ def write_alike(
         raise ValueError(f"{path}: the picture holds NaN; use bfloat16 or float32")
     if alpha is not None and format == "jpg":
         raise ValueError(f"{path}: a jpg picture has no transparent parts; use png")
-    converted, profile = _in_own_profile(colours.clip(0, 1), given) if keep_profile else (colours, None)
+    converted, profile = _in_own_profile(colours, given, format) if keep_profile else (colours, None)
     parts = [converted] if alpha is None else [converted, alpha[..., None]]
     picture = _levels(np.concatenate(parts, axis=-1), format)
     settings = json.dumps(dict(metadata)) if metadata else ""
@@ -167,13 +167,16 @@ def write_alike(
     return path
 
 
-def _in_own_profile(colours: Pixels, given: GivenPicture) -> tuple[Pixels, bytes | None]:
+def _in_own_profile(colours: Pixels, given: GivenPicture, format: str) -> tuple[Pixels, bytes | None]:
     """Colours of a given picture's own profile, and that; unchanged ones, and None, where it has none."""
     if given.profile is None:
         return colours, None
-    converted = out_of_srgb(colours, given.profile, given.mode) if given.mode != "CMYK" else None
+    converted = None
+    if given.mode != "CMYK" and format not in UNPROFILED:
+        converted = out_of_srgb(colours.clip(0, 1), given.profile, given.mode)
     if converted is None:
-        warnings.warn(f"{given.name}: its profile cannot be kept, and sRGB's is embedded", stacklevel=3)
+        sentence = f"its profile cannot be kept in a {format} picture, which has sRGB's"
+        warnings.warn(f"{given.name}: {sentence}", stacklevel=3)
         return colours, None
     return converted, given.profile
 

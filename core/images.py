@@ -94,7 +94,7 @@ def to_levels(pixels: Tensor) -> Levels:
     """Levels of 16 bits (H, W, 3) from pixels (3, H, W), as `to_image` makes those of 8."""
     _refuse_nan(pixels)
     sixteen_bit = (pixels.float().clamp(0, 1) * 65535).round().int().permute(1, 2, 0)
-    return sixteen_bit.cpu().numpy().astype("uint16")
+    return sixteen_bit.cpu().contiguous().numpy().astype("uint16")
 
 
 def _refuse_nan(pixels: Tensor) -> None:

@@ -25,6 +25,7 @@ SUFFIXES = {
     "avif": "avif", "jxl": "jxl",
 }  # fmt: skip
 FORMATS = tuple(SUFFIXES)
+UNPROFILED = ("jxl",)  # whose plugin writes sRGB alone, by name
 DEEP = ("png16", "tiff")  # 16 bits a colour; the others have 8
 OTHER_SUFFIXES = {"jpeg": "jpg", "tif": "tiff"}
 PILLOW_NAMES = {

@@ -14,7 +14,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from test_images import exchanged, grey, icc
 
 from core.colour_profiles import srgb_profile
@@ -246,7 +246,7 @@ def test_profiles_that_cannot_be_kept_leave_srgb_and_a_warning(tmp_path):
     Image.new("CMYK", (16, 16)).save(tmp_path / "a.tif", icc_profile=icc(b"CMYK", {}))
     picture = read_given(tmp_path / "a.tif")
     assert (picture.mode, picture.profile) == ("CMYK", icc(b"CMYK", {}))
-    with pytest.warns(UserWarning, match="a.tif: its profile cannot be kept, and sRGB's is embedded"):
+    with pytest.warns(UserWarning, match="a.tif: its profile cannot be kept in a png picture"):
         path = write_alike(tmp_path / "b.png", picture.colours, picture, keep_profile=True)
     assert read_given(path).profile == srgb_profile()
 
@@ -259,9 +259,7 @@ def test_unusable_profiles_are_none(tmp_path):
 
 
 def test_a_profile_made_of_a_table_keeps_what_lies_between_levels(tmp_path):
-    table = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()  # for what is not read as such
     profile = icc(b"RGB ", {b"wtpt": xyz(0.9642, 1, 0.8249), b"A2B0": lut()})
-    assert table
     levels = np.broadcast_to(np.linspace(9000, 50000, 640).astype(np.uint16)[None, :, None], (16, 640, 3))
     (tmp_path / "a.png").write_bytes(png16(levels, b"iCCPa\0\0" + zlib.compress(profile)))
     picture = read_given(tmp_path / "a.png")

@@ -199,7 +199,13 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=123, help="of the first picture, the i-th has seed + i; -1 draws one"
     )
     group.add_argument("--output_dir", type=home_path, default="outputs", help="folder for the pictures")
-    group.add_argument("--format", choices=FORMATS, default="png", help="of the files")
+    group.add_argument(
+        "--format", choices=FORMATS, default="png",
+        help="of the files; png16 and tiff have 16 bits a colour, and jxl needs pillow-jxl-plugin",
+    )  # fmt: skip
+    group.add_argument(
+        "--provenance", action="store_true", help="say in the files that a model made the pictures (IPTC)"
+    )
 
 
 def add_prompt_flags(group: argparse._ArgumentGroup, prompts: argparse._MutuallyExclusiveGroup) -> None:
