@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from core.colour_profiles import fits, into_srgb, out_of_srgb, srgb_profile
+from core.colour_profiles import fits, srgb_profile
+from core.deep_colours import into_srgb, out_of_srgb
 from core.deep_pictures import TOP, decode
 from core.images import DAMAGED, NamedBytes, open_image, orientation, upright_parts, written
 from core.picture_files import DEEP, UNPROFILED, Beside, format_of

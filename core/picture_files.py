@@ -115,31 +115,39 @@ def learn_formats() -> None:
 
 def write_file(path: Path, picture: Image.Image | NDArray[np.uint16], format: str, beside: Beside) -> None:
     """Write a picture, or its levels of 16 bits (H, W, 1 to 4), as one format, with its bits a colour."""
-    xmp = xmp_packet("" if SUFFIXES[format] == "png" else beside.settings, beside.provenance, beside.xmp)
-    exif = beside.exif
-    if beside.text and SUFFIXES[format] != "png":
-        exif = with_comment(exif, beside.text)
-    if format == "png16":
-        from core.deep_pictures import png_file
+    if format in DEEP:
+        path.write_bytes(_deep_file(picture, format, beside))
+        return
+    learn_formats()
+    image = picture if isinstance(picture, Image.Image) else _in_8_bits(picture)
+    xmp, exif = _tags(format, beside)
+    options: dict[str, Any] = {"exif": EXIF_START + exif} if exif else {}
+    if format == "png":
+        options["pnginfo"] = _texts(beside, xmp)
+    elif xmp:
+        options["xmp"] = xmp
+    options = _fitting_jpeg(options) if format == "jpg" else options
+    image.save(path, PILLOW_NAMES[format], icc_profile=beside.profile, **SAVE_OPTIONS[format], **options)
 
-        chunks = [
-            (b"iCCP", PROFILE_NAME + zlib.compress(beside.profile)),
-            *([(b"eXIf", exif)] if exif else ()),
-        ]
-        texts = [(chunk[0], chunk[1]) for chunk in _texts(beside, xmp).chunks]
-        path.write_bytes(png_file(_in_16_bits(picture), chunks + texts))
-    elif format == "tiff":
-        from core.deep_pictures import tiff_file
 
-        path.write_bytes(tiff_file(_in_16_bits(picture), beside.profile, xmp, exif))
-    else:
-        learn_formats()
-        image = picture if isinstance(picture, Image.Image) else _in_8_bits(picture)
-        options = {"pnginfo": _texts(beside, xmp)} if format == "png" else {"xmp": xmp} if xmp else {}
-        options |= {"exif": EXIF_START + exif} if exif else {}
-        options = _fitting_jpeg(options) if format == "jpg" else options
-        options |= {"icc_profile": beside.profile, **SAVE_OPTIONS[format]}
-        image.save(path, PILLOW_NAMES[format], **options)
+def _deep_file(picture: Image.Image | NDArray[np.uint16], format: str, beside: Beside) -> bytes:
+    from core.deep_pictures import png_file, tiff_file  # loads OpenCV
+
+    xmp, exif = _tags(format, beside)
+    if format == "tiff":
+        return tiff_file(_in_16_bits(picture), beside.profile, xmp, exif)
+    chunks = [(b"iCCP", PROFILE_NAME + zlib.compress(beside.profile))]
+    chunks += [(b"eXIf", exif)] if exif else []
+    chunks += [(chunk[0], chunk[1]) for chunk in _texts(beside, xmp).chunks]
+    return png_file(_in_16_bits(picture), chunks)
+
+
+def _tags(format: str, beside: Beside) -> tuple[bytes, bytes]:
+    """XMP and EXIF; a PNG has settings and text in chunks of their own."""
+    if SUFFIXES[format] == "png":
+        return xmp_packet("", beside.provenance, beside.xmp), beside.exif
+    exif = with_comment(beside.exif, beside.text) if beside.text else beside.exif
+    return xmp_packet(beside.settings, beside.provenance, beside.xmp), exif
 
 
 def _in_16_bits(picture: Image.Image | NDArray[np.uint16]) -> NDArray[np.uint16]:
@@ -162,7 +170,7 @@ def _fitting_jpeg(options: dict[str, bytes]) -> dict[str, bytes]:
     lost = {name for name, limit in JPEG_LIMITS.items() if len(options.get(name, b"")) > limit}
     for name in sorted(lost):
         what = {"xmp": "settings of --from_image", "exif": "parameters that other programs read"}[name]
-        warnings.warn(f"the {what} are too long for a jpg picture and are left out; use png", stacklevel=7)
+        warnings.warn(f"the {what} are too long for a jpg picture and are left out; use png", stacklevel=6)
     return {name: content for name, content in options.items() if name not in lost}
 
 
