@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import os
@@ -12,41 +11,27 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache, lru_cache
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
-from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
-from PIL import ExifTags, Image, ImageChops, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+
+from core.colour_profiles import srgb_transform
+from core.picture_files import METADATA_KEY, SUFFIXES, Beside, check_format, learn_formats, write_file
+from core.picture_metadata import EXIF_ASCII, settings_in_xmp, stored_xmp
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
+    Levels = NDArray[np.uint16]
+
 MAX_PIXELS = 16384 * 16384  # the largest picture that is read; the largest that is made
-FORMATS = ("png", "jpg", "webp")
-PILLOW_NAMES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
-MAX_SIDES = {"jpg": 65500, "webp": 16383}  # px; libjpeg stops 35 short of what the format allows
-SAVE_OPTIONS: dict[str, dict[str, int]] = {
-    "png": {"compress_level": 1},  # a third of the default's time, files a sixth larger
-    "jpg": {"quality": 95, "subsampling": 0},  # 0: 4:4:4
-    "webp": {"quality": 95},
-}
-METADATA_KEY = "ultrapixel"  # of the settings: a PNG's text chunk
-TEXT_KEY = "parameters"  # of what other programs read: a PNG's text chunk
-EXIF_UNICODE, EXIF_ASCII = b"UNICODE\0", b"ASCII\0\0\0"  # how the Exif standard begins a UserComment
-JPEG_LIMITS = {"exif": 65533, "xmp": 65504}  # bytes of a JPEG's segment, that of XMP less its name
-XMP_SPACE = "urn:ultrapixel"  # of the settings in XMP
-XMP_KEY = f"{{{XMP_SPACE}}}settings"
-XMP_START = (
-    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
-    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-    f'<rdf:Description rdf:about="" xmlns:ultrapixel="{XMP_SPACE}"><ultrapixel:settings>'
-).encode()
-XMP_END = b"</ultrapixel:settings></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end='w'?>"
 PROBE_BYTES = 4096  # that a folder must take
 RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
 NOT_DRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them, but needs other programs
@@ -77,8 +62,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_PIXELS  # b
 
 def to_image(pixels: Tensor) -> Image.Image:
     """A picture from pixels (3, H, W), clamped to [0, 1] and rounded to 8 bits; ValueError if any is NaN."""
-    if pixels.isnan().any():
-        raise ValueError("the decoded picture holds NaN; check the weight files and use bfloat16 or float32")
+    _refuse_nan(pixels)
     eight_bit = (pixels.float().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(eight_bit.permute(1, 2, 0).cpu().contiguous().numpy())
 
@@ -100,9 +84,22 @@ class NamedBytes(BytesIO):
 @cache
 def picture_suffixes() -> frozenset[str]:
     """The suffixes, in lower case, of the picture formats that this installation's Pillow reads."""
+    learn_formats()
     suffixes = Image.registered_extensions()
     known = {*Image.OPEN, "MPO"} - NOT_DRAWN  # MPO: opened as the JPEG that it begins with
     return frozenset(suffix for suffix, format in suffixes.items() if format in known)
+
+
+def to_levels(pixels: Tensor) -> Levels:
+    """Levels of 16 bits (H, W, 3) from pixels (3, H, W), as `to_image` makes those of 8."""
+    _refuse_nan(pixels)
+    sixteen_bit = (pixels.float().clamp(0, 1) * 65535).round().int().permute(1, 2, 0)
+    return sixteen_bit.cpu().contiguous().numpy().astype("uint16")
+
+
+def _refuse_nan(pixels: Tensor) -> None:
+    if pixels.isnan().any():
+        raise ValueError("the decoded picture holds NaN; check the weight files and use bfloat16 or float32")
 
 
 def load_image(path: str | Path, ground: str = "white") -> Image.Image:
@@ -169,23 +166,8 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     grey, mode = Image.getmodebase(image.mode) == "L", image.mode
     plain = image.convert("L" if grey else mode if mode == "CMYK" else "RGB")
     profile = image.info.get("icc_profile")
-    transform = _to_srgb(profile, plain.mode) if profile else None
+    transform = srgb_transform(profile, plain.mode) if profile else None
     return ImageCms.applyTransform(plain, transform) if transform else plain.convert("RGB")
-
-
-@lru_cache(maxsize=16)
-def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The way from an ICC profile to sRGB; None for a profile that is damaged, of another mode, or sRGB."""
-    srgb = ImageCms.createProfile("sRGB")
-    try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        transform = ImageCms.buildTransform(source, srgb, mode, "RGB")
-    except (ImageCms.PyCMSError, *DAMAGED):
-        return None
-    levels = bytes(itertools.chain.from_iterable(itertools.product(range(0, 256, 51), repeat=len(mode))))
-    colours = Image.frombytes(mode, (len(levels) // len(mode), 1), levels)
-    changed = ImageChops.difference(ImageCms.applyTransform(colours, transform), colours.convert("RGB"))
-    return transform if max(high for _, high in changed.getextrema()) > 1 else None
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -225,9 +207,10 @@ def picture_stem(prompt: str, height: int, width: int, seed: int) -> str:
 
 
 def numbered_paths(folder: str | Path, stem: str, format: str) -> Iterator[Path]:
-    """<stem>.<format>, <stem>_2.<format> … without end."""
+    """<stem>.<suffix>, <stem>_2.<suffix> … without end, with the suffix of a format."""
+    suffix = SUFFIXES.get(format, format)
     for number in itertools.count(1):
-        yield Path(folder, f"{stem}.{format}" if number == 1 else f"{stem}_{number}.{format}")
+        yield Path(folder, f"{stem}.{suffix}" if number == 1 else f"{stem}_{number}.{suffix}")
 
 
 def take_path(folder: str | Path, stem: str, format: str) -> Path:
@@ -253,54 +236,39 @@ def prepare_folder(folder: str | Path) -> None:
 # ----------------------------------------------------------------------------------- files with metadata
 
 
-def check_format(format: str, height: int, width: int) -> None:
-    """ValueError if the format is not known, or cannot hold a picture of height x width pixels."""
-    if format not in FORMATS:
-        near = difflib.get_close_matches(format.lower(), FORMATS, n=1)
-        hint = f"the nearest of {', '.join(FORMATS)} is {near[0]}" if near else f"use {', '.join(FORMATS)}"
-        raise ValueError(f"the picture format {format!r} is not known; {hint}")
-    limit = MAX_SIDES.get(format)
-    if limit and max(height, width) > limit:
-        raise ValueError(
-            f"a {format} picture has at most {limit} pixels a side, not {height} x {width}; use png"
-        )
-
-
-def format_of(path: Path) -> str:
-    """The format that a file's suffix asks for; ValueError if there is none, or it is not known."""
-    suffix = path.suffix.lower().removeprefix(".")
-    format = "jpg" if suffix == "jpeg" else suffix
-    if format not in FORMATS:
-        endings = ", ".join(f".{name}" for name in FORMATS)
-        raise ValueError(f"{path}: a picture is saved under a name that ends in one of {endings}")
-    return format
-
-
 def save_image(
-    image: Image.Image, path: str | Path, format: str, metadata: Mapping[str, Any], text: str = ""
+    image: Image.Image | Levels,
+    path: str | Path,
+    format: str,
+    metadata: Mapping[str, Any],
+    text: str = "",
+    provenance: bool = False,
 ) -> Path:
     """Write a picture with its settings inside, whole or not at all, and return its path.
 
-    `metadata` must be JSON: a PNG carries it as the text chunk "ultrapixel", JPEG and WebP in their XMP.
-    `text` is what other programs read: a PNG's text chunk "parameters", else the UserComment of the EXIF. An
-    existing file is replaced (`save_new_image` does not). ValueError as in `check_format`.
+    Instead of an 8-bit image its levels of 16 bits (H, W, 3) may come; a format keeps what it can.
+    `metadata` must be JSON: a PNG carries it as the text chunk "ultrapixel", the others in their XMP. `text`
+    is what other programs read: a PNG's text chunk "parameters", else the UserComment of the EXIF.
+    `provenance` says in the XMP that a model made the picture. An existing file is replaced
+    (`save_new_image` does not). ValueError as in `check_format`.
     """
     path = Path(path)
-    with _written(image, path.parent, format, metadata, text) as temporary:
+    with written(image, path.parent, format, _beside(metadata, text, provenance)) as temporary:
         os.replace(temporary, path)
     return path
 
 
 def save_new_image(
-    image: Image.Image,
+    image: Image.Image | Levels,
     folder: str | Path,
     stem: str,
     format: str,
     metadata: Mapping[str, Any],
     text: str = "",
+    provenance: bool = False,
 ) -> Path:
     """As `save_image`, under the name of `take_path`: no file is replaced."""
-    with _written(image, Path(folder), format, metadata, text) as temporary:
+    with written(image, Path(folder), format, _beside(metadata, text, provenance)) as temporary:
         path = _link_anew(temporary, folder, stem, format)
         if path is not None:
             return path
@@ -311,6 +279,11 @@ def save_new_image(
             path.unlink(missing_ok=True)
             raise
     return path
+
+
+def _beside(metadata: Mapping[str, Any], text: str, provenance: bool) -> Beside:
+    settings = json.dumps(dict(metadata))  # ASCII: any prompt survives, even half a surrogate pair
+    return Beside(settings, text.replace("\0", "").encode(errors="replace").decode(), provenance)
 
 
 def _link_anew(file: Path, folder: str | Path, stem: str, format: str) -> Path | None:
@@ -329,16 +302,14 @@ def _link_anew(file: Path, folder: str | Path, stem: str, format: str) -> Path |
 
 
 @contextmanager
-def _written(
-    image: Image.Image, folder: Path, format: str, metadata: Mapping[str, Any], text: str
-) -> Iterator[Path]:
+def written(image: Image.Image | Levels, folder: Path, format: str, beside: Beside) -> Iterator[Path]:
     """A file in a folder with the picture in it, which is gone afterwards unless it was given a name."""
-    check_format(format, image.height, image.width)
-    options = {**SAVE_OPTIONS[format], **_metadata_options(format, metadata, text)}
+    size = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
+    check_format(format, *size)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{uuid4().hex}"
     try:
-        image.save(temporary, PILLOW_NAMES[format], **options)
+        write_file(temporary, image, format, beside)
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
@@ -348,7 +319,9 @@ def read_image_metadata(path: str | Path) -> dict[str, Any]:
     """The settings that `save_image` wrote into a picture; ValueError or FileNotFoundError if none."""
     with open_image(path) as image:
         try:
-            stored = image.info.get(METADATA_KEY) or _from_xmp(image) or _user_comment(image)
+            stored = (
+                image.info.get(METADATA_KEY) or settings_in_xmp(stored_xmp(image)) or _user_comment(image)
+            )
             metadata = json.loads(stored)
         except (OSError, ValueError, SyntaxError):
             metadata = None
@@ -357,42 +330,6 @@ def read_image_metadata(path: str | Path) -> dict[str, Any]:
             f"{path}: the picture carries no settings (other programs often remove them when they save it)"
         )
     return metadata
-
-
-def _metadata_options(format: str, metadata: Mapping[str, Any], text: str) -> dict[str, Any]:
-    settings = json.dumps(dict(metadata))  # ASCII: any prompt survives, even half a surrogate pair
-    text = text.replace("\0", "").encode(errors="replace").decode()
-    if format == "png":
-        chunks = PngImagePlugin.PngInfo()
-        chunks.add_itxt(METADATA_KEY, settings)
-        if text:
-            chunks.add_text(TEXT_KEY, text)
-        return {"pnginfo": chunks}
-    options = {"xmp": XMP_START + escape(settings).encode() + XMP_END}
-    if text:
-        exif = Image.Exif()
-        comment = EXIF_UNICODE + text.encode("utf-16-be")
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-        options["exif"] = exif.tobytes()
-    return _fitting_jpeg(options) if format == "jpg" else options
-
-
-def _fitting_jpeg(options: dict[str, bytes]) -> dict[str, bytes]:
-    kept = {name: content for name, content in options.items() if len(content) <= JPEG_LIMITS[name]}
-    for name in sorted(options.keys() - kept):
-        lost = {"xmp": "settings of --from_image", "exif": "parameters that other programs read"}[name]
-        warnings.warn(f"the {lost} are too long for a jpg picture and are left out; use png", stacklevel=5)
-    return kept
-
-
-def _from_xmp(image: Image.Image) -> str | None:
-    """The settings in the XMP of a JPEG or WebP, also if another program wrote them as an attribute."""
-    packet = image.info.get("xmp")
-    if packet is None:
-        return None
-    elements = ElementTree.fromstring(packet).iter()  # its ParseError is a SyntaxError
-    found = (e.text if e.tag == XMP_KEY else e.get(XMP_KEY) for e in elements)
-    return next(filter(None, found), None)
 
 
 def _user_comment(image: Image.Image) -> str:

@@ -16,8 +16,6 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from core import images
 from core.images import (
-    FORMATS,
-    check_format,
     load_image,
     picture_stem,
     prepare_folder,
@@ -28,6 +26,8 @@ from core.images import (
     take_path,
     to_image,
 )
+from core.picture_files import FORMATS, JPEG_LIMITS, check_format
+from core.picture_metadata import XMP_END, XMP_START
 from core.pipeline.control import read_source
 
 BEFORE = ROOT / "tests" / "pictures"  # made by commit f1c274f
@@ -343,6 +343,8 @@ def test_a_folder_on_a_full_disk_is_refused(tmp_path, monkeypatch):
 @given(prompt=any_text, seed=st.integers(0, 2**64), cfg=st.floats(allow_nan=False))
 @one_folder
 def test_settings_survive_the_file(tmp_path, format, prompt, seed, cfg):
+    if format == "jxl":
+        pytest.importorskip("pillow_jxl")
     metadata = {"prompt": prompt, "seed": seed, "cfg": cfg, "negative_prompt": None, "size": [1, 2]}
     path = save_image(RED, tmp_path / f"a.{format}", format, metadata)
     assert read_image_metadata(path) == metadata
@@ -384,7 +386,7 @@ def test_settings_are_found_in_xmp_that_another_program_rewrote(tmp_path, format
         read_image_metadata(tmp_path / f"a.{format}")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["png", "jpg", "webp"])
 def test_pictures_of_before_the_infotext_keep_their_settings(format):
     stored = read_image_metadata(BEFORE / f"settings_before_infotext.{format}")
     assert stored["prompt"] == 'a red house, "old" (left); 風車 🦁\nby the sea'
@@ -412,7 +414,7 @@ def test_jpg_colours_are_not_subsampled(tmp_path):
 
 
 def test_settings_too_long_for_jpg_do_not_cost_the_picture(tmp_path):
-    room = images.JPEG_LIMITS["xmp"] - len(images.XMP_START + images.XMP_END + b'{"prompt": ""}')
+    room = JPEG_LIMITS["xmp"] - len(XMP_START + XMP_END + b'{"prompt": ""}')
     for length, warned in ((room, False), (room + 1, True)):  # the last that fits, the first that does not
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -424,7 +426,7 @@ def test_settings_too_long_for_jpg_do_not_cost_the_picture(tmp_path):
 
 
 def test_a_text_too_long_for_jpg_costs_neither_picture_nor_settings(tmp_path):
-    room = (images.JPEG_LIMITS["exif"] - 58) // 2  # 58: of EXIF around the text
+    room = (JPEG_LIMITS["exif"] - 58) // 2  # 58: of EXIF around the text
     for length, warned in ((room, False), (room + 1, True)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -464,10 +466,10 @@ def test_format_limits(tmp_path, format, side):
 
 
 def test_unknown_format_names_the_nearest():
-    with pytest.raises(ValueError, match="'JPEG' is not known; the nearest of png, jpg, webp is jpg"):
+    with pytest.raises(ValueError, match="'JPEG' is not known; the nearest of png, .* is jpg"):
         check_format("JPEG", 8, 8)
-    with pytest.raises(ValueError, match="'tiff' is not known; use png, jpg, webp"):
-        check_format("tiff", 8, 8)
+    with pytest.raises(ValueError, match="'gif' is not known; use png, png16, jpg"):
+        check_format("gif", 8, 8)
 
 
 def test_reading_settings_names_what_is_wrong(tmp_path):

@@ -94,7 +94,8 @@ def make_grids(
         sheet = grid_sheet([[_opened(each) for each in row] for row in rows], columns, names, base.prompt)
         stem = f"{picture_stem(base.prompt, base.height, base.width, base.seed)}_grid"
         metadata = {**record.metadata(base), "grid": list(arguments.grid)}
-        path = save_new_image(sheet, arguments.output_dir, stem, "png", metadata, record.text(base))
+        text, provenance = record.text(base), getattr(arguments, "provenance", False)
+        path = save_new_image(sheet, arguments.output_dir, stem, "png", metadata, text, provenance)
         say(f"grid: {path}", sys.stdout)
     if len(outcome.paths) == len(cells):
         return 0

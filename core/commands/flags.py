@@ -24,9 +24,10 @@ from core.config.offloading import AUTO, NONE, OFFLOAD_NAMES
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS
 from core.config.settings import FAST, FP8_NAMES, PUBLISHED_STEPS, TRAINING_R, Job, Settings
 from core.devices import own_device
-from core.images import FORMATS, prepare_folder, read_image_metadata
+from core.images import prepare_folder, read_image_metadata
 from core.launch import fail, processes, told_once
 from core.paths import at_home, located
+from core.picture_files import FORMATS
 from gdf.names import SAMPLER_NAMES
 
 if TYPE_CHECKING:
@@ -198,7 +199,13 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=123, help="of the first picture, the i-th has seed + i; -1 draws one"
     )
     group.add_argument("--output_dir", type=home_path, default="outputs", help="folder for the pictures")
-    group.add_argument("--format", choices=FORMATS, default="png", help="of the files")
+    group.add_argument(
+        "--format", choices=FORMATS, default="png",
+        help="of the files; png16 and tiff have 16 bits a colour, and jxl needs pillow-jxl-plugin",
+    )  # fmt: skip
+    group.add_argument(
+        "--provenance", action="store_true", help="say in the files that a model made the pictures (IPTC)"
+    )
 
 
 def add_prompt_flags(group: argparse._ArgumentGroup, prompts: argparse._MutuallyExclusiveGroup) -> None:

@@ -60,9 +60,9 @@ PREVIEW_EVERY = 4  # steps of the high-resolution pass
 class Previews:
     """Small pictures of the latents while Stage C runs, one file per picture and pass."""
 
-    def __init__(self, pipeline: UltraPixelPipeline, folder: str, format: str) -> None:
+    def __init__(self, pipeline: UltraPixelPipeline, folder: str, format: str, provenance: bool) -> None:
         self._previewer = load_previewer(pipeline.config_c, pipeline.device)
-        self._folder, self._format = folder, format
+        self._folder, self._format, self._provenance = folder, format, provenance
         self._paths: dict[tuple[Job, bool], Path] = {}
 
     def __call__(self, progress: Progress) -> None:
@@ -77,9 +77,11 @@ class Previews:
         metadata = {"prompt": progress.job.prompt, "step": progress.step}
         key = progress.job, low  # names may be alike
         if key in self._paths:
-            save_image(image, self._paths[key], self._format, metadata)
+            save_image(image, self._paths[key], self._format, metadata, provenance=self._provenance)
         else:
-            self._paths[key] = save_new_image(image, self._folder, stem, self._format, metadata)
+            self._paths[key] = save_new_image(
+                image, self._folder, stem, self._format, metadata, provenance=self._provenance
+            )
 
 
 def _size(job: Job) -> Size:
@@ -97,15 +99,17 @@ class Gallery:
     folder: str
     format: str
     record: Record
+    provenance: bool = False  # whether they say that a model made them
 
     def add(self, picture: Picture) -> Path:
         """Save a picture under a name made of its prompt, size and seed; where that fails, elsewhere."""
         metadata = self.record.metadata(picture.job)
-        job, image, failures = picture.job, picture.image, []
+        job, failures = picture.job, []
         text = self.record.text(job)
         for folder, stem, format in self._ways(job):
             try:
-                path = save_new_image(image, folder, stem, format, metadata, text)
+                image = picture.drawn(format)
+                path = save_new_image(image, folder, stem, format, metadata, text, self.provenance)
             except Exception as error:  # whatever it is: the picture is computed
                 failures.append(error)
                 continue
@@ -255,7 +259,8 @@ def make_and_save(
     """
     models = {name: getattr(arguments, name) for name in model_flags}
     folder, format = arguments.output_dir, arguments.format
-    gallery = Gallery(folder, format, pipeline.record(settings, models))
+    provenance = getattr(arguments, "provenance", False)
+    gallery = Gallery(folder, format, pipeline.record(settings, models), provenance)
     together = getattr(arguments, "split", False)
     forgiving = forgiving and not together  # the other processes would wait for the rest of the picture
     there = _there(gallery, jobs, getattr(arguments, "skip_existing", None))
@@ -269,7 +274,7 @@ def make_and_save(
     errors: dict[int, str] = {}
     with _ending_as_by_ctrl_c(), way, closing(bars):
         with Saving(gallery, bars, control, forgiving) as saving:
-            previews = [Previews(pipeline, folder, format)] if arguments.preview and saves else []
+            previews = [Previews(pipeline, folder, format, provenance)] if arguments.preview and saves else []
             observe = Together([bars, saving.tell, *previews])
             size = 1 if forgiving else pipeline.group
             for group in (numbers[start : start + size] for start in range(0, len(numbers), size)):

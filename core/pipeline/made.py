@@ -13,15 +13,19 @@ from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor
 
 from core.config.settings import Job, Settings
-from core.images import format_of, save_image, to_image
+from core.images import save_image, to_image, to_levels
 from core.paths import at_home
+from core.picture_files import DEEP, format_of
 from core.weights.hashes import file_sha256
+
+if TYPE_CHECKING:
+    from core.images import Levels
 
 HURRIED_WITHIN = 0.1  # seconds
 PACKAGES = ("ultrapixel", "torch", "transformers")
@@ -72,16 +76,25 @@ class Picture:
         """The seed that makes it again."""
         return self.job.seed
 
-    def save(self, path: str | Path) -> Path:
-        """Write it with its settings inside, as .png, .jpg or .webp; an existing file is replaced.
+    def drawn(self, format: str) -> Image.Image | Levels:
+        """The picture with as many bits a colour as a format has: an 8-bit image, or levels of 16."""
+        return to_levels(self.pixels) if format in DEEP else self.image
 
-        The path comes back. ValueError for another suffix.
+    def save(
+        self, path: str | Path, bits: int | None = None, *, lossless: bool = False, provenance: bool = False
+    ) -> Path:
+        """Write it with its settings inside, as .png, .jpg, .webp, .tiff, .avif or .jxl.
+
+        An existing file is replaced, and the path comes back. `bits` a colour are 16 for .tiff and 8 for the
+        others, unless .png is asked for 16. `lossless` is for .webp. `provenance` says in the file that a
+        model made it. ValueError for another suffix, and for bits that it does not have.
         """
         path = Path(at_home(str(path)))
         metadata, text = self.job.values(), self.job.prompt
+        format = format_of(path, bits, lossless)
         if self.record is not None:
             metadata, text = self.record.metadata(self.job), self.record.text(self.job)
-        return save_image(self.image, path, format_of(path), metadata, text)
+        return save_image(self.drawn(format), path, format, metadata, text, provenance)
 
 
 class Pictures(list[Picture]):
