@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -43,6 +42,7 @@ from core.config.schema import ControlConfig
 from core.config.settings import Settings
 from core.config.sizes import Size
 from core.family.evaluation import Case, held_out_cases, real_picture
+from core.family.outlines import compare, found_by_canny
 from core.images import save_image, to_image
 from core.pipeline.control import CONTROL_WEIGHT, Control, Source, edge_control
 from core.pipeline.pipeline import GROUP, Job, UltraPixelPipeline
@@ -53,7 +53,6 @@ from core.training.preview import row_of, sheet
 SIZES = ((128, 128), (512, 512))
 SIDE = 128  # px at which outlines are compared
 BLUR, THRESHOLDS = 3.0, (25, 50)
-NEAR, FAR = 2.0, 16.0  # px: within which outlines agree, and the most that counts
 SHOWN = 8  # scenes on a sheet
 OWN = ("cfg",)  # defaults that no preset changes, as in inference/test_controlnet.py
 TITLE, FONT = 24, 14  # px: height of the titles' strip, and of their letters
@@ -91,25 +90,7 @@ class Agreement:
 def outlines(picture: Tensor) -> np.ndarray:
     """The outlines (SIDE, SIDE), bool, of a picture (3, H, W) in [0, 1]."""
     reduced = F.interpolate(picture[None], size=(SIDE, SIDE), mode="bilinear", antialias=True)[0]
-    smooth = cv2.GaussianBlur(np.array(to_image(reduced)), (0, 0), BLUR)
-    return cv2.Canny(smooth, *THRESHOLDS) > 0
-
-
-def compare(given: np.ndarray, made: np.ndarray) -> tuple[float, float]:
-    """F1 and distance of two pictures' outlines."""
-    if not given.any() or not made.any():
-        same = given.any() == made.any()
-        return float(same), 0.0 if same else FAR
-    there, back = _distances(given, made), _distances(made, given)
-    recall, precision = (there <= NEAR).mean(), (back <= NEAR).mean()
-    f1 = 2 * precision * recall / max(precision + recall, np.finfo(float).tiny)
-    return float(f1), float(there.clip(max=FAR).mean() + back.clip(max=FAR).mean()) / 2
-
-
-def _distances(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """From each pixel of `lines` to the nearest of `others`, px."""
-    far = cv2.distanceTransform((~others).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return far[lines]
+    return found_by_canny(reduced, BLUR, THRESHOLDS)
 
 
 def agreement(given: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> Agreement:

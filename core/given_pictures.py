@@ -55,14 +55,14 @@ class GivenPicture:
 # --------------------------------------------------------------------------------------------- reading
 
 
-def read_given(path: str | Path) -> GivenPicture:
-    """Read a picture of any mode with all that stands in its file.
+def read_given(path: str | Path | NamedBytes) -> GivenPicture:
+    """Read a picture of any mode with all that stands in its file, or in a file's content.
 
     FileNotFoundError, or ValueError of one sentence that names the file, for what is not a picture, is
     damaged, or has fewer than MIN_SIDE pixels a side.
     """
     try:
-        content = NamedBytes(Path(path).read_bytes(), str(path))
+        content = path if isinstance(path, NamedBytes) else NamedBytes(Path(path).read_bytes(), str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: this picture does not exist") from None
     except OSError as error:

@@ -61,7 +61,10 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_PIXELS  # b
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """A picture from pixels (3, H, W), clamped to [0, 1] and rounded to 8 bits; ValueError if any is NaN."""
+    """A picture from pixels (3, H, W), or (4, H, W) with alpha, clamped to [0, 1] and rounded to 8 bits.
+
+    ValueError if any is NaN.
+    """
     _refuse_nan(pixels)
     eight_bit = (pixels.float().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(eight_bit.permute(1, 2, 0).cpu().contiguous().numpy())

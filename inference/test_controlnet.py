@@ -58,6 +58,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="inpainting: a picture of its size, white where it is filled (default: what is transparent)",
     )  # fmt: skip
     group.add_argument(
+        "--outpaint", type=int, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="inpainting: pixels to fill around the picture",
+    )  # fmt: skip
+    group.add_argument(
         "--control_image", type=home_path,
         help="what is seen, as a picture that is ready: edges, a mask, or, for depth and tile, always",
     )  # fmt: skip
@@ -81,8 +85,11 @@ def check_flags(arguments: argparse.Namespace) -> None:
     elif source is None and not (way == "edges" and ready):
         ways = ", or its edges: --control_image FILE" if way == "edges" else ""
         raise ValueError(f"{name} needs a picture: --control_source FILE_OR_URL{ways}")
-    if arguments.mask and way != "hole":
-        raise ValueError(f"--mask is for inpainting, and {name} was asked for: add --control inpainting")
+    for flag in ("mask", "outpaint"):
+        if getattr(arguments, flag) and way != "hole":
+            raise ValueError(
+                f"--{flag} is for inpainting, and {name} was asked for: add --control inpainting"
+            )
     if ready and (way == "latents" or arguments.mask or (way == "edges" and source)):
         raise ValueError(
             "--control_image is for edges instead of --control_source, or for inpainting instead of --mask"

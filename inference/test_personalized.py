@@ -22,24 +22,11 @@ from core.commands.flags import (
     run,
     settings_of,
 )
+from core.commands.origins import Gather
 from core.launch import is_main
 from core.printable import say
 
 CONFIG_C = "configs/training/lora_personalization.yaml"  # has the token of the published file, which lacks it
-
-
-class Gather(argparse.Action):
-    """Collects the values of a repeated flag, instead of the default ones."""
-
-    def __call__(
-        self,
-        _parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        value: str,
-        _flag: str | None = None,
-    ) -> None:
-        held = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*(() if held is self.default else held), value])
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

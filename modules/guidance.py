@@ -302,6 +302,15 @@ class PreparedGuidance:
         sites = tuple(replace(site, hidden=site.hidden[:, rows]) for site in self.sites)
         return replace(self, sites=sites)
 
+    def cut(self, corners: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]]) -> PreparedGuidance:
+        """That of a part of the maps, by its corner (row, column) and size (H, W) at each site."""
+        parts = zip(self.sites, corners, sizes, strict=True)
+        sites = tuple(
+            replace(site, hidden=site.hidden[:, y : y + height, x : x + width])
+            for site, (y, x), (height, width) in parts
+        )
+        return replace(self, sites=sites)
+
     def fuse(self, site: int, x: Tensor, r_embed: Tensor) -> Tensor:
         """x + strength·G at a site, x (B, C, H, W), r_embed (B, 64)."""
         return x + self.strengths[site] * self.blocks[site].fuse(x, r_embed, self.sites[site])

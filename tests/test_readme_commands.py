@@ -70,6 +70,7 @@ ADDED = {
     "inference/test_t2i.py": PICTURE,
     "inference/test_personalized.py": PICTURE,
     "inference/test_controlnet.py": [*PICTURE, "--control_file", "{control}.safetensors"],
+    "inference/upscale.py": [*"--factor 1 --steps 1 --steps_b 1".split()],
     "inference/evaluate.py": [*PICTURE, "--height", "136", "--width", "136"],
     "train/train_t2i.py": [*TRAINING, *overrides(image_size=64)],
     "train/train_personalized.py": [*TRAINING, *overrides(**LORA)],
@@ -112,7 +113,8 @@ def added(script: str, words: list[str]) -> list[str]:
     """What follows a script's words: the embedded family, where they do not name it, and small sizes."""
     named = "--preset" in words and words[words.index("--preset") + 1].startswith("tiny")
     family = ["--preset", "tiny"] if script.startswith("inference/") and not named else []
-    return [*family, *ADDED[script]]
+    own_size = "--region" in words  # that of the picture
+    return [*family, *(PICTURE[4:] if own_size else ADDED[script])]
 
 
 def split(command: str) -> tuple[list[str], str, list[str]]:

@@ -13,14 +13,14 @@ from core.config.settings import Settings
 from core.config.sizes import Size
 from core.config.yaml import load_control
 from core.images import load_image
-from core.pipeline.control import Control, Source, read_source
+from core.pipeline.control import Control, Source, outpainted, read_source
 from core.pipeline.pipeline import UltraPixelPipeline, load_encoder
 from core.pipeline.steering import Steering, with_suffix
 
 # Pictures know the source by its first name, --canny_source_url, so that those of today can be repeated.
 CONTROL_FLAGS = (
     "control", "control_file", "control_weight", "control_size", "keep_aspect", "canny_source_url", "mask",
-    "control_image",
+    "control_image", "outpaint",
 )  # fmt: skip
 
 
@@ -41,6 +41,8 @@ def control_source(arguments: argparse.Namespace) -> Source:
         return Source(load_image(arguments.control_image))
     mask = arguments.mask or arguments.control_image
     source = read_source(arguments.canny_source_url, mask)
+    if arguments.outpaint is not None:
+        source = outpainted(source, arguments.outpaint)
     arguments.height = arguments.height or source.picture.height
     arguments.width = arguments.width or source.picture.width
     return source

@@ -213,6 +213,8 @@ def check_jobs(
     """ValueError for sizes that cannot be made; what may not do what it is meant to do is said."""
     for size in dict.fromkeys(map(_size, jobs)):
         plan_for(pipeline.config_c, *size)
+        if pipeline.origin is not None:
+            pipeline.origin.size(*size)
         if control is not None:
             control(size)
     for sentence in pipeline.doubts(jobs, settings) if launch.is_main() else ():

@@ -113,7 +113,7 @@ FAST: Mapping[str, Any] = MappingProxyType({
 
 # Arguments of a call that are no settings, and what callers of other libraries call ours.
 OF_CALLS = ("prompt", "height", "width", "seed", "num_images", "negative_prompt", "observer", "progress",
-            "wildcards")  # fmt: skip
+            "wildcards", "init_image", "strength", "region", "image_prompt")  # fmt: skip
 ELSEWHERE = {
     "guidance_scale": "cfg", "cfg_scale": "cfg", "num_inference_steps": "steps", "generator": "seed",
     "num_images_per_prompt": "num_images", "callback": "observer", "scheduler": "sampler",

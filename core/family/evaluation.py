@@ -15,11 +15,12 @@ from core.config.sizes import Size
 from core.pipeline.passes import decode_picture
 from core.pipeline.pipeline import GROUP, Job, Observer, UltraPixelPipeline
 from core.pipeline.resolution import Plan, plan
+from core.pipeline.sources import enlarge, latent_of
 from core.random_keys import generator_of
 from core.scenes.captions import caption
 from core.scenes.drawing import render
 from core.scenes.scene import ATTRIBUTES, Scene, labels, sample_scene
-from modules.effnet import EfficientNetEncoder, imagenet_normalise
+from modules.effnet import EfficientNetEncoder
 from modules.recogniser import SIDE, Recogniser, resize
 from modules.stage_a import StageA
 
@@ -258,7 +259,8 @@ class Evaluation:
             real = [real_picture(case.scene, size).to(pipeline.device) for case in group]
             with pipeline.stage_a.on_device() as stage_a:
                 ratios += [psnr(stage_a_round_trip(stage_a, x, sizes), x) for x in real]
-            latents = [encode(encoder, x, sizes, pipeline.config_c.geometry.stride) for x in real]
+            stride = pipeline.config_c.geometry.stride
+            latents = [latent_of(x, encoder, sizes.hr_latent, stride) for x in real]
             plans, texts = [sizes] * len(group), pipeline.encode_text(jobs)
             sampled = list(pipeline.run_stage_b(jobs, plans, texts, latents, self.settings, observer))
             decoded = list(pipeline.run_stage_a(jobs, plans, sampled, self.settings, observer))
@@ -272,22 +274,8 @@ class Evaluation:
             yield group, [Job(case.prompt, *size, case.seed) for case in group]
 
 
-def enlarge(picture: Tensor, size: Size) -> Tensor:
-    """A picture (3, H, W) in another size, bicubic and clamped to [0, 1]; itself where it has the size."""
-    if picture.shape[-2:] == size:
-        return picture
-    return F.interpolate(picture[None], size=size, mode="bicubic", align_corners=False)[0].clamp(0, 1)
-
-
 def stage_a_round_trip(stage_a: StageA, picture: Tensor, sizes: Plan) -> Tensor:
     """A picture (3, height, width) encoded, not quantised, and decoded; sides are padded to whole latents."""
     padding = (0, sizes.decoded_width - sizes.width, 0, sizes.decoded_height - sizes.height)
     padded = F.pad(picture[None], padding, mode="replicate")
     return decode_picture(stage_a, stage_a.encode(padded), sizes, tiled=False)
-
-
-def encode(encoder: EfficientNetEncoder, picture: Tensor, sizes: Plan, stride: int) -> Tensor:
-    """The encoder's latent (1, 16, h, w) of a picture (3, H, W), of the size that Stage C makes for it."""
-    size = [stride * side for side in sizes.hr_latent]
-    scaled = F.interpolate(picture[None], size=size, mode="bilinear", antialias=True)
-    return encoder(imagenet_normalise(scaled))

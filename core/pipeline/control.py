@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,6 +127,24 @@ def read_source(place: str | Path, mask: str | Path | None = None) -> Source:
             f"{mask}: the mask has {hole.height} x {hole.width} pixels (height x width), but the picture has "
             f"{picture.height} x {picture.width}: give a mask of the picture's size"
         )
+    return Source(picture, hole)
+
+
+def outpainted(source: Source, sides: Sequence[int]) -> Source:
+    """The picture with room around it, of so many pixels (left, top, right, bottom), as a part of its hole.
+
+    ValueError for what is no such room.
+    """
+    if len(sides) != 4 or min(sides) < 0 or not any(sides):
+        raise ValueError(
+            "outpainting needs four numbers of pixels, left, top, right and bottom, from 0 up and not all 0, "
+            f"not {' '.join(map(str, sides))}"
+        )
+    left, top, right, bottom = sides
+    size = source.picture.width + left + right, source.picture.height + top + bottom
+    picture, hole = Image.new("RGB", size, "white"), Image.new("L", size, 255)
+    picture.paste(source.unmixed or source.picture, (left, top))
+    hole.paste(source.hole or Image.new("L", source.picture.size), (left, top))
     return Source(picture, hole)
 
 
@@ -305,18 +323,21 @@ def _binary(hole: Tensor) -> Tensor:
 def carried_on(source: Source) -> Image.Image:
     """The picture, each pixel of its hole in the colour of the nearest one outside; if any is."""
     picture = source.unmixed or source.picture
-    pixels, hole = np.array(picture), np.array(source.hole) >= HOLE_LEVEL * 255
-    if hole.all():
-        return picture
+    return Image.fromarray(filled(np.array(picture), np.array(source.hole) >= HOLE_LEVEL * 255))
+
+
+def filled(pixels: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """Pixels (H, W, 3), those where the hole (H, W) is true as the nearest one outside; if any is."""
+    if hole.all() or not hole.any():
+        return pixels
     import cv2  # late: most pictures have no control
 
     _, labels = cv2.distanceTransformWithLabels(
         hole.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
     )
-    nearest = np.empty((labels.max() + 1, 3), np.uint8)
+    nearest = np.empty((labels.max() + 1, 3), pixels.dtype)
     nearest[labels[~hole]] = pixels[~hole]  # each pixel outside has a label, those inside its label
-    pixels[hole] = nearest[labels[hole]]
-    return Image.fromarray(pixels)
+    return np.where(hole[..., None], nearest[labels], pixels)
 
 
 def blend(hole: Tensor) -> Tensor:

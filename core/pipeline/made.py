@@ -51,7 +51,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished picture: its job and its pixels (3, height, width) in [0, 1], float32 on the CPU."""
+    """A finished picture: its job and its pixels (3, height, width) in [0, 1], float32 on the CPU.
+
+    Where a given picture has alpha, it is the fourth channel.
+    """
 
     job: Job
     pixels: Tensor

@@ -142,19 +142,26 @@ def prepare_stage_c(stage_c: StageC, conditions: Conditions) -> StageCConditions
 class Start:
     """Where a pass begins instead of at noise alone: at a latent (1, 16, H, W), noised to a time.
 
+    With `inside` (1, 1, H, W), 0 or 1, the latent stays as it is where that is 0.
     ValueError for a strength, which that time is, that is not above 0 and at most 1.
     """
 
     latent: Tensor
     strength: float
+    inside: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1:  # a NaN is neither
-            raise ValueError(f"strength must be above 0 and at most 1, not {self.strength}")
+        check_strength(self.strength)
 
     def steps(self, count: int) -> int:
         """How many of a whole pass's steps are left, at least one."""
         return max(1, math.ceil(count * self.strength - 1e-6))
+
+
+def check_strength(strength: float) -> None:
+    """ValueError for a strength that no pass can begin with."""
+    if not 0 < strength <= 1:  # a NaN is neither
+        raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
 
 
 def _begun(
@@ -162,12 +169,24 @@ def _begun(
 ) -> tuple[Tensor, list[Step]]:
     """The noisy latent that a pass begins with, and its steps."""
     x = noise.draw(noise.count, C_LATENT, *size)
-    if start is None or start.strength == 1:
+    if start is None or (start.strength == 1 and start.inside is None):
         return x, steps(cosine, count, shift)
     if start.latent.shape[1:] != x.shape[1:]:
         raise ValueError(f"the pass begins at a latent of {_shape(start.latent)}, but it is of {_shape(x)}")
     times = steps(cosine, start.steps(count), shift, start=start.strength)
-    return times[0].a * start.latent.to(x) + times[0].b * x, times
+    return x if start.strength == 1 else times[0].a * start.latent.to(x) + times[0].b * x, times
+
+
+def _holding(denoise: Denoise, start: Start | None) -> Denoise:
+    """Denoises to what a pass began at, where that is held."""
+    if start is None or start.inside is None:
+        return denoise
+
+    def held(x: Tensor, step: Step) -> Estimate:
+        x0 = torch.where(start.inside > 0, denoise(x, step).x0, start.latent.to(x))
+        return Estimate(x0, (x - step.a * x0) / step.b)
+
+    return held
 
 
 def low_resolution_pass(
@@ -213,7 +232,7 @@ def low_resolution_pass(
     x, times = _begun(start, noise, plan.lr_latent, settings.steps_low, settings.shift)
     shares = None if split is None else split.shares(stage_c, None)
     halves = in_halves(predict, conditions, stage_c, times, noise.device, shares)
-    denoise = denoiser(halves, target, settings.cfg_stage_c)
+    denoise = _holding(denoiser(halves, target, settings.cfg_stage_c), start)
     sampled = _sample_stage_c(denoise, x, times, settings, noise, after_step)
     if settings.extra_guidance_r is not None:
         latent, epsilon, r = last[0].x0, last[0].epsilon, settings.extra_guidance_r
@@ -288,7 +307,7 @@ def high_resolution_pass(
         settings.cfg_stage_c,
     )
     with products_in_fp8(stage_c, settings.fp8):
-        return _sample_stage_c(denoise, x, times, settings, noise, on_step)
+        return _sample_stage_c(_holding(denoise, start), x, times, settings, noise, on_step)
 
 
 def _sample_stage_c(

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from threading import RLock
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -57,9 +58,11 @@ from core.pipeline.estimate import (
     fitting_tile,
     weights_on_disk,
 )
+from core.pipeline.given import Given, Original, original
 from core.pipeline.graphs import LowPassGraphs
 from core.pipeline.made import Picture, Pictures, Record, WeightHashes
 from core.pipeline.offload import Offloaded, Placement
+from core.pipeline.origins import Origin, embedding, origin
 from core.pipeline.passes import (
     B_LATENT,
     C_LATENT,
@@ -74,18 +77,19 @@ from core.pipeline.passes import (
 )
 from core.pipeline.progress import Observer, Progress, ProgressBars, Stopped, Together, harmless
 from core.pipeline.prompts import doubts, unknown
-from core.pipeline.resolution import MIN_SIDE, Plan, guidance_strength, plan_for
-from core.pipeline.sources import NOISE_ALONE, Source
+from core.pipeline.region import prepare_guidance
+from core.pipeline.resolution import MIN_SIDE, Plan, plan_for
+from core.pipeline.sources import NOISE_ALONE, Encode, Source, latent_of
 from core.pipeline.split import Split
 from core.pipeline.steering import (
     CONTROLLED,
     SUFFIX,
-    Given,
     Steering,
     given_source,
     steering_flags,
     with_suffix,
 )
+from core.pipeline.upscaling import Upscaling, without_idle_cfg
 from core.weights.checkpoint import check_files, check_finite, load_module, read_config
 from core.weights.clip import (
     TextCondition,
@@ -94,6 +98,7 @@ from core.weights.clip import (
     find_text_encoder,
     weights_of_text_encoder,
 )
+from core.weights.image_encoder import CLIP, PictureEncoder, load_image_encoder
 from core.weights.layouts import guidance_names
 from core.weights.lora.merging import LoraMerger, WeightedLora, check_loras, load_loras, lora_files, uncalled
 from core.weights.prompting import Reading, encode_prompts
@@ -110,6 +115,7 @@ from modules.stage_c import StageC
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 GROUP = 8  # pictures that go through stages that move together: each moves to the device once for them
+NO_FLAGS: Mapping[str, Any] = MappingProxyType({})
 NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
 
 
@@ -180,6 +186,9 @@ class UltraPixelPipeline:
         self._graphs = LowPassGraphs()
         self._turn = RLock()  # calls of several threads take turns, as weights move in one
         self._text_encoder: TextEncoder | None = None
+        self.image_encoder = config_c.clip_image_path or CLIP  # of image prompts
+        self._image_encoder: PictureEncoder | None = None
+        self.set_origin(None)
         self._guidance_path = guidance_path
         build_c = partial(StageC, **asdict(stage_c_sizes(config_c)))
         self._loras = LoraMerger()
@@ -192,6 +201,9 @@ class UltraPixelPipeline:
             self.guidance = Offloaded(
                 lambda home, _: load_guidance(config_c, guidance_path, dtype_c, home), self._placement
             )
+        self.encoder = Offloaded(
+            lambda home, _: load_encoder(config_c, "a picture to go out from").to(home), self._placement
+        )
         build_b = partial(StageB, **asdict(stage_b_sizes(config_b)))
         self.stage_b = stage(build_b, config_b.generator_checkpoint_path, dtype_b, "Stage B", int8=int8)
         # In bfloat16 neighbouring shades of the picture would fall together, so Stage A stays in float32.
@@ -270,19 +282,28 @@ class UltraPixelPipeline:
         progress: bool = True,
         num_image: int | None = None,
         wildcards: str | Path | None = None,
+        init_image: Given | None = None,
+        strength: float | None = None,
+        region: Sequence[int] | None = None,
+        image_prompt: object = None,
         **changes: Any,
     ) -> Pictures:
         """Pictures of a prompt, or `num_images` of each of several; the i-th of all has seed `seed + i`.
 
         What is left open is the preset's. Values of `Settings` may be given by name, as in `steps=10`. Seed
-        -1 draws one. With `wildcards`, a folder, prompts are templates (`core.config.wildcards`). `progress`
-        shows bars. An observer is told of every step; where it returns True, the run ends, and the pictures
-        that are done come back. After an error, or Ctrl-C, they lie in `rescued`. TypeError or ValueError
-        names a wrong argument.
+        -1 draws one. With `wildcards`, a folder, prompts are templates (`core.config.wildcards`).
+        `init_image` is a picture to go out from, `strength` how much is made anew, `region` (x, y, width,
+        height) where; `image_prompt` is as in `core.pipeline.origins.origin`. `progress` shows bars. An
+        observer is told of every step; where it returns True, the run ends, and the pictures that are done
+        come back. After an error, or Ctrl-C, they lie in `rescued`. TypeError or ValueError names a wrong
+        argument.
         """
         settings = changed(settings, self._default_settings(), changes)
         count = picture_count(num_images, num_image)
         wanted = [p for p in prompts_of(prompt) for _ in range(count)]
+        begun = origin(init_image, strength, region, image_prompt)
+        if begun is not None:
+            height, width = begun.size(height, width)
         size, first = self._size(height, width), first_seed(seed)
         negative = text("negative_prompt", negative_prompt)
         jobs = [Job(p, *size, first + i, negative) for i, p in enumerate(wanted)]
@@ -290,7 +311,7 @@ class UltraPixelPipeline:
             jobs = list(map(Wildcards(wildcards).fill, jobs))
         plan_for(self.config_c, *size)  # raises what is wrong with the size
         _check_callable(observer)
-        self.check_files()
+        self.check_files(self.encoder_file() if begun is not None and begun.picture is not None else None)
         if self._steering is not None and control is None:
             jobs = [with_suffix(job) for job in jobs]
             control = self._steering.control(size, self.config_c.geometry, self._encoder)
@@ -299,7 +320,100 @@ class UltraPixelPipeline:
         )
         for sentence in [*self.doubts(jobs, settings), *called]:
             warnings.warn(sentence, stacklevel=2)
-        return self._in_groups(jobs, settings, observer, control, progress)
+        if begun is None:
+            return self._in_groups(jobs, settings, observer, control, progress)
+        sources = [self.source_of(begun, size)] * len(jobs)
+        return self._in_groups(jobs, settings, observer, control, progress, sources, begun.flags)
+
+    def set_origin(self, begun: Origin | None) -> None:
+        """Let the jobs of `pictures` that come without sources go out from this; None ends it."""
+        self.origin, self._sources = begun, {}
+
+    def _own_sources(self, jobs: Sequence[Job]) -> list[Source]:
+        """Those of `set_origin`, one for each job."""
+        if self.origin is None:
+            return []
+        for size in dict.fromkeys((job.height, job.width) for job in jobs):
+            if size not in self._sources:
+                self._sources[size] = self.source_of(self.origin, size)
+        return [self._sources[job.height, job.width] for job in jobs]
+
+    def source_of(self, begun: Origin, size: tuple[int, int]) -> Source:
+        """What the passes of pictures of a size (height, width) go out from, by what a user named."""
+        begun.size(*size)
+        sizes, stage_c = plan_for(self.config_c, *size), stage_c_sizes(self.config_c)
+        unit = 2 ** sum(stage_c.switch_level)
+        source = Source()
+        if begun.picture is not None:
+            with self.encoding() as encode:
+                source = begun.source(sizes, encode, unit)
+        if not begun.prompts:
+            return source
+        if self._image_encoder is None:
+            dtype = DTYPES[self.config_c.dtype]
+            self._image_encoder = load_image_encoder(self.image_encoder, dtype, self._allow_download)
+        with self._measured("image"):
+            image = embedding(begun.prompts, self._image_encoder, stage_c.c_clip_img, self.device)
+        return replace(source, image=image)
+
+    def upscale(
+        self,
+        image: Given | Sequence[Given],
+        height: int | None = None,
+        width: int | None = None,
+        factor: float | None = None,
+        prompt: str = "",
+        seed: int = 0,
+        negative_prompt: str = "",
+        strength: float = 1.0,
+        match_colours: bool = True,
+        settings: Settings | None = None,
+        observer: Observer | None = None,
+        progress: bool = True,
+        **changes: Any,
+    ) -> Pictures:
+        """A picture, or each of several, as a whole made large, in its shape; the i-th has seed `seed + i`.
+
+        It gets `factor` times its size, or a height, a width, or what lies within both (by default the
+        preset's). `prompt` says what it shows. With a `strength` below 1 more of it stays as it is. The
+        rest is as in a call.
+        """
+        settings = changed(settings, Settings(cfg=self.preset.cfg), changes)
+        box = self.preset.height, self.preset.width
+        how = Upscaling(box, height, width, factor, number("strength", strength), match_colours)
+        first, texts = first_seed(seed), (text("prompt", prompt), text("negative_prompt", negative_prompt))
+        given = [original("image", one) for one in (image if isinstance(image, list | tuple) else [image])]
+        jobs = [Job(texts[0], *how.size(one.size), first + i, texts[1]) for i, one in enumerate(given)]
+        _check_callable(observer)
+        self.check_files(self.upscaling_files())
+        sources, settings = self.upscaling_sources(jobs, given, how), without_idle_cfg(settings, jobs)
+        return self._in_groups(jobs, settings, observer, None, progress, sources)
+
+    def upscaling_files(self) -> dict[str, str]:
+        """The weight file that upscaling needs besides, by path; ValueError where there is no guidance."""
+        if self.guidance is None:
+            raise ValueError("a picture is made large by guidance: use a preset or --pretrained_path with it")
+        return self.encoder_file()
+
+    def encoder_file(self) -> dict[str, str]:
+        """The weight file of the encoder of pictures: what it holds, by path."""
+        path = self.config_c.effnet_checkpoint_path
+        return {} if path is None else {path: "EfficientNet encoder"}
+
+    def upscaling_sources(
+        self, jobs: Sequence[Job], given: Sequence[Original], how: Upscaling
+    ) -> list[Source]:
+        """What the passes of pictures that are made large go out from."""
+        plans = [plan_for(self.config_c, job.height, job.width) for job in jobs]
+        with self.encoding() as encode:
+            return [how.source(one, encode, sizes) for one, sizes in zip(given, plans, strict=True)]
+
+    @contextmanager
+    def encoding(self) -> Iterator[Encode]:
+        """Within it, pictures become latents."""
+        stride = self.config_c.geometry.stride
+        with self._measured("encoder"), self.encoder.on_device() as encoder:
+            yield lambda picture, size: latent_of(picture.to(self.device), encoder, size, stride).cpu()
 
     def doubts(self, jobs: Sequence[Job], settings: Settings) -> list[str]:
         """A sentence for everything in prompts and settings that may not do what it is meant to do."""
@@ -320,9 +434,11 @@ class UltraPixelPipeline:
         observer: Observer | None,
         control: Control | None,
         progress: bool,
+        sources: Sequence[Source] = (),
+        flags: Mapping[str, Any] = NO_FLAGS,
     ) -> Pictures:
         with self._turn:
-            return self._made_in_groups(jobs, settings, observer, control, progress)
+            return self._made_in_groups(jobs, settings, observer, control, progress, sources, flags)
 
     def _made_in_groups(
         self,
@@ -331,17 +447,21 @@ class UltraPixelPipeline:
         observer: Observer | None,
         control: Control | None,
         progress: bool,
+        sources: Sequence[Source],
+        flags: Mapping[str, Any],
     ) -> Pictures:
         self.rescued = made = Pictures()
-        self.settle_offload(jobs[0].height, jobs[0].width, settings)
-        record = self.record(settings)
+        largest = max(jobs, key=lambda job: job.height * job.width)
+        self.settle_offload(largest.height, largest.width, settings)
+        record = self.record(settings, {**self._flags(), **flags})
         with ExitStack() as stack:
             bars = [stack.enter_context(closing(ProgressBars(jobs, auto.tqdm)))] if progress else []
             told = Together([*bars, *([] if observer is None else [observer])])
             for start in range(0, len(jobs), self.group):
                 group = jobs[start : start + self.group]
                 controls = () if control is None else [control] * len(group)
-                for picture in self.pictures(group, settings, told, controls):
+                origins = sources[start : start + self.group]
+                for picture in self.pictures(group, settings, told, controls, origins):
                     made.append(replace(picture, record=record))
                 if told.stopped:
                     break
@@ -405,7 +525,7 @@ class UltraPixelPipeline:
         then the error. An observer that fails ends nothing: it costs a warning, and is not called again.
         Where one returns True, no further step is made, and those come that are through Stage B.
         `controls`, where there are any, are one for each job, for the ControlNet of `set_control`, and so
-        are `sources`: what the passes begin at.
+        are `sources`: what the passes begin at, by default that of `set_origin`.
         """
         told, done = observer and harmless(observer), 0
         with suppress(Stopped):
@@ -424,6 +544,11 @@ class UltraPixelPipeline:
         sources: Sequence[Source],
     ) -> Iterator[Picture]:
         plans = [plan_for(self.config_c, job.height, job.width) for job in jobs]
+        parts = [
+            None if source.part is None else source.part.sizes
+            for source in sources or [NOISE_ALONE] * len(jobs)
+        ]
+        plans = [part or whole for part, whole in zip(parts, plans, strict=True)]
         for stage in (self.stage_c, self.guidance):
             if stage is not None:
                 stage.load_ahead()
@@ -437,7 +562,7 @@ class UltraPixelPipeline:
         told = None if isinstance(error, Stopped) else observer
         decoded = self.run_stage_a(jobs[:through], plans[:through], latents, settings, told)
         for index, picture in enumerate(decoded if through else ()):
-            yield _kept(picture, controls[index]) if controls else picture
+            yield _finished(picture, controls[index : index + 1], sources[index : index + 1])
         if error is not None:
             raise error
 
@@ -503,7 +628,7 @@ class UltraPixelPipeline:
 
     def _make_room(self) -> None:
         """Let the device's memory go that the mode does not need."""
-        for each in (self.stage_c, self.guidance, self.controlnet, self.stage_b, self.stage_a):
+        for each in (self.encoder, self.stage_c, self.guidance, self.controlnet, self.stage_b, self.stage_a):
             if each is not None:
                 each.settle()
         if self._text_encoder is not None:
@@ -521,10 +646,12 @@ class UltraPixelPipeline:
         size: int | None = None,
         keep_aspect: bool = False,
         ready: bool = False,
+        outpaint: Sequence[int] | None = None,
     ) -> ControlNetFile | None:
         """Let a picture control all calls from now on: by "canny", "inpainting" or "super_resolution".
 
-        The picture is a file, a URL or a PIL picture, and so is `mask`, white where inpainting fills.
+        The picture is a file, a URL or a PIL picture, and so is `mask`, white where inpainting fills;
+        `outpaint` is the room (px, left, top, right, bottom) that it fills around the picture.
         `weight` is the ControlNet's, `file` its weights, `size` (px) and `keep_aspect` are as in
         `core.pipeline.control.edges`; `ready` says that the picture shows edges. None ends it. A
         ControlConfig names only the ControlNet, for jobs that come with a control. What its file tells comes
@@ -534,14 +661,14 @@ class UltraPixelPipeline:
             self._steering, self._steering_flags = None, {}
             return self._set_controlnet(control)
         control_type(control)
-        source = given_source(control, picture, mask, ready)
+        source = given_source(control, picture, mask, ready, outpaint)
         place = self.preset.control_file.format(control=control) if file is None else at_home(str(file))
         side = None if size is None else whole_number("size", size)
         config = ControlConfig(controlnet_filter=control, controlnet_checkpoint_path=place, control_size=side)
         found = self._set_controlnet(config)
         weight = self.preset.control_weight if weight is None else number("weight", weight)
         self._steering = Steering(control, source, found.control_size, weight, keep_aspect, ready)
-        self._steering_flags = steering_flags(self._steering, found, picture, mask)
+        self._steering_flags = steering_flags(self._steering, found, picture, mask, outpaint)
         return found
 
     def _set_controlnet(self, config: ControlConfig | None) -> ControlNetFile | None:
@@ -602,6 +729,8 @@ class UltraPixelPipeline:
         All that do not exist are named at once, those of `others` too: what each holds, by path.
         """
         files = {path: what for what, path in self.files().items()} | dict(others or {})
+        if self.origin is not None and self.origin.picture is not None:
+            files |= self.encoder_file()
         text_encoder = self.config_c.clip_text_path
         del files[text_encoder]
         check_files(files | absent_text_files(text_encoder))
@@ -694,8 +823,8 @@ class UltraPixelPipeline:
         ):
             stage_c.plain = self.plain
             for job, sizes, control, source in zip(jobs, plans, entries, sources, strict=True):
-                held = prepare_stage_c(stage_c, self._conditions(job, texts, settings))
                 source = source.to(self.device)
+                held = prepare_stage_c(stage_c, self._conditions(job, texts, settings, source.image))
                 control = control and [e if e is None else e.to(self.device) for e in control]
                 noise = self._noise(job, "lr")
                 if source.guide is None:
@@ -720,8 +849,8 @@ class UltraPixelPipeline:
                 self.stage_a.load_ahead(self._warm_stage_a)
                 prepared = None
                 if guidance is not None:
-                    strength = guidance_strength(sizes.hr_latent, self.config_c.guidance_strength)
-                    prepared = guidance.prepare(features, stage_c.site_sizes(sizes.hr_latent), strength)
+                    strengths = self.config_c.guidance_strength
+                    prepared = prepare_guidance(guidance, features, stage_c, sizes, source.part, strengths)
                 high = high_resolution_pass(
                     stage_c,
                     held,
@@ -821,11 +950,16 @@ class UltraPixelPipeline:
 
     # --- helpers ----------------------------------------------------------------------------------
 
-    def _conditions(self, job: Job, texts: dict[str, TextCondition], settings: Settings) -> Conditions:
+    def _conditions(
+        self, job: Job, texts: dict[str, TextCondition], settings: Settings, image: Tensor | None = None
+    ) -> Conditions:
+        """Both halves, or the conditional one; it alone sees an image's embedding (1, 1, I)."""
         width = stage_c_sizes(self.config_c).c_clip_img
         both = needs_unconditional(settings)[0]
         prompts = [texts[p] for p in (job.prompt, job.negative_prompt)[: 1 + both]]
-        halves = [conditions(text, None, width) for text in of_one_length(prompts, texts[""])]
+        images = (image, None)[: 1 + both]
+        seen = zip(of_one_length(prompts, texts[""]), images, strict=True)
+        halves = [conditions(text, image, width) for text, image in seen]
         held = stack(*halves) if both else halves[0]
         return held.to(self.device, DTYPES[self.config_c.dtype])
 
@@ -899,9 +1033,12 @@ def _until_error(made: Iterator[T]) -> tuple[list[T], Exception | KeyboardInterr
     return finished, None
 
 
-def _kept(picture: Picture, control: Control) -> Picture:
-    """The picture, with what its control keeps."""
-    return picture if control.kept is None else replace(picture, pixels=control.kept.around(picture.pixels))
+def _finished(picture: Picture, controls: Sequence[Control], sources: Sequence[Source]) -> Picture:
+    """The picture, with what its control keeps, if it has one, and what its source does to it."""
+    steps = [control.kept.around for control in controls if control.kept is not None]
+    for step in [*steps, *(source.after for source in sources if source.after is not None)]:
+        picture = replace(picture, pixels=step(picture.pixels))
+    return picture
 
 
 def _report(observer: Observer | None, stage: str, job: Job) -> Callable[[Step, Estimate], None] | None:

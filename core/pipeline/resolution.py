@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.config.schema import LatentGeometry, StageCConfig, stage_c_sizes
 from core.config.sizes import Size
@@ -67,6 +67,16 @@ def plan_for(config: StageCConfig, height: int, width: int) -> Plan:
             f"its latents, of which one would be {low}: choose sides that are closer to each other"
         )
     return sizes
+
+
+def part_of(whole: Plan, hr_latent: Size, height: int, width: int) -> Plan:
+    """The plan of a part of a picture, which the whole's low-resolution pass guides."""
+    stage_b = _stage_b_size(height, width)
+    decoded = {
+        "decoded_height": stage_b[0] * STAGE_A_COMPRESSION,
+        "decoded_width": stage_b[1] * STAGE_A_COMPRESSION,
+    }
+    return replace(whole, height=height, width=width, hr_latent=hr_latent, stage_b_latent=stage_b, **decoded)
 
 
 def latent_size(height: int, width: int, geometry: LatentGeometry) -> Size:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-
-from PIL import Image, ImageOps
 
 from core.config.control_types import control_type
 from core.config.schema import LatentGeometry
 from core.config.settings import Job, Settings
 from core.config.sizes import Size
-from core.images import NamedBytes
-from core.paths import located
 from core.pipeline.control import (
     Control,
     ControlNetFile,
@@ -25,15 +20,14 @@ from core.pipeline.control import (
     edge_control,
     half_size_control,
     hole_control,
+    outpainted,
     read_source,
     ready_control,
 )
+from core.pipeline.given import Given, readable
 
 SUFFIX = " high quality"  # to every prompt under control, as published
 CONTROLLED = Settings(cfg=1.0, shift=2.0)  # as published
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-
-Given = str | Path | Image.Image  # a picture: a file, an http(s) URL, or the picture itself
 
 
 @dataclass(frozen=True)
@@ -80,31 +74,28 @@ def with_suffix(job: Job) -> Job:
     return replace(job, prompt=job.prompt.removesuffix(SUFFIX) + SUFFIX)
 
 
-def given_source(kind: str, picture: Given | None, mask: Given | None, ready: bool) -> Source:
+def given_source(
+    kind: str, picture: Given | None, mask: Given | None, ready: bool, outpaint: Sequence[int] | None = None
+) -> Source:
     """The picture that controls, with its hole, from what a user gave; ValueError for what does not fit."""
     if picture is None:
         raise ValueError(f"the control {kind} needs a picture: a file, an http(s) URL, or a PIL picture")
     way = control_type(kind).inference
-    if mask is not None and way != "hole":
-        raise ValueError(f"a mask is for the control inpainting, not for {kind}")
+    for what, value in (("a mask", mask), ("outpainting", outpaint)):
+        if value is not None and way != "hole":
+            raise ValueError(f"{what} is for the control inpainting, not for {kind}")
     if ready and way not in ("edges", "ready"):
         raise ValueError(f"ready=True is for a picture that {kind} does not see: leave it out")
-    return read_source(_readable("picture", picture), None if mask is None else _readable("mask", mask))
-
-
-def _readable(what: str, given: Given) -> str | NamedBytes:
-    if isinstance(given, str | Path):
-        return str(given) if "://" in str(given) else located(str(given))
-    if not isinstance(given, Image.Image):
-        raise TypeError(f"{what} must be a file, an http(s) URL or a PIL picture, not {given!r}")
-    upright = ImageOps.exif_transpose(given)
-    content = BytesIO()
-    (upright if upright.mode in PNG_MODES else upright.convert("RGB")).save(content, "PNG")
-    return NamedBytes(content.getvalue(), f"the {what}")
+    source = read_source(readable("picture", picture), None if mask is None else readable("mask", mask))
+    return source if outpaint is None else outpainted(source, outpaint)
 
 
 def steering_flags(
-    steering: Steering, file: ControlNetFile, picture: Given, mask: Given | None
+    steering: Steering,
+    file: ControlNetFile,
+    picture: Given,
+    mask: Given | None,
+    outpaint: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """What inference/test_controlnet.py needs to control as this; None for a picture that is no file."""
     place, hole = (str(given) if isinstance(given, str | Path) else None for given in (picture, mask))
@@ -117,5 +108,6 @@ def steering_flags(
         "keep_aspect": steering.keep_aspect,
         "canny_source_url": None if given_ready else place,
         "mask": hole,
+        "outpaint": None if outpaint is None else list(outpaint),
         "control_image": place if given_ready else None,
     }

@@ -33,8 +33,9 @@ from core.pipeline.pipeline import DTYPES
 from core.pipeline.resolution import lr_training_size
 from core.training.run import Run, plain_positions
 from core.weights.checkpoint import load_module
-from core.weights.clip import ImageEncoder, TextEncoder, find_text_encoder
+from core.weights.clip import TextEncoder, find_text_encoder
 from core.weights.hashes import file_sha256
+from core.weights.image_encoder import PictureEncoder, load_image_encoder
 from modules.effnet import EfficientNetEncoder, imagenet_normalise
 from modules.stage_c import StageC
 
@@ -75,7 +76,7 @@ class Encoders:
 
     effnet: EfficientNetEncoder
     text: TextEncoder
-    image: ImageEncoder | None
+    image: PictureEncoder | None
     geometry: LatentGeometry
     clip_img_width: int
     device: torch.device
@@ -90,7 +91,7 @@ class Encoders:
         )  # fmt: skip
         dtype = DTYPES[config.dtype]
         text = TextEncoder.load(config.clip_text_path, dtype)
-        image = ImageEncoder.load(config.clip_image_path, dtype) if config.clip_image_path else None
+        image = load_image_encoder(config.clip_image_path, dtype) if config.clip_image_path else None
         return cls(effnet, text, image, config.geometry, stage_c_sizes(config).c_clip_img, device)
 
     def encode(self, batch: Batch, with_lr: bool = True) -> EncodedBatch:
