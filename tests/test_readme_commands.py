@@ -38,7 +38,7 @@ SHELLS = ("sh", "bash", "shell", "console")
 PYTHONS = ("python", "python3", ".venv/bin/python")
 # By name: what builds the whole family, tests, installs, enters the environment or downloads.
 EXEMPT = re.compile(
-    r"make (demo|tiny|test|lint|venv)\b|source |\S*pip install|git clone|cd |\S*python3? models/download\.py"
+    r"make (app|demo|tiny|test|lint|venv)\b|source |\S*pip install|git clone|cd |\S*python3? models/download\.py"
 )
 
 # --- what is added to a command of a script -------------------------------------------------------
