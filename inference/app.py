@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import os
 import socket
 import sys
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from core.commands.flags import Parser, dtype_name, home_path, run
@@ -97,17 +99,16 @@ def main(given: list[str] | None = None) -> int:
     if (lacking := models.lacking(preset)) is not None:
         raise ValueError(lacking)
     service = Service(models, Outputs(arguments.output_dir), limits, preset)
-    site = build_site(service, arguments.host, arguments.allow_host, accounts, keys)
     for sentence in warnings_of(arguments):
         say(f"warning: {sentence}", sys.stderr)
-    say(
-        f"{address(listening)} makes pictures with the preset {preset}; the API: /docs; Ctrl-C ends it",
-        sys.stdout,
-    )
-    config = uvicorn.Config(
-        site, log_level="warning", proxy_headers=False, server_header=False, timeout_graceful_shutdown=3
-    )
-    uvicorn.Server(config).run(sockets=[listening])
+    with TemporaryDirectory(prefix="ultrapixel-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # else all users of the machine share one folder
+        site = build_site(service, arguments.host, arguments.allow_host, accounts, keys)
+        say(f"{address(listening)} makes pictures with {preset}; the API: /docs; Ctrl-C ends it", sys.stdout)
+        config = uvicorn.Config(
+            site, log_level="warning", proxy_headers=False, server_header=False, timeout_graceful_shutdown=3
+        )
+        uvicorn.Server(config).run(sockets=[listening])
     return 0
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import json
 import os
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +20,15 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from core.config.settings import Job as Wanted
 from core.images import save_image
+from core.pipeline import UltraPixelPipeline
+from core.pipeline.made import picture_metadata
+from core.server import shown
 from core.server.accounts import Accounts, Keys, add_user
+from core.server.form import TEXT, Filled, from_settings, whole
 from core.server.guard import CLIENT, Guard, Hosts
-from core.server.jobs import Job, Jobs, TooMany
+from core.server.jobs import Job, Jobs, StageBar, TooMany
 from core.server.limits import Limits
 from core.server.models import Models
 from core.server.orders import ControlOrder, Order, check_order
@@ -334,3 +343,70 @@ def test_no_other_file_is_reached_by_a_name(name: str, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="no such picture"):
             reach(name)
     assert outputs.names() == []
+
+
+# --- the form, and what is shown ------------------------------------------------------------------
+
+
+def test_what_clients_write_is_escaped() -> None:
+    evil = "<img src=x onerror=alert(1)>\"'"
+    one = job(evil)
+    one.update(notes=(evil,), error=evil, state="failed", stages=(StageBar(evil, 2, 1),))
+    settings = {"prompt": evil, "sampler": evil, "width": evil}
+    texts = [
+        shown.progress(one, 0), shown.mistake(evil), shown.results([evil], 1, evil), shown.history([evil]),
+        shown.details(evil, settings), shown.note(evil),
+    ]  # fmt: skip
+    assert not any("<img src=x" in text or "'\"" in text for text in texts)
+
+
+def test_a_pictures_settings_make_the_form_that_makes_it_again() -> None:
+    made = Order(
+        "a house", "tiny", 64, 96, seed=7, changes={"steps": 3, "shift": 2.0, "cfg_interval": (0.1, 1)}
+    )
+    models = UltraPixelPipeline.from_preset("tiny", device="cpu").flags
+    wanted = Wanted("a house", 64, 96, 7, "rain")
+    lora = {"lora": ["models/tiny/lora_cat.safetensors:0.5"]}
+    stored = json.loads(json.dumps(picture_metadata(wanted, made.settings, {**models, **lora}, {})))
+    found = from_settings(stored, ["small-big", "tiny"])
+    assert found["preset"] == "tiny" and found["loras"] == [("lora_cat", 0.5)]
+    assert found["others"] == {"shift": 2.0, "cfg_interval": (0.1, 1)}
+    names = "prompt negative_prompt preset height width count seed steps cfg sampler fast others".split()
+    values = [found[name] for name in names]
+    filled = Filled.of([*values, TEXT, "canny", None, "", None, False, 1.0, "", 1.0])
+    order = filled.order(SimpleNamespace(limits=LIMITS))
+    assert order.settings == made.settings and (order.seed, order.negative_prompt) == (7, "rain")
+
+
+@pytest.mark.parametrize("value", [1.5, float("nan"), float("inf")])
+def test_numbers_that_are_not_whole_are_named(value: float) -> None:
+    with pytest.raises(ValueError, match="steps must be a whole number"):
+        whole("steps", value)
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+def start(*flags: str, text: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "inference/app.py"), *flags]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def test_a_user_is_added_by_the_script(tmp_path: Path) -> None:
+    file = tmp_path / "users.txt"
+    done = start("--add_user", "anna", str(file), text=f"{PASSWORD}\n")
+    assert done.returncode == 0 and f"--auth {file}" in done.stdout
+    assert Accounts.read(file).knows("anna", PASSWORD)
+    short = start("--add_user", "anna", str(file), text="short\n")
+    assert short.returncode == 2 and short.stderr.startswith("error: the password is too short")
+
+
+def test_a_port_in_use_and_wrong_flags_are_told_in_a_sentence(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = start("--port", str(taken.getsockname()[1]))
+    assert done.returncode == 2 and "use another --port" in done.stderr and "Traceback" not in done.stderr
+    for flags in (["--max_side", "0"], ["--port", "99999"], ["--host", "no.such.host.invalid"]):
+        done = start(*flags)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

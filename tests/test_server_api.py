@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
+import gradio_client
 import httpx
 import numpy as np
 import openai
@@ -163,6 +164,41 @@ def test_a_job_takes_a_picture_as_base64_alone(web: httpx.Client) -> None:
         answer = web.post("/v1/jobs", json={**body, "image": place})
         assert answer.status_code == 400, place
     assert "need an image" in web.post("/v1/jobs", json=body).json()["error"]["message"]
+
+
+def test_gradios_client(server: str, web: httpx.Client) -> None:
+    client = gradio_client.Client(server, verbose=False)
+    told = client.predict(PROMPT, width=96, height=64, seed=5, steps=1, api_name="/generate")
+    assert told["seed"] == 5
+    assert opened(web.get(told["pictures"][0]).content).shape == (64, 96, 3)
+    with pytest.raises(gradio_client.exceptions.AppError, match="at most 4096"):
+        client.predict(PROMPT, width=9000, api_name="/generate")
+    names = {*client.view_api(return_format="dict")["named_endpoints"]}
+    client.close()
+    assert names == {"/generate"}
+
+
+@pytest.mark.parametrize("place", [
+    "/etc/passwd", "README.md", "http://127.0.0.1:9/x.png", "file:///etc/passwd", ["/etc/passwd"],
+    "a\0b", None,
+])  # fmt: skip
+@pytest.mark.parametrize("way", ["queue/join", "call/generate", "call/v2/generate"])
+def test_gradio_opens_no_path_and_fetches_no_url(web: httpx.Client, way: str, place: object) -> None:
+    file = {"path": place, "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [[{"deep": file}]], "fn_index": 0, "session_hash": "x", "prompt": file}
+    answer = web.post(f"/gradio_api/{way}", json=body)
+    assert answer.status_code == 400 and "must be uploaded" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("method, path", [
+    ("GET", "file=/etc/passwd"), ("GET", "file=README.md"), ("GET", "file=http://127.0.0.1:9/x"),
+    ("GET", "proxy=http://127.0.0.1:9/x"), ("POST", "component_server"), ("POST", "run/generate"),
+    ("POST", "api/generate"), ("POST", "vibe-edit/"), ("GET", "token"), ("GET", "file/etc/passwd"),
+    ("GET", "../monitoring"), ("GET", "runs"), ("POST", "process_recording"), ("GET", "deep_link"),
+])  # fmt: skip
+def test_gradios_other_routes_are_closed(server: str, web: httpx.Client, method: str, path: str) -> None:
+    answer = web.request(method, f"/gradio_api/{path}", json={} if method == "POST" else None)
+    assert answer.status_code in (400, 403, 404) and b"root:" not in answer.content
 
 
 def test_curl(server: str) -> None:

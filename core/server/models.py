@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from core.config.control_types import CONTROL_TYPES
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS, of_project
 from core.config.settings import Settings
+from core.paths import located
 from core.pipeline.estimate import GIB
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan_for
@@ -76,6 +78,11 @@ class Models:
         beside = Path(of_project(str(weights))).parent.glob(LORA_FILES)
         own = () if self.lora_folder is None else self.lora_folder.glob("*.safetensors")
         return {path.stem: path for path in sorted([*beside, *own], key=lambda path: path.stem)}
+
+    def controls(self, preset: str) -> list[str]:
+        """The types of control whose weights are there."""
+        place = self.described(preset).preset.control_file
+        return [name for name in CONTROL_TYPES if Path(located(place.format(control=name))).exists()]
 
     # --- what a picture takes -------------------------------------------------------------------------
 

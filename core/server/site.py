@@ -30,5 +30,5 @@ def build_site(
 
     app = FastAPI(title="UltraPixel", version="0.1.0", lifespan=lifespan, redoc_url=None)
     add_api(app, service)
-    add_page(app, service)
-    return Guard(app, Hosts(host, allowed), service.limits.request_bytes, accounts, keys)
+    site = add_page(app, service)
+    return Guard(site, Hosts(host, allowed), service.limits.request_bytes, accounts, keys)
