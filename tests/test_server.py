@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -312,16 +313,26 @@ def test_an_error_is_a_sentence_and_ends_its_job_alone(
     assert "secret" in capsys.readouterr().err
 
 
+class FakePipeline:
+    config_c = SimpleNamespace(previewer_checkpoint_path="somewhere")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    from_preset = classmethod(lambda cls, name: cls(name))
+
+
 def test_another_preset_takes_the_place_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "core.server.models.UltraPixelPipeline",
-        SimpleNamespace(from_preset=lambda name: SimpleNamespace(name=name)),
-    )
+    monkeypatch.setattr("core.server.models.UltraPixelPipeline", FakePipeline)
+    monkeypatch.setattr("core.server.models.Previewing", lambda pipeline: SimpleNamespace(held=pipeline))
     models = Models()
     first = models.pipeline("tiny")
     assert models.pipeline("tiny") is first and models.held() == "tiny"
+    assert models.previews("tiny").held is first
+    gone = weakref.ref(first)
+    del first
     assert models.pipeline("lite").name == "lite" and models.held() == "lite"
-    assert models.pipeline("tiny") is not first
+    assert gone() is None
 
 
 def test_without_downloads_the_embedded_family_is_the_first() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from core.commands.pictures import Previewing
 from core.config.control_types import CONTROL_TYPES
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS, of_project
 from core.config.settings import Settings
@@ -32,6 +33,7 @@ class Models:
     lora_folder: Path | None = None
     _described: dict[str, UltraPixelPipeline] = field(default_factory=dict)
     _held: tuple[str, UltraPixelPipeline] | None = None
+    _previewing: Previewing | None = None  # of the one that is held
     _seconds: dict[str, float] = field(default_factory=dict)  # of a unit of work, by preset
 
     def described(self, preset: str) -> UltraPixelPipeline:
@@ -65,12 +67,19 @@ class Models:
     def pipeline(self, preset: str) -> UltraPixelPipeline:
         """The preset's pipeline, which stays until another preset's is asked for. For the worker alone."""
         if self.held() != preset:
-            self._held = None
+            self._held = self._previewing = None
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._held = preset, UltraPixelPipeline.from_preset(preset, **self.options)
         return self._held[1]
+
+    def previews(self, preset: str) -> Previewing | None:
+        """What shows its latents; None where its configuration names nothing for that. For the worker alone."""
+        pipeline = self.pipeline(preset)
+        if self._previewing is None and pipeline.config_c.previewer_checkpoint_path is not None:
+            self._previewing = Previewing(pipeline)
+        return self._previewing
 
     def loras(self, preset: str) -> dict[str, Path]:
         """The LoRAs that can be asked for, by name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
@@ -44,11 +44,6 @@ class Order:
     changes: Mapping[str, Any] = field(default_factory=dict)  # of Settings
     loras: Mapping[str, float] = field(default_factory=dict)  # weights, by the names that the server lists
     control: ControlOrder | None = None
-
-    @property
-    def task(self) -> Literal["text", "control"]:
-        """What is done."""
-        return "text" if self.control is None else "control"
 
     @property
     def settings(self) -> Settings:

@@ -30,7 +30,6 @@ class Worker(threading.Thread):
     def __init__(self, jobs: Jobs, models: Models, outputs: Outputs) -> None:
         super().__init__(name="pictures", daemon=True)
         self._jobs, self._models, self._outputs = jobs, models, outputs
-        self._previewing: tuple[UltraPixelPipeline, Previewing | None] | None = None
 
     def run(self) -> None:
         """Work until the queue is closed."""
@@ -49,7 +48,7 @@ class Worker(threading.Thread):
         job.update(stages=_bars(order), doing="loading the models")
         pipeline = self._models.pipeline(order.preset)
         self._prepare(pipeline, job)
-        telling = Telling(job, self._previews(pipeline))
+        telling = Telling(job, self._models.previews(order.preset))
         try:
             made = self._pictures(pipeline, job, telling)
         except Exception:
@@ -89,13 +88,6 @@ class Worker(threading.Thread):
             observer=telling,
             progress=False,
         )
-
-    def _previews(self, pipeline: UltraPixelPipeline) -> Previewing | None:
-        """What shows the latents of a pipeline; None where its configuration has nothing to do so."""
-        if self._previewing is None or self._previewing[0] is not pipeline:
-            named = pipeline.config_c.previewer_checkpoint_path is not None
-            self._previewing = pipeline, Previewing(pipeline) if named else None
-        return self._previewing[1]
 
     def _save(self, job: Job, made: Pictures) -> None:
         job.update(doing="saving")
