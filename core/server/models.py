@@ -75,7 +75,7 @@ class Models:
         return self._held[1]
 
     def previews(self, preset: str) -> Previewing | None:
-        """What shows its latents; None where its configuration names nothing for that. For the worker alone."""
+        """What shows its latents; None where its configuration cannot. For the worker alone."""
         pipeline = self.pipeline(preset)
         if self._previewing is None and pipeline.config_c.previewer_checkpoint_path is not None:
             self._previewing = Previewing(pipeline)
