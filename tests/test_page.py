@@ -162,6 +162,17 @@ def test_a_hole_is_drawn_and_filled(page: Page) -> None:
     assert made.getpixel((2, 2)) == (128, 128, 128) and made.getpixel((48, 32)) != (128, 128, 128)
 
 
+def test_a_picture_is_uploaded_and_made_large(page: Page) -> None:
+    fill(page, prompt="")
+    page.get_by_role("tab", name="Upscale").click()
+    make(page)
+    expect(page.get_by_role("alert")).to_contain_text("add the picture")
+    page.locator("#up-small input[type=file]").set_input_files(picture("red"))
+    expect(page.locator("#up-small img")).to_be_visible()
+    make(page)
+    assert Image.open(io.BytesIO(finished(page))).size == (192, 128)
+
+
 def test_mistakes_are_sentences_and_prompts_are_text(page: Page) -> None:
     make(page)
     expect(page.get_by_role("alert")).to_contain_text("prompt is empty")

@@ -32,7 +32,7 @@ from core.server.guard import CLIENT, Guard, Hosts
 from core.server.jobs import Job, Jobs, StageBar, TooMany
 from core.server.limits import Limits
 from core.server.models import Models
-from core.server.orders import ControlOrder, Order, check_order
+from core.server.orders import Beginning, ControlOrder, Order, check_order
 from core.server.outputs import Outputs
 from core.server.service import Service
 from core.server.uploads import from_base64, hole_of, read_upload
@@ -191,6 +191,9 @@ def test_users_with_wrong_names_or_short_passwords_are_refused(
     ({"loras": {"../../etc/passwd": 1}}, "not known here"),
     ({"loras": {"cat": "much"}}, "must be a number"),
     ({"control": ControlOrder("inpainting", Image.new("RGB", (8, 5000)))}, "at most 4096"),
+    ({"begin": Beginning(Image.new("RGB", (64, 2049)), None, True, 2)}, "at most 4096"),
+    ({"begin": Beginning(Image.new("RGB", (64, 64)), None, True, 0.5)}, "factor must be"),
+    ({"begin": Beginning(Image.new("RGB", (64, 64)), 1.5)}, "strength"),
 ])  # fmt: skip
 def test_orders_beyond_the_limits_are_refused(values: dict, told: str) -> None:
     order = Order(**{"prompt": "a house", "preset": "tiny", **values})
@@ -384,7 +387,7 @@ def test_a_pictures_settings_make_the_form_that_makes_it_again() -> None:
     assert found["others"] == {"shift": 2.0, "cfg_interval": (0.1, 1)}
     names = "prompt negative_prompt preset height width count seed steps cfg sampler fast others".split()
     values = [found[name] for name in names]
-    filled = Filled.of([*values, TEXT, "canny", None, "", None, False, 1.0, "", 1.0])
+    filled = Filled.of([*values, TEXT, "canny", None, "", None, False, 1.0, *[None, 1.0] * 2, 1.0, "", 1.0])
     order = filled.order(SimpleNamespace(limits=LIMITS))
     assert order.settings == made.settings and (order.seed, order.negative_prompt) == (7, "rain")
 

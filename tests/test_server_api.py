@@ -88,6 +88,17 @@ def test_openai_edits_a_hole_and_an_outline(client: openai.OpenAI) -> None:
     assert decoded(client.images.edit(image=("a.png", png()), size="64x64", extra_body=control, **asked))
 
 
+def test_openai_begins_at_a_picture_and_makes_it_large(client: openai.OpenAI) -> None:
+    asked = {"image": ("a.png", png("red")), "response_format": "b64_json"}
+    begun = client.images.edit(**asked, prompt=PROMPT, size="96x64", extra_body={**OURS, "strength": 0.1})
+    assert opened(decoded(begun)[0]).shape == (64, 96, 3)
+    more = {**OURS, "upscale": True, "factor": 1.5}
+    large = client.images.edit(**asked, prompt="", extra_body=more)
+    pixels = opened(decoded(large)[0])
+    assert pixels.shape == (96, 96, 3)
+    assert np.abs(pixels.mean(axis=(0, 1)) - (255, 0, 0)).max() < 30
+
+
 @pytest.mark.parametrize("body, told", [
     ({"prompt": PROMPT, "stepz": 4}, "'stepz' is not known: did you mean steps?"),
     ({"prompt": PROMPT, "size": "64 x 64"}, "size must be WIDTHxHEIGHT"),
@@ -106,13 +117,16 @@ def test_what_is_wrong_is_told_in_a_sentence(web: httpx.Client, body: object, to
 
 @pytest.mark.parametrize("files, more, told", [
     ({}, {}, "send one image, not 0"), ({"image": b"no picture"}, {}, "not a picture"),
-    ({"image": png()}, {}, "say what is to be done"), ({"image": png()}, {"control": "cany"}, "canny"),
+    ({"image": png()}, {"factor": "2"}, "upscale=true"), ({"image": png()}, {"control": "cany"}, "canny"),
     ({"image": png(), "mask": png(size=(8, 8))}, {}, "mask of the picture's size"),
     ({"image": png(), "mask": png()}, {"control": "canny"}, "a mask is for inpainting"),
     ({"image": png()}, {"control": "canny", "stepz": "5"}, "did you mean steps"),
     ({"image": png()}, {"control": "canny", "control_weight": "nan"}, "finite"),
     ({"image": png()}, {"control": "depth"}, "depth"),
-], ids=["none", "text", "plain", "name", "size", "mask", "key", "nan", "weights"])  # fmt: skip
+    ({"image": png()}, {"upscale": "true", "control": "canny"}, "neither a mask nor a control"),
+    ({"image": png()}, {"control": "canny", "strength": "0.5"}, "strength is for"),
+    ({"image": png()}, {"strength": "2"}, "strength"),
+], ids="none text factor name size mask key nan weights both control strength".split())  # fmt: skip
 def test_what_is_wrong_with_an_edit_is_told(
     web: httpx.Client, files: dict[str, bytes], more: dict[str, str], told: str
 ) -> None:

@@ -22,7 +22,7 @@ from core.printable import say
 from core.server.bodies import EditForm, Editing, Generation, JobBody
 from core.server.guard import CLIENT, error_body
 from core.server.jobs import Job, Status, TooMany
-from core.server.orders import ControlOrder, Order
+from core.server.orders import Beginning, ControlOrder, Order
 from core.server.service import Service
 from core.server.uploads import from_base64, hole_of, read_upload
 from core.server.worker import UNEXPECTED
@@ -71,7 +71,7 @@ def _openai_routes(service: Service) -> APIRouter:
 
     @router.post("/images/edits")
     async def edits(body: Annotated[EditForm, Form()], request: Request) -> dict[str, Any]:
-        """Make pictures from text and a picture: fill its hole, or be controlled by it."""
+        """Make pictures of a picture: fill its hole, be controlled by it, begin at it, or make it large."""
         sent = [*body.image, *body.images]
         if len(sent) != 1:
             raise ValueError(f"send one image, not {len(sent)}")
@@ -148,14 +148,23 @@ def _file_routes(service: Service) -> APIRouter:
 def _edit_order(body: Editing, content: bytes, hole: bytes | None, service: Service, **given: Any) -> Order:
     image = read_upload(content, "the image", service.limits)
     mask = None if hole is None else read_upload(hole, "the mask", service.limits)
+    if body.factor is not None and not body.upscale:
+        raise ValueError("a factor is for upscale=true")
+    if body.upscale or (body.control is None and mask is None and image.mode != "RGBA"):
+        if body.upscale and (body.control is not None or mask is not None):
+            raise ValueError("upscale takes neither a mask nor a control")
+        begin = Beginning(image, body.strength, body.upscale, body.factor)
+        return body.order(service.preset, begin=begin, **given)
+    if body.strength is not None:
+        raise ValueError("strength is for image to image and upscale, without a mask, a hole or a control")
     control = control_of(body.control, image, mask, body.control_weight, body.ready)
     return body.order(service.preset, control=control, **given)
 
 
 def _job_order(body: JobBody, service: Service) -> Order:
     if body.image is None:
-        if body.mask is not None or body.control is not None:
-            raise ValueError("a mask and a control need an image")
+        if body.mask or body.control or body.upscale or body.strength is not None:
+            raise ValueError("a mask, a control, a strength and upscale need an image")
         return body.order(service.preset, loras=body.loras)
     content = from_base64(body.image, "image")
     hole = None if body.mask is None else from_base64(body.mask, "mask")
@@ -170,10 +179,6 @@ def control_of(
     ValueError for an unknown kind, and for what does not fit.
     """
     if kind is None:
-        if mask is None and image.mode != "RGBA":
-            raise ValueError(
-                "say what is to be done with the image: send a mask, or control as in control=canny"
-            )
         kind = "inpainting"
     control_type(kind)
     if kind == "inpainting":

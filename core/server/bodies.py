@@ -83,6 +83,9 @@ class Editing(Wanted):
     control: str | None = Field(None, description="by what the picture controls: canny, inpainting, …")
     control_weight: float | None = None
     ready: bool = Field(False, description="the picture shows what is seen, such as edges")
+    strength: float | None = Field(None, description="how much of the picture is made anew, 0 to 1")
+    upscale: bool = Field(False, description="make the picture itself large, as a whole")
+    factor: float | None = Field(None, description="how much larger; or size gives a box that it fits into")
 
 
 class EditForm(Editing):

@@ -14,13 +14,14 @@ from core.config.presets import PRESETS
 from core.config.settings import FAST, Settings
 from core.pipeline.steering import SUFFIX
 from core.server.api import control_of
-from core.server.orders import Order
+from core.server.orders import Beginning, Order
 from core.server.service import Service
 from core.server.uploads import from_base64, read_upload
 from core.weights.lora.merging import split_weight
 
 LORAS = 3  # rows of the page
-TEXT, CONTROL, LORA, HISTORY = "Text to image", "Control", "Personalised", "History"
+TEXT, LARGE, CONTROL = "Text to image", "Upscale", "Control"
+LORA, HISTORY = "Personalised", "History"
 SIDES = {  # height and width, in the preset's own size
     "square": (1, 1), "landscape": (0.75, 1), "portrait": (1, 0.75), "wide": (9 / 16, 1), "tall": (1, 9 / 16),
 }  # fmt: skip
@@ -51,6 +52,11 @@ class Filled:
     mask_file: str | None  # path of an upload
     ready: bool
     weight: float | None
+    start: str | None  # path of an upload that is gone out from
+    start_strength: float
+    small: str | None  # path of an upload that is made large
+    factor: float
+    large_strength: float
     loras: Sequence[tuple[str | None, float]]
 
     @classmethod
@@ -67,12 +73,24 @@ class Filled:
             shown["steps"] = whole("steps", shown["steps"])
         changes = {**(FAST if self.fast else {}), **self.others, **({} if self.fast else shown)}
         loras = {name: weight for name, weight in self.loras if name} if self.tab == LORA else {}
+        large = self.tab == LARGE
+        sides = (None, None) if large else (whole("height", self.height), whole("width", self.width))
         return Order(
-            self.prompt or "", self.preset, whole("height", self.height), whole("width", self.width),
+            self.prompt or "", self.preset, *sides,
             whole("pictures", self.count) or 1, -1 if self.seed is None else whole("seed", self.seed),
             self.negative_prompt or "", changes, loras,
-            self._control(service) if self.tab == CONTROL else None,
+            self._control(service) if self.tab == CONTROL else None, self._begin(service),
         )  # fmt: skip
+
+    def _begin(self, service: Service) -> Beginning | None:
+        if self.tab == LARGE:
+            if self.small is None:
+                raise ValueError("add the picture that is to be made large")
+            picture = opened(self.small, "the picture", service)
+            return Beginning(picture, self.large_strength, True, self.factor)
+        if self.tab != TEXT or self.start is None:
+            return None
+        return Beginning(opened(self.start, "the picture", service).convert("RGB"), self.start_strength)
 
     def _control(self, service: Service) -> Any:
         if not self.kind:

@@ -65,7 +65,7 @@ class Job:
 
     def finish(self, state: State, error: str = "") -> None:
         """End it, and let go of the pictures that it was given."""
-        self.order = replace(self.order, control=None)
+        self.order = replace(self.order, control=None, begin=None)
         self.update(state=state, error=error, preview=None, doing="")
 
 

@@ -12,7 +12,9 @@ from PIL import Image
 from core.config.arguments import number, text, whole_number
 from core.config.presets import PRESETS, Preset
 from core.config.settings import Settings, changed
+from core.pipeline.passes import check_strength
 from core.pipeline.steering import CONTROLLED
+from core.pipeline.upscaling import Upscaling
 from core.server.limits import MAX_PROMPT, Limits
 
 MAX_SEED = 2**63 - 1
@@ -31,6 +33,16 @@ class ControlOrder:
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """A picture that is gone out from: another one is made of it, or it is itself made large as a whole."""
+
+    picture: Image.Image
+    strength: float | None = None
+    large: bool = False
+    factor: float | None = None  # of its own size, where it is made large
+
+
+@dataclass(frozen=True)
 class Order:
     """Pictures that a client asks for; what is None is the preset's."""
 
@@ -44,6 +56,12 @@ class Order:
     changes: Mapping[str, Any] = field(default_factory=dict)  # of Settings
     loras: Mapping[str, float] = field(default_factory=dict)  # weights, by the names that the server lists
     control: ControlOrder | None = None
+    begin: Beginning | None = None
+
+    @property
+    def large(self) -> bool:
+        """Whether a picture is made large."""
+        return self.begin is not None and self.begin.large
 
     @property
     def settings(self) -> Settings:
@@ -53,9 +71,13 @@ class Order:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width; those of a picture with a hole are its own."""
+        """Height and width; a picture with a hole has its own, and one that is made large its shape."""
         preset: Preset = PRESETS[self.preset]
         height, width = preset.height, preset.width
+        if self.large:
+            own = self.begin.picture.height, self.begin.picture.width
+            sides = self.height, self.width, self.begin.factor
+            return Upscaling((height, width), *sides, strength=self.begin.strength or 1.0).size(own)
         if self.control is not None and self.control.kind == "inpainting":
             height, width = self.control.picture.height, self.control.picture.width
         return self.height or height, self.width or width
@@ -69,7 +91,7 @@ def check_order(order: Order, limits: Limits, presets: Collection[str], loras: C
     for name in ("prompt", "negative_prompt"):
         if len(text(name, getattr(order, name))) > MAX_PROMPT:
             raise ValueError(f"{name} has more than {MAX_PROMPT} letters, the most that is taken")
-    if not order.prompt.strip():
+    if not order.prompt.strip() and not order.large:
         raise ValueError("prompt is empty: say what the picture shows")
     check_known("preset", order.preset, presets)
     for name in ("height", "width"):
@@ -85,6 +107,8 @@ def check_order(order: Order, limits: Limits, presets: Collection[str], loras: C
     if not -1 <= whole_number("seed", order.seed) <= MAX_SEED:
         raise ValueError(f"seed must be -1, which draws one, or a number from 0 up, not {order.seed}")
     _check_steps(order.settings, limits)
+    if order.begin is not None and order.begin.strength is not None:
+        check_strength(number("strength", order.begin.strength))
     for name, weight in order.loras.items():
         check_known("LoRA", name, loras)
         number(f"the weight of {name}", weight)

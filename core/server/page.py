@@ -20,11 +20,13 @@ from core.config.presets import DEFAULT, EMBEDDED, PRESETS
 from core.config.settings import Settings
 from core.images import NamedBytes, read_image_metadata, to_image
 from core.pipeline.control import CONTROL_SIZE, Source, edge_control
+from core.pipeline.origins import STRENGTH
 from core.pipeline.steering import CONTROLLED
 from core.server import shown
 from core.server.form import (
     CONTROL,
     HISTORY,
+    LARGE,
     LORA,
     LORAS,
     TEXT,
@@ -37,6 +39,7 @@ from core.server.form import (
 from core.server.guard import CLIENT
 from core.server.jobs import Job
 from core.server.limits import MEGA
+from core.server.orders import Order
 from core.server.service import Service
 from core.server.uploads_only import UploadsOnly
 from core.server.worker import sentence
@@ -135,7 +138,9 @@ class Page:
         tabs = {}
         with gr.Tabs():
             with gr.Tab(TEXT) as tabs[TEXT]:
-                gr.Markdown("A picture from a prompt.")
+                self._start_fields()
+            with gr.Tab(LARGE) as tabs[LARGE]:
+                self._large_fields()
             with gr.Tab(CONTROL) as tabs[CONTROL]:
                 self._control_fields()
             with gr.Tab(LORA) as tabs[LORA]:
@@ -143,6 +148,19 @@ class Page:
             with gr.Tab(HISTORY) as tabs[HISTORY]:
                 self._history_fields()
         return tabs
+
+    def _start_fields(self) -> None:
+        with gr.Accordion("Start from a picture", open=False):
+            self._start = upload("Picture to start from", sources=["upload", "clipboard"], height=200)
+            label = "How much is made anew: 0 nothing, 1 everything"
+            self._start_strength = gr.Slider(0.05, 1, STRENGTH, step=0.05, label=label)
+
+    def _large_fields(self) -> None:
+        self._small = upload("Picture to make large", elem_id="up-small", sources=["upload", "clipboard"])
+        self._factor = gr.Slider(1, 8, 2, step=0.25, label="So many times as wide and as high")
+        label = "How much is made anew: 1 all details, less keeps more"
+        self._large_strength = gr.Slider(0.05, 1, 1, step=0.05, label=label)
+        gr.Markdown("The prompt may stay empty. Width and height do not count here.")
 
     def _control_fields(self) -> None:
         own = PRESETS[self._service.preset]
@@ -224,7 +242,8 @@ class Page:
         return [
             self._prompt, self._negative, self._preset, self._height, self._width, self._count, self._seed,
             self._steps, self._cfg, self._sampler, self._fast, self._others, self._tab, self._kind,
-            self._picture, self._mask, self._mask_file, self._ready, self._weight, *self._loras,
+            self._picture, self._mask, self._mask_file, self._ready, self._weight,
+            self._start, self._start_strength, self._small, self._factor, self._large_strength, *self._loras,
         ]  # fmt: skip
 
     # --- what happens ---------------------------------------------------------------------------------
@@ -396,10 +415,10 @@ class Page:
         steps: int = 20,
     ) -> dict:
         """Make a picture of a prompt; its address comes back, and the seed."""
-        values = [prompt, "", self._service.preset, height or None, width or None, 1, seed, steps, None, None,
-                  False, {}, TEXT, "canny", None, "", None, False, None, *["", 1.0] * LORAS]  # fmt: skip
         try:
-            order = Filled.of(values).order(self._service)
+            order = Order(
+                prompt, self._service.preset, height or None, width or None, 1, seed, changes={"steps": steps}
+            )
             job = await asyncio.to_thread(self._service.submit, order, _client(request))
         except Exception as error:
             raise gr.Error(sentence(error), print_exception=False) from None

@@ -57,7 +57,8 @@ class Worker(threading.Thread):
         finally:
             pipeline.set_control(None)
         if made and not job.stop.is_set():
-            self._models.learn(order.preset, order.size, order.settings, telling.seconds / len(made))
+            size = made[0].job.height, made[0].job.width
+            self._models.learn(order.preset, size, order.settings, telling.seconds / len(made))
         self._save(job, made)
 
     def _prepare(self, pipeline: UltraPixelPipeline, job: Job) -> None:
@@ -77,17 +78,17 @@ class Worker(threading.Thread):
         job.update(notes=(*doubts, *uncalled(loras, [order.prompt])))
 
     def _pictures(self, pipeline: UltraPixelPipeline, job: Job, telling: Telling) -> Pictures:
-        order = job.order
-        return pipeline(
-            order.prompt,
-            *order.size,
-            seed=job.seed,
-            num_images=order.count,
-            negative_prompt=order.negative_prompt,
-            settings=order.settings,
-            observer=telling,
-            progress=False,
-        )
+        order, begin = job.order, job.order.begin
+        asked = {"seed": job.seed, "negative_prompt": order.negative_prompt, "settings": order.settings,
+                 "observer": telling, "progress": False}  # fmt: skip
+        if order.large:
+            if begin.strength is not None:
+                asked["strength"] = begin.strength
+            sides = {"factor": begin.factor, "height": order.height, "width": order.width}
+            return pipeline.upscale([begin.picture] * order.count, prompt=order.prompt, **sides, **asked)
+        if begin is not None:
+            asked |= {"init_image": begin.picture, "strength": begin.strength}
+        return pipeline(order.prompt, *order.size, num_images=order.count, **asked)
 
     def _save(self, job: Job, made: Pictures) -> None:
         job.update(doing="saving")
@@ -109,8 +110,9 @@ class Telling:
 
     def __call__(self, progress: Progress) -> bool:
         self._started = self._started or time.perf_counter()
+        steps = progress.steps * self._job.order.count  # a picture that is gone out from takes fewer
         stages = tuple(
-            StageBar(bar.name, bar.steps, bar.done + 1) if bar.name == progress.stage else bar
+            StageBar(bar.name, steps, bar.done + 1) if bar.name == progress.stage else bar
             for bar in self._job.status.stages
         )
         self._job.update(stages=stages, doing=progress.stage)
@@ -123,6 +125,8 @@ def _bars(order: Order) -> tuple[StageBar, ...]:
     """A bar for each stage, with the steps of all pictures."""
     settings = order.settings
     steps = dict(zip(STAGES, (settings.steps_low, settings.steps, settings.steps_b, 1), strict=True))
+    if order.large:
+        del steps[STAGES[0]]
     return tuple(StageBar(name, count * order.count) for name, count in steps.items())
 
 
