@@ -80,6 +80,7 @@ class Generation(Wanted):
 class Editing(Wanted):
     """Pictures from text and a picture, which is sent beside it."""
 
+    prompt: str = Field("", description="what the picture shows; upscaling needs none")
     control: str | None = Field(None, description="by what the picture controls: canny, inpainting, …")
     control_weight: float | None = None
     ready: bool = Field(False, description="the picture shows what is seen, such as edges")
@@ -99,5 +100,6 @@ class EditForm(Editing):
 class JobBody(Generation, Editing):
     """Pictures from text, or also from a picture, as base64."""
 
+    prompt: str = Field("", description="what the picture shows; upscaling needs none")
     image: str | None = Field(None, description="a picture, as base64; no URL is fetched")
     mask: str | None = Field(None, description="its mask, as base64")
