@@ -1,13 +1,15 @@
 # make demo: a virtual environment in .venv with requirements.txt installed, and one picture;
+# make app: the page in the browser, at http://127.0.0.1:7860;
 # make venv: what tests and the drawn world need in it, too; make test: the tests; make lint: style, spelling;
 # make tiny: trains the embedded family from nothing into models/tiny, on from where it stopped.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 STAMP := .venv/.installed
+APP := .venv/.app
 DEMO := outputs/demo
 
-.PHONY: venv demo tiny test lint clean
+.PHONY: venv app demo tiny test lint clean
 
 venv: $(STAMP)
 
@@ -19,6 +21,13 @@ $(READY): requirements.txt pyproject.toml
 $(STAMP): $(READY) requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $(STAMP)
+
+$(APP): $(READY)
+	$(BIN)/pip install --quiet -e ".[app]"
+	touch $(APP)
+
+app: $(APP)
+	$(BIN)/python inference/app.py
 
 demo: $(READY)
 	$(BIN)/python inference/test_t2i.py --preset tiny --output_dir $(DEMO) \

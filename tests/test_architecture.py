@@ -24,6 +24,7 @@ ROOMS = {  # of core/, and which others each may use; all may use the small file
     "weights": {"config"},
     "pipeline": {"config", "weights"},
     "commands": {"config", "weights", "pipeline"},
+    "server": {"config", "weights", "pipeline", "commands"},
     "data": {"config"},
     "training": {"config", "weights", "pipeline", "data"},
     "scenes": {"config", "data"},

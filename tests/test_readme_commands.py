@@ -38,7 +38,8 @@ SHELLS = ("sh", "bash", "shell", "console")
 PYTHONS = ("python", "python3", ".venv/bin/python")
 # By name: what builds the whole family, tests, installs, enters the environment or downloads.
 EXEMPT = re.compile(
-    r"make (demo|tiny|test|lint|venv)\b|source |\S*pip install|git clone|cd |\S*python3? models/download\.py"
+    r"make (app|demo|tiny|test|lint|venv)\b|source |\S*pip install|git clone|cd |"
+    r"\S*python3? models/download\.py"
 )
 
 # --- what is added to a command of a script -------------------------------------------------------
@@ -81,8 +82,9 @@ ADDED = {
     "benchmarks/ablation.py": [*"--train_side 64 --side 64 --updates 1 --num_image 1 --batch_size 1".split()],
 }
 
-# Scripts that take long, and tests that run them in full, alike.
+# Scripts that take long or never end, and tests that run them in full, alike.
 TRIED_ELSEWHERE = {
+    "inference/app.py": "tests/test_server_api.py",
     "benchmarks/gpu.py": "tests/test_benchmarks.py",
     "tests/check_reference.py": "tests/test_reference.py",
     "train/train_tiny_on_gpu.py": "tests/test_tiny_on_gpu.py",

@@ -21,6 +21,7 @@ from tempfile import gettempdir
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from core import launch
@@ -57,25 +58,42 @@ ControlOf = Callable[[Size], Control]  # what steers pictures of a size (height,
 PREVIEW_EVERY = 4  # steps of the high-resolution pass
 
 
+class Previewing:
+    """Makes small pictures of the latents while Stage C runs."""
+
+    def __init__(self, pipeline: UltraPixelPipeline) -> None:
+        self._previewer = load_previewer(pipeline.config_c, pipeline.device)
+
+    def of(self, progress: Progress) -> Image.Image | None:
+        """The picture of a step; None after those that are not shown."""
+        done = progress.step == progress.steps
+        if not progress.stage.startswith("stage C") or not (
+            done or (not is_low(progress) and progress.step % PREVIEW_EVERY == 0)
+        ):
+            return None
+        return to_image(self._previewer(progress.latent.float())[0].clamp(0, 1))
+
+
+def is_low(progress: Progress) -> bool:
+    """Whether it is of Stage C's low-resolution pass."""
+    return "low" in progress.stage
+
+
 class Previews:
     """Small pictures of the latents while Stage C runs, one file per picture and pass."""
 
     def __init__(self, pipeline: UltraPixelPipeline, folder: str, format: str, provenance: bool) -> None:
-        self._previewer = load_previewer(pipeline.config_c, pipeline.device)
+        self._previewing = Previewing(pipeline)
         self._folder, self._format, self._provenance = folder, format, provenance
         self._paths: dict[tuple[Job, bool], Path] = {}
 
     def __call__(self, progress: Progress) -> None:
-        low = "low" in progress.stage
-        done = progress.step == progress.steps
-        if not progress.stage.startswith("stage C") or not (
-            done or (not low and progress.step % PREVIEW_EVERY == 0)
-        ):
+        image = self._previewing.of(progress)
+        if image is None:
             return
-        image = to_image(self._previewer(progress.latent.float())[0].clamp(0, 1))
-        stem = f"{_stem(progress.job)}_preview_{'lr' if low else 'hr'}"
+        stem = f"{_stem(progress.job)}_preview_{'lr' if is_low(progress) else 'hr'}"
         metadata = {"prompt": progress.job.prompt, "step": progress.step}
-        key = progress.job, low  # names may be alike
+        key = progress.job, is_low(progress)  # names may be alike
         if key in self._paths:
             save_image(image, self._paths[key], self._format, metadata, provenance=self._provenance)
         else:

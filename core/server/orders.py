@@ -1,0 +1,129 @@
+"""What a client asks for, and whether it may."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from core.config.arguments import number, text, whole_number
+from core.config.presets import PRESETS, Preset
+from core.config.settings import Settings, changed
+from core.pipeline.passes import check_strength
+from core.pipeline.steering import CONTROLLED
+from core.pipeline.upscaling import Upscaling
+from core.server.limits import MAX_PROMPT, Limits
+
+MAX_SEED = 2**63 - 1
+STEPS = ("steps", "steps_lr", "steps_b")
+
+
+@dataclass(frozen=True)
+class ControlOrder:
+    """A picture that controls, as `UltraPixelPipeline.set_control` takes it."""
+
+    kind: str
+    picture: Image.Image
+    mask: Image.Image | None = None
+    weight: float | None = None
+    ready: bool = False
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A picture that is gone out from: another one is made of it, or it is itself made large as a whole."""
+
+    picture: Image.Image
+    strength: float | None = None
+    large: bool = False
+    factor: float | None = None  # of its own size, where it is made large
+
+
+@dataclass(frozen=True)
+class Order:
+    """Pictures that a client asks for; what is None is the preset's."""
+
+    prompt: str
+    preset: str
+    height: int | None = None
+    width: int | None = None
+    count: int = 1
+    seed: int = -1  # draws one
+    negative_prompt: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of Settings
+    loras: Mapping[str, float] = field(default_factory=dict)  # weights, by the names that the server lists
+    control: ControlOrder | None = None
+    begin: Beginning | None = None
+
+    @property
+    def large(self) -> bool:
+        """Whether a picture is made large."""
+        return self.begin is not None and self.begin.large
+
+    @property
+    def settings(self) -> Settings:
+        """All settings; ValueError or TypeError for a wrong one."""
+        default = Settings(cfg=PRESETS[self.preset].cfg) if self.control is None else CONTROLLED
+        return changed(None, default, self.changes)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width; a picture with a hole has its own, and one that is made large its shape."""
+        preset: Preset = PRESETS[self.preset]
+        height, width = preset.height, preset.width
+        if self.large:
+            own = self.begin.picture.height, self.begin.picture.width
+            sides = self.height, self.width, self.begin.factor
+            return Upscaling((height, width), *sides, strength=self.begin.strength or 1.0).size(own)
+        if self.control is not None and self.control.kind == "inpainting":
+            height, width = self.control.picture.height, self.control.picture.width
+        return self.height or height, self.width or width
+
+
+def check_order(order: Order, limits: Limits, presets: Collection[str], loras: Collection[str]) -> None:
+    """ValueError or TypeError for what is wrong with an order, or more than the limits allow.
+
+    `presets` and `loras` are the names that the server has.
+    """
+    for name in ("prompt", "negative_prompt"):
+        if len(text(name, getattr(order, name))) > MAX_PROMPT:
+            raise ValueError(f"{name} has more than {MAX_PROMPT} letters, the most that is taken")
+    if not order.prompt.strip() and not order.large:
+        raise ValueError("prompt is empty: say what the picture shows")
+    check_known("preset", order.preset, presets)
+    for name in ("height", "width"):
+        if getattr(order, name) is not None:
+            whole_number(name, getattr(order, name))
+    if max(order.size) > limits.side:
+        raise ValueError(
+            f"the picture has at most {limits.side} pixels a side here, not {order.size[0]} x "
+            f"{order.size[1]} (height x width)"
+        )
+    if not 1 <= whole_number("the number of pictures", order.count) <= limits.pictures:
+        raise ValueError(f"1 to {limits.pictures} pictures can be asked for at a time, not {order.count}")
+    if not -1 <= whole_number("seed", order.seed) <= MAX_SEED:
+        raise ValueError(f"seed must be -1, which draws one, or a number from 0 up, not {order.seed}")
+    _check_steps(order.settings, limits)
+    if order.begin is not None and order.begin.strength is not None:
+        check_strength(number("strength", order.begin.strength))
+    for name, weight in order.loras.items():
+        check_known("LoRA", name, loras)
+        number(f"the weight of {name}", weight)
+
+
+def _check_steps(settings: Settings, limits: Limits) -> None:
+    for name in STEPS:
+        if (getattr(settings, name) or 0) > limits.steps:
+            raise ValueError(f"{name} is at most {limits.steps} here, not {getattr(settings, name)}")
+
+
+def check_known(what: str, name: object, known: Collection[str]) -> None:
+    """ValueError, with the nearest or all of the known names, for another one."""
+    if name in known:
+        return
+    near = difflib.get_close_matches(str(name), known, n=1)
+    way = f"did you mean {near[0]}?" if near else f"there is {', '.join(known) or 'none'}"
+    raise ValueError(f"{what} {str(name)[:80]!r} is not known here: {way}")

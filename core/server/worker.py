@@ -1,0 +1,139 @@
+"""The one thread that owns the models: it takes a job after the other and tells how far each is."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+
+from core.commands.flags import is_mistake, told
+from core.commands.pictures import Previewing
+from core.config.settings import Job as Wanted
+from core.pipeline.made import Pictures
+from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.progress import Progress
+from core.printable import say
+from core.server.jobs import Job, Jobs, StageBar
+from core.server.models import Models
+from core.server.orders import Order
+from core.server.outputs import Outputs, png_bytes
+from core.weights.lora.merging import load_loras, uncalled
+
+STAGES = ("stage C, low resolution", "stage C, high resolution", "stage B", "stage A")
+UNEXPECTED = "something went wrong in the server, which its own output tells more about"
+
+
+class Worker(threading.Thread):
+    """Makes the pictures of all jobs."""
+
+    def __init__(self, jobs: Jobs, models: Models, outputs: Outputs) -> None:
+        super().__init__(name="pictures", daemon=True)
+        self._jobs, self._models, self._outputs = jobs, models, outputs
+
+    def run(self) -> None:
+        """Work until the queue is closed."""
+        while (job := self._jobs.next()) is not None:
+            start = time.perf_counter()
+            try:
+                self._make(job)
+                job.update(seconds=time.perf_counter() - start)
+                job.finish("cancelled" if job.stop.is_set() else "done")
+            except Exception as error:  # whatever it is: the next job must run
+                job.finish("failed", sentence(error))
+
+    def _make(self, job: Job) -> None:
+        """Make and save a job's pictures; those that are done are saved also where an error ends the rest."""
+        order = job.order
+        job.update(stages=_bars(order), doing="loading the models")
+        pipeline = self._models.pipeline(order.preset)
+        self._prepare(pipeline, job)
+        telling = Telling(job, self._models.previews(order.preset))
+        try:
+            made = self._pictures(pipeline, job, telling)
+        except Exception:
+            self._save(job, pipeline.rescued)
+            raise
+        finally:
+            pipeline.set_control(None)
+        if made and not job.stop.is_set():
+            size = made[0].job.height, made[0].job.width
+            self._models.learn(order.preset, size, order.settings, telling.seconds / len(made))
+        self._save(job, made)
+
+    def _prepare(self, pipeline: UltraPixelPipeline, job: Job) -> None:
+        """Set what the order changes of the models, and note what may not do what it is meant to do."""
+        order = job.order
+        paths = self._models.loras(order.preset)
+        loras = load_loras(
+            [f"{paths[name]}:{weight}" for name, weight in order.loras.items()], pipeline.config_c
+        )
+        pipeline.set_loras(loras)
+        if (control := order.control) is not None:
+            pipeline.set_control(
+                control.kind, control.picture, control.mask, weight=control.weight, ready=control.ready
+            )
+        wanted = Wanted(order.prompt, *order.size, job.seed, order.negative_prompt)
+        doubts = pipeline.doubts([wanted], order.settings)
+        job.update(notes=(*doubts, *uncalled(loras, [order.prompt])))
+
+    def _pictures(self, pipeline: UltraPixelPipeline, job: Job, telling: Telling) -> Pictures:
+        order, begin = job.order, job.order.begin
+        asked = {"seed": job.seed, "negative_prompt": order.negative_prompt, "settings": order.settings,
+                 "observer": telling, "progress": False}  # fmt: skip
+        if order.large:
+            if begin.strength is not None:
+                asked["strength"] = begin.strength
+            sides = {"factor": begin.factor, "height": order.height, "width": order.width}
+            return pipeline.upscale([begin.picture] * order.count, prompt=order.prompt, **sides, **asked)
+        if begin is not None:
+            asked |= {"init_image": begin.picture, "strength": begin.strength}
+        return pipeline(order.prompt, *order.size, num_images=order.count, **asked)
+
+    def _save(self, job: Job, made: Pictures) -> None:
+        job.update(doing="saving")
+        for picture in made:
+            job.update(pictures=(*job.status.pictures, self._outputs.add(picture)))
+
+
+class Telling:
+    """An observer that writes a job's progress into its status, and ends it where that is asked for."""
+
+    def __init__(self, job: Job, previews: Previewing | None) -> None:
+        self._job, self._previews = job, previews
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since the first step: weights were loaded before it, at least those of Stage C."""
+        return 0.0 if self._started is None else time.perf_counter() - self._started
+
+    def __call__(self, progress: Progress) -> bool:
+        self._started = self._started or time.perf_counter()
+        steps = progress.steps * self._job.order.count  # a picture that is gone out from takes fewer
+        stages = tuple(
+            StageBar(bar.name, steps, bar.done + 1) if bar.name == progress.stage else bar
+            for bar in self._job.status.stages
+        )
+        self._job.update(stages=stages, doing=progress.stage)
+        if self._previews is not None and (image := self._previews.of(progress)) is not None:
+            self._job.update(preview=png_bytes(image))
+        return self._job.stop.is_set()
+
+
+def _bars(order: Order) -> tuple[StageBar, ...]:
+    """A bar for each stage, with the steps of all pictures."""
+    settings = order.settings
+    steps = dict(zip(STAGES, (settings.steps_low, settings.steps, settings.steps_b, 1), strict=True))
+    if order.large:
+        del steps[STAGES[0]]
+    return tuple(StageBar(name, count * order.count) for name, count in steps.items())
+
+
+def sentence(error: Exception) -> str:
+    """What a client is told about an error; of one that is no mistake, the server's output tells the rest."""
+    if is_mistake(error) or isinstance(error, TypeError):
+        message = told(error)[0] if is_mistake(error) else str(error)
+        return message.removeprefix("error: ")
+    say("".join(traceback.format_exception(error)), sys.stderr)
+    return UNEXPECTED

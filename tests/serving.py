@@ -1,0 +1,58 @@
+"""Servers for tests: inference/app.py in a process of its own, with random weights beside the family's."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from conftest import ROOT
+from test_loras import make_lora
+from test_readme_commands import write_controlnet
+
+from core.config.sizes import STAGE_C_VERSIONS
+from core.weights.lora.files import write_lora
+
+QUICK = {"size": "64x64", "seed": 5, "steps": 1, "steps_b": 1}
+
+
+def write_models(folder: Path) -> Path:
+    """A folder that stands for models/: the embedded family, with random ControlNets and a random LoRA."""
+    (folder / "tiny").mkdir()
+    for path in (ROOT / "models" / "tiny").iterdir():
+        if not path.name.startswith(("controlnet", "lora")):
+            (folder / "tiny" / path.name).symlink_to(path)
+    for kind in ("canny", "inpainting"):
+        write_controlnet(folder / "tiny" / f"controlnet_{kind}.safetensors", kind)
+    torch.manual_seed(0)
+    write_lora(folder / "tiny/lora_random.safetensors", make_lora(1, sizes=STAGE_C_VERSIONS["tiny"]), "own")
+    return folder
+
+
+@contextmanager
+def served(folder: Path, *flags: str) -> Iterator[str]:
+    """The address of a server whose pictures go to `folder`; at the end it stops as by Ctrl-C."""
+    command = [
+        sys.executable,
+        str(ROOT / "inference/app.py"),
+        "--port",
+        "0",
+        "--output_dir",
+        str(folder),
+        *flags,
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    if not line.startswith("http"):
+        process.kill()
+        raise AssertionError(process.communicate()[1])
+    try:
+        yield line.split()[0]
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors, errors
