@@ -52,10 +52,12 @@ from core.pipeline.conditioning import Conditions, conditions, of_one_length, st
 from core.pipeline.control import Control, ControlNetFile, open_controlnet
 from core.pipeline.estimate import (
     MIN_TILE,
+    SHARE,
     StageEstimate,
     best_mode,
     estimate_stages,
     fitting_tile,
+    taken,
     weights_on_disk,
 )
 from core.pipeline.given import Given, Original, original
@@ -599,6 +601,11 @@ class UltraPixelPipeline:
         guidance = None if self.guidance is None else self.guidance_sizes
         both = needs_unconditional(settings)
         return estimate_stages(self.config_c, self.config_b, guidance, sizes, both, self._int8)
+
+    def memory_needed(self, sizes: Plan, settings: Settings) -> int:
+        """Bytes that should be free on the device for a picture, as the stages rest now."""
+        text = weights_on_disk(self.config_c.clip_text_path)
+        return int(taken(self.offload, self.estimate(sizes, settings), text) / SHARE)
 
     def _in_turn(self, stage: str, count: int, work: Callable[[int], Iterator[T]]) -> Iterator[T]:
         """What `work(first)` makes of jobs from the first on; where memory is full, the rest with less."""
