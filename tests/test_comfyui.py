@@ -20,6 +20,7 @@ from PIL import Image
 from random_family import randomise
 from torch import Tensor
 
+from core.config.settings import Job
 from core.config.sizes import TINY
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.weights.checkpoint import config_metadata, save_tensors
@@ -166,6 +167,12 @@ def test_conditionings_stand_for_prompts(nodes: ModuleType, model: Any) -> None:
     assert made(nodes, model, **{**given, "positive": twice})[0].shape == images.shape
 
 
+def test_parts_of_prompts_are_weighted(nodes: ModuleType, model: Any, pipeline: UltraPixelPipeline) -> None:
+    prompt = "a (red:1.4) house by the sea"
+    wanted = alone(pipeline, prompt, weighted_prompts=True)
+    assert torch.equal(made(nodes, model, prompt=prompt)[0][0], wanted)
+
+
 @pytest.mark.parametrize(
     ("conditioning", "parts"),
     [
@@ -261,7 +268,7 @@ class Clip:
 
     def encode_from_tokens(self, tokens: str, return_pooled: bool) -> tuple[Tensor, Tensor]:
         assert return_pooled
-        condition = self._pipeline._encode([tokens])[tokens]
+        condition = self._pipeline.encode_text([Job(tokens, 0, 0, 0)])[tokens]
         return condition.tokens, condition.pooled[:, 0]
 
 

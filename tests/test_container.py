@@ -50,7 +50,7 @@ def test_what_is_copied_is_not_ignored() -> None:
 
 def test_the_health_check_asks_as_written() -> None:
     """It is a program of one line: it must at least be one, and fail where nobody answers."""
-    program = next(json.loads(text) for text in told("CMD") if "/health" in text)
+    program = json.loads(told("HEALTHCHECK")[0].partition("CMD ")[2])
     code = program[2].replace("7860", "1")
     assert program[:2] == ["python", "-c"]
     done = subprocess.run(["python3", "-c", code], capture_output=True, text=True, timeout=60)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from comfy.model_management import get_torch_device
 
 from core.config.schema import ControlConfig, StageBConfig, StageCConfig
-from core.config.settings import Job
+from core.config.settings import Job, Settings
 from core.config.sizes import Size
 from core.pipeline.control import Control, Source
 from core.pipeline.pipeline import UltraPixelPipeline, load_encoder, load_previewer
@@ -22,6 +20,8 @@ from core.weights.checkpoint import check_files
 from core.weights.clip import TextCondition
 from core.weights.lora.merging import WeightedLora
 from modules.previewer import Previewer
+
+READ = {"weighted_prompts": True, "long_prompts": True}  # as everybody's nodes read prompts
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,10 @@ class Model:
         return [steering.control(shape, config.geometry, encoder)] * len(jobs)
 
     def encode(self, prompts: Sequence[str]) -> dict[str, TextCondition]:
-        """The conditions of prompts, and of the empty one, by prompt."""
+        """The conditions of prompts, and of the empty one, by prompt; parts may be weighted, as elsewhere."""
         if self.clip is None:
-            return self.held.pipeline.encode_text([Job(prompt, 0, 0, 0) for prompt in (*prompts, "")])
+            jobs = [Job(prompt, 0, 0, 0) for prompt in (*prompts, "")]
+            return self.held.pipeline.encode_text(jobs, Settings(**READ))
         return {prompt: encoded_by(self.clip, prompt) for prompt in dict.fromkeys([*prompts, ""])}
 
 
@@ -171,12 +172,3 @@ def condition_of(conditioning: Sequence[Any], width: int) -> TextCondition:
 def conditioning_of(condition: TextCondition) -> list[Any]:
     """ComfyUI's CONDITIONING with a prompt's condition."""
     return [[condition.tokens.float().cpu(), {"pooled_output": condition.pooled[:, 0].float().cpu()}]]
-
-
-def alike(conditions: Sequence[TextCondition], device: torch.device) -> list[TextCondition]:
-    """The conditions on a device, their tokens repeated to one length, as ComfyUI does with long prompts."""
-    length = math.lcm(*(condition.tokens.shape[1] for condition in conditions))
-    return [
-        TextCondition(c.tokens.to(device).repeat(1, length // c.tokens.shape[1], 1), c.pooled.to(device))
-        for c in conditions
-    ]

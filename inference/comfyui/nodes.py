@@ -25,7 +25,7 @@ from gdf.names import SAMPLER_NAMES
 from modules.stage_a import LATENT_SCALE
 
 from .files import names_in, path_in, stage_b_config, stage_c_config
-from .model import Controlled, Model, condition_of, conditioning_of
+from .model import READ, Controlled, Model, condition_of, conditioning_of
 from .running import Run, Texts, as_elsewhere
 
 CATEGORY = "UltraPixel"
@@ -301,7 +301,7 @@ class TextToImage:
         **settings: Any,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         texts = _texts(model, prompt, negative_prompt, positive, negative)
-        run = Run(model, texts, Settings(**settings), preview)
+        run = Run(model, texts, Settings(**settings, **READ), preview)
         jobs = texts.jobs(*model.size(height, width), seed, num_images)
         _tell_doubts(model, texts, jobs, run.settings)
         if model.control is not None and positive is None:
@@ -359,7 +359,7 @@ class Decode:
         geometry = model.held.pipeline.config_c.geometry
         cell = geometry.compression if channels == C_LATENT else STAGE_A_COMPRESSION
         texts = _texts(model, prompt, "", positive, None)
-        run = Run(model, texts, Settings(**settings))
+        run = Run(model, texts, Settings(**settings, **READ))
         jobs = texts.jobs(height or int(rows * cell), width or int(columns * cell), seed, len(latents))
         if channels == C_LATENT:
             made = run.from_stage_c(jobs, latents)

@@ -23,7 +23,7 @@ from core.pipeline.sources import NOISE_ALONE, Source
 from core.weights.clip import TextCondition
 from modules.previewer import Previewer
 
-from .model import Model, alike
+from .model import Model
 
 PREVIEW_SIDE = 512  # px, the largest that ComfyUI is to show
 PREVIEW_EVERY = 4  # steps of the high-resolution pass
@@ -90,7 +90,8 @@ class Texts:
         names = [name for job in jobs for name in (job.prompt, job.negative_prompt)]
         known = model.encode([name for name in names if given.get(name) is None])
         known |= {name: held for name, held in given.items() if held is not None}
-        return dict(zip(known, alike(list(known.values()), model.held.pipeline.device), strict=True))
+        device = model.held.pipeline.device
+        return {name: TextCondition(c.tokens.to(device), c.pooled.to(device)) for name, c in known.items()}
 
 
 @dataclass(frozen=True)
