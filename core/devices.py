@@ -11,11 +11,16 @@ from core import launch
 if TYPE_CHECKING:
     import torch
 
+KINDS = "cpu, cuda, cuda:N or mps"  # cuda is also what PyTorch calls AMD's cards
+
 
 def device_named(device: torch.device | str | None) -> torch.device:
-    """The asked device, or the GPU where there is one; ValueError for one that is not there."""
+    """The asked device, or the GPU where there is one; ValueError for one that is not there.
+
+    Apple's GPU, mps, is used where it is asked for.
+    """
     if isinstance(device, str) and not re.fullmatch(r"[a-z]+(:\d+)?", device):
-        raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:N")
+        raise ValueError(f"unknown device {device!r}: use {KINDS}")
     import torch  # late: flags are read without it
 
     if device is None:
@@ -24,9 +29,11 @@ def device_named(device: torch.device | str | None) -> torch.device:
     try:
         found = torch.device(text)
     except RuntimeError:
-        raise ValueError(f"unknown device {text!r}: use cpu, cuda or cuda:N") from None
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"the device {text!r} is not supported: use cpu, cuda or cuda:N")
+        raise ValueError(f"unknown device {text!r}: use {KINDS}") from None
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"the device {text!r} is not supported: use {KINDS}")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"the device {text!r} is not there (PyTorch finds no GPU of Apple's): use cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ValueError(f"the device {text!r} is not there ({count} CUDA devices found): use the device cpu")

@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.blocks import ResBlock
+from modules.operators import of_nvidia
 
 Fp8 = Literal["off", "auto", "on"]  # auto: where the device computes in float8; on: elsewhere its rounding
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
-CAPABILITY = (8, 9)  # of the first CUDA devices that compute in float8
+CAPABILITY = (8, 9)  # of NVIDIA's first cards that compute in float8
 MULTIPLE = 16  # which both sides of a matrix must divide by
 
 
 def computes_in_fp8(device: torch.device) -> bool:
     """Whether a device has products in float8."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+    return of_nvidia(device) and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:

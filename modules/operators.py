@@ -28,7 +28,7 @@ def operators_for(x: Tensor, plain: bool = False) -> Operators:
     if x.device.type == "cpu" and x.dtype == torch.float32 and on_cpu.pays():
         return on_cpu.OPERATORS
     large = x.shape[-2] * x.shape[-1] >= FEW_PIXELS
-    if x.device.type == "cuda" and x.dtype == torch.bfloat16 and large and triton_found():
+    if of_nvidia(x.device) and x.dtype == torch.bfloat16 and large and triton_found():
         if fused_works(x.device, x.shape[1]):
             from modules import fused  # imports triton
 
@@ -36,15 +36,20 @@ def operators_for(x: Tensor, plain: bool = False) -> Operators:
     return PLAIN
 
 
+def of_nvidia(device: torch.device) -> bool:
+    """Whether a device is a card of NVIDIA's: PyTorch calls AMD's `cuda` too."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 @lru_cache
 def triton_found() -> bool:
-    """Whether triton is installed and PyTorch's build is one for NVIDIA's cards."""
-    return importlib.util.find_spec("triton") is not None and torch.version.cuda is not None
+    """Whether triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def try_ahead(device: torch.device, widths: Sequence[int]) -> None:
     """Begin to compile and try the kernels for maps of these widths, beside what else is done."""
-    if device.type == "cuda" and triton_found():
+    if of_nvidia(device) and triton_found():
         named = torch.empty(0, device=device).device  # with its number, as tensors have it
         Thread(target=lambda: [fused_works(named, c) for c in dict.fromkeys(widths)], daemon=True).start()
 

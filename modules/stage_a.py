@@ -134,7 +134,7 @@ class StageA(nn.Module):
                 band.clamp_(0, 1)
             if band is not rows:
                 _copy_planes(band, rows)
-        if picture.device != latent.device:
+        if latent.is_cuda and picture.device != latent.device:
             torch.cuda.current_stream(latent.device).synchronize()
         return picture
 
@@ -163,4 +163,4 @@ def _copy_planes(source: Tensor, target: Tensor) -> None:
     """Copy (B, C, H, W) into rows of a picture on another device, plane by plane: each is one piece there."""
     for sample, wanted in zip(source, target, strict=True):
         for plane, place in zip(sample, wanted, strict=True):
-            place.copy_(plane, non_blocking=True)
+            place.copy_(plane, non_blocking=plane.is_cuda)  # Apple's GPU would not be waited for

@@ -23,7 +23,7 @@ from core.config.arguments import DRAW_SEED, number_format
 from core.config.offloading import AUTO, NONE, OFFLOAD_NAMES
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS
 from core.config.settings import FAST, FP8_NAMES, PUBLISHED_STEPS, TRAINING_R, Job, Settings
-from core.devices import own_device
+from core.devices import KINDS, own_device
 from core.images import prepare_folder, read_image_metadata
 from core.launch import fail, processes, told_once
 from core.paths import at_home, located
@@ -164,7 +164,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--int8", action="store_true",
         help="keep the weights of Stages C and B as 8-bit integers: half the memory, a little worse",
     )  # fmt: skip
-    group.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU where there is one, else cpu)")
+    group.add_argument("--device", help=f"{KINDS} (default: cuda where there is a GPU, else cpu)")
     group.add_argument(
         "--offload", choices=OFFLOAD_NAMES, default=AUTO,
         help="where weights rest: all on the device (none), there one stage at a time (stage), or block by "

@@ -110,10 +110,16 @@ def estimate_stages(
     ]
 
 
+def taken(mode: str, stages: Sequence[StageEstimate], text: int) -> int:
+    """Bytes of the device's memory at most, where weights rest as `mode` says; block is counted as stage."""
+    if mode == NONE:
+        return text + sum(stage.weights for stage in stages) + max(stage.activations for stage in stages)
+    return max(text, *(stage.total for stage in stages))
+
+
 def best_mode(stages: Sequence[StageEstimate], text: int, free: int) -> tuple[str, str]:
     """The fastest way to offload that fits into `free` bytes, and why; `text`: bytes of the text encoder."""
-    resident = text + sum(stage.weights for stage in stages) + max(stage.activations for stage in stages)
-    largest = max(text, *(stage.total for stage in stages))
+    resident, largest = taken(NONE, stages, text), taken(STAGE, stages, text)
     told = f"{free / GIB:.1f} GiB are free on the device"
     if resident <= SHARE * free:
         return NONE, f"{told}, all stages together take about {resident / GIB:.1f}"

@@ -166,9 +166,10 @@ def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 def _visiting(module: nn.Module, device: torch.device, without: set[Tensor]) -> Iterator[None]:
     """Within it, the tensors of a module but for those `without` are on the device."""
     homes = [held for held in _tensors(module) if held[2] not in without]
+    on_cuda = device.type == "cuda"
     try:
         for owner, name, tensor in homes:
-            setattr(owner, name, _in_place_of(tensor, tensor.detach().to(device, non_blocking=True)))
+            setattr(owner, name, _in_place_of(tensor, tensor.detach().to(device, non_blocking=on_cuda)))
         yield
     finally:
         for owner, name, tensor in homes:
@@ -278,7 +279,7 @@ def _calling(blocks: Sequence[PackedBlock], call: Call) -> Iterator[None]:
 @contextmanager
 def opened(blocks: Sequence[PackedBlock], device: torch.device) -> Iterator[None]:
     """Within it, all blocks are on the device as they are packed, and each is opened for its use."""
-    there = [packed.memory.to(device, non_blocking=True) for packed in blocks]
+    there = [packed.memory.to(device, non_blocking=device.type == "cuda") for packed in blocks]
 
     def call(number: int, _name: str, method: Callable[..., Any], *given: Any) -> Any:
         with blocks[number].using(blocks[number].open(there[number])):

@@ -24,6 +24,7 @@ from gdf.schedules import cosine
 from gdf.targets import Target
 from modules.fp8 import products_in_fp8
 from modules.guidance import GuidanceFeatures, PreparedGuidance
+from modules.operators import of_nvidia
 from modules.stage_a import MAX_TILE, StageA
 from modules.stage_b import StageB, StageBConditions
 from modules.stage_c import StageC, StageCConditions
@@ -379,7 +380,7 @@ def decode_picture(
     """
     tile = MAX_TILE if tile is None else tile
     latent = latent.to(next(stage_a.parameters()).dtype)
-    with tensor_float32(tf32 and latent.is_cuda):
+    with tensor_float32(tf32 and of_nvidia(latent.device)):
         if tiled or max(latent.shape[-2:]) > tile:
             place = {"pin_memory": latent.is_cuda} if to_host else {"device": latent.device}
             pixels = torch.empty(stage_a.picture_shape(latent), dtype=latent.dtype, **place)

@@ -52,10 +52,12 @@ from core.pipeline.conditioning import Conditions, conditions, of_one_length, st
 from core.pipeline.control import Control, ControlNetFile, open_controlnet
 from core.pipeline.estimate import (
     MIN_TILE,
+    SHARE,
     StageEstimate,
     best_mode,
     estimate_stages,
     fitting_tile,
+    taken,
     weights_on_disk,
 )
 from core.pipeline.given import Given, Original, original
@@ -107,7 +109,7 @@ from gdf.targets import target_named
 from modules.controlnet import ControlNet
 from modules.effnet import EfficientNetEncoder
 from modules.guidance import UPSAMPLINGS, Guidance
-from modules.operators import try_ahead
+from modules.operators import of_nvidia, try_ahead
 from modules.previewer import Previewer
 from modules.stage_a import MAX_TILE, StageA
 from modules.stage_b import StageB
@@ -158,8 +160,9 @@ class UltraPixelPipeline:
         offload: str = AUTO,
         int8: bool = False,
     ) -> None:
-        self.config_c, self.config_b = config_c, config_b
         self.device = device_named(device)
+        config_c, config_b = (_on(self.device, config) for config in (config_c, config_b))
+        self.config_c, self.config_b = config_c, config_b
         self.preset = DEFAULT  # of what a call leaves open
         self.flags: dict[str, Any] = {}  # of the scripts, which tell the models
         self._hashes: WeightHashes | None = None
@@ -600,6 +603,11 @@ class UltraPixelPipeline:
         both = needs_unconditional(settings)
         return estimate_stages(self.config_c, self.config_b, guidance, sizes, both, self._int8)
 
+    def memory_needed(self, sizes: Plan, settings: Settings) -> int:
+        """Bytes that should be free on the device for a picture, as the stages rest now."""
+        text = weights_on_disk(self.config_c.clip_text_path)
+        return int(taken(self.offload, self.estimate(sizes, settings), text) / SHARE)
+
     def _in_turn(self, stage: str, count: int, work: Callable[[int], Iterator[T]]) -> Iterator[T]:
         """What `work(first)` makes of jobs from the first on; where memory is full, the rest with less."""
         done = 0
@@ -964,11 +972,12 @@ class UltraPixelPipeline:
         return held.to(self.device, DTYPES[self.config_c.dtype])
 
     def _without_fp8(self, settings: Settings) -> Settings:
-        """The settings, without fp8 where blocks come and go, as its weights would have to do."""
-        if settings.fp8 == "off" or not (self._int8 or self.offload == BLOCK):
+        """The settings, without fp8 where blocks come and go, as its weights would have to do, or on mps."""
+        apple = self.device.type == "mps"  # which has no such numbers
+        if settings.fp8 == "off" or not (self._int8 or self.offload == BLOCK or apple):
             return settings
         if settings.fp8 == "on":
-            what = "int8" if self._int8 else "offload block"
+            what = "the device mps" if apple else "int8" if self._int8 else "offload block"
             warnings.warn(f"fp8 does not go with {what}, and is left out", stacklevel=2)
         return replace(settings, fp8="off")
 
@@ -994,7 +1003,7 @@ class UltraPixelPipeline:
     def _recordings(self) -> Iterator[LowPassGraphs | None]:
         """The low pass's recordings, which go before the weights that they read leave the device."""
         try:
-            yield self._graphs if self.device.type == "cuda" and not self.plain else None
+            yield self._graphs if of_nvidia(self.device) and not self.plain else None
         finally:
             if self._placement.mode != NONE:
                 self._graphs.clear()
@@ -1066,6 +1075,11 @@ def _with_models(config: C, folder: Path | None) -> C:
     return replace(
         config, **{key: with_models(value, folder) for key, value in paths.items() if isinstance(value, str)}
     )
+
+
+def _on(device: torch.device, config: C) -> C:
+    """The configuration as it is used on a device: Apple's GPU computes in float32."""
+    return replace(config, dtype="float32") if device.type == "mps" else config
 
 
 def _check_callable(observer: object) -> None:
