@@ -6,10 +6,11 @@ import re
 import secrets
 import time
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from core.images import load_image, prepare_folder, read_image_metadata, save_new_image
 from core.pipeline.made import Picture
@@ -66,7 +67,7 @@ class Outputs:
         return self.folder / SMALL_FOLDER / f"{Path(name).stem}.jpg"
 
     def _write_small(self, image: Image.Image, name: str) -> None:
-        small = image.copy()
+        small = image.convert("RGB")
         small.thumbnail((SMALL_SIDE, SMALL_SIDE))
         with suppress(OSError):  # it is made again when it is asked for
             self._small(name).parent.mkdir(exist_ok=True)
@@ -75,8 +76,6 @@ class Outputs:
 
 def png_bytes(image: Image.Image) -> bytes:
     """A picture as PNG, for a moment."""
-    from io import BytesIO
-
     content = BytesIO()
-    image.save(content, "PNG", compress_level=1, pnginfo=PngImagePlugin.PngInfo())
+    image.save(content, "PNG", compress_level=1)
     return content.getvalue()
