@@ -172,11 +172,8 @@ def test_lossless_webp_is_exact_also_where_nothing_is_seen(tmp_path: Path) -> No
 
 
 def test_bits_and_loss_are_what_the_suffix_can_have(tmp_path: Path) -> None:
-    bits = {}
-    for name in ("a.png", "a.tiff", "a.TIF"):
-        with Image.open(picture().save(tmp_path / name)) as image:
-            bits[name] = "16" in str(image.tile[0][-1])
-    assert bits == {"a.png": False, "a.tiff": True, "a.TIF": True}
+    for name, bits in (("a.png", 8), ("a.tiff", 16), ("a.TIF", 16)):
+        assert stored(picture().save(tmp_path / name)).dtype == f"uint{bits}"
     for name, options, sentence in (
         ("a.jpg", {"bits": 16}, "a jpg picture has 8 bits a colour, not 16"),
         ("a.tiff", {"bits": 8}, "a tiff picture has 16 bits a colour, not 8"),
@@ -195,7 +192,7 @@ def test_a_picture_of_16_bits_may_end_up_in_8(tmp_path: Path, monkeypatch: pytes
     gallery = Gallery(str(tmp_path), "tiff", picture().record)
     with pytest.warns(UserWarning, match="picture_500x48_7.png: the picture lies here .*No space left"):
         path = gallery.add(picture())
-    assert load_image(path).tobytes() == picture().image.tobytes()
+    assert abs(np.array(load_image(path)).astype(int) - np.array(picture().image)).max() <= 1
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 

@@ -122,11 +122,10 @@ class Gallery:
     def add(self, picture: Picture) -> Path:
         """Save a picture under a name made of its prompt, size and seed; where that fails, elsewhere."""
         metadata = self.record.metadata(picture.job)
-        job, failures = picture.job, []
+        job, image, failures = picture.job, picture.drawn(self.format), []
         text = self.record.text(job)
         for folder, stem, format in self._ways(job):
             try:
-                image = picture.drawn(format)
                 path = save_new_image(image, folder, stem, format, metadata, text, self.provenance)
             except Exception as error:  # whatever it is: the picture is computed
                 failures.append(error)
