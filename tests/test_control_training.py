@@ -32,7 +32,7 @@ from modules.controlnet import ControlNet
 from modules.stage_c import StageC
 
 SIZES = ControlNetSizes(
-    c_in=1, c_proj=128, proj_blocks=(0, 4, 9), stem=8, head=32,
+    c_in=1, c_proj=192, proj_blocks=(0, 4, 9), stem=8, head=32,
     stages=(("fused", 1, 2, 16, 1), ("fused", 2, 2, 16, 1)),
 )  # fmt: skip
 SCRIPT = str(ROOT / "train" / "train_ultrapixel_control.py")

@@ -786,7 +786,7 @@ def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
 def published(tmp_path: Path) -> Path:
     sizes = STAGE_C_VERSIONS["tiny"]
     tensors, _ = numbered(published_orders(sizes)[0], 4, "module", sizes)
-    tensors |= {"module.20.embeddings": torch.ones(1, 128), "module.20.indices": torch.tensor([900])}
+    tensors |= {"module.24.embeddings": torch.ones(1, 128), "module.24.indices": torch.tensor([900])}
     save_archive(tmp_path / "published.safetensors", tensors)
     return tmp_path / "published.safetensors"
 
@@ -795,7 +795,7 @@ def test_the_script_converts_and_says_what(published: Path, tmp_path: Path) -> N
     own = tmp_path / "own.safetensors"
     done = run_script(published, own, "--to", "own", "--token", "[x]", "--initialise_from", "^cat</w>")
     assert done.returncode == 0, done.stderr
-    held = "Stage C tiny; updates of Stage C: 20 of rank 4 with alpha 1; token offsets (1, 128) at 900"
+    held = "Stage C tiny; updates of Stage C: 24 of rank 4 with alpha 1; token offsets (1, 128) at 900"
     assert done.stdout.splitlines() == [
         f"read    {published}: UltraPixel's published layout; {held} without names",
         f"wrote   {own}: own layout; {held} of [x] from ^cat</w>",

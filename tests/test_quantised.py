@@ -121,7 +121,7 @@ def test_a_lora_is_read(tmp_path: Path, by_row: bool) -> None:
     stored, meant = scaled(tiny("lora_striped_balloon"), "scale_weight", by_row)
     save_file(stored, tmp_path / "w", load_metadata("lora_striped_balloon"))
     lora = read_lora(tmp_path / "w", TINY.stage_c)
-    assert len(lora.updates) == 50
+    assert len(lora.updates) == 60
     for name, update in lora.updates.items():
         torch.testing.assert_close(update.down, meant[f"{name}.lora_down"])
         torch.testing.assert_close(update.up, meant[f"{name}.lora_up"])
