@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,14 +16,10 @@ import torch
 from comfyui_stub import InterruptProcessingException, Stub, call
 from conftest import ROOT
 from PIL import Image
-from random_family import randomise
 from torch import Tensor
 
 from core.config.settings import Job
-from core.config.sizes import TINY
 from core.pipeline.pipeline import UltraPixelPipeline
-from core.weights.checkpoint import config_metadata, save_tensors
-from modules.controlnet import ControlNet
 
 FOLDER = ROOT / "inference" / "comfyui"
 TINY_FOLDER = ROOT / "models" / "tiny"
@@ -43,19 +38,6 @@ LOADED = {"dtype": "as configured", "offload": "stage", "int8": False}
 LORA, CONTROLNET = "lora_striped_balloon.safetensors", "controlnet_canny.safetensors"
 
 
-def write_lora(path: Path) -> None:
-    module = "lora_unet_down_blocks_0_2_attention_attn_out_proj"
-    down, up = torch.randn(2, 192), torch.randn(192, 2)
-    save_tensors(path, {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}, {})
-
-
-def write_controlnet(path: Path) -> None:
-    network = ControlNet(**asdict(TINY.controlnet))
-    randomise(network)
-    metadata = config_metadata(asdict(TINY.controlnet)) | config_metadata({"filter": "canny"}, "control")
-    save_tensors(path, network.state_dict(), metadata)
-
-
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Stub:
     """ComfyUI with the embedded family's files in its own model folders."""
@@ -68,8 +50,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Stub:
         for name in names:
             path = TINY_FOLDER / f"{name}.safetensors"
             (root / "models" / folder / path.name).symlink_to(path)
-    write_lora(root / "models" / "loras" / LORA)
-    write_controlnet(root / "models" / "controlnet" / CONTROLNET)
+    (root / "models" / "loras" / LORA).symlink_to(TINY_FOLDER / LORA)
+    (root / "models" / "controlnet" / CONTROLNET).symlink_to(TINY_FOLDER / CONTROLNET)
     (root / "input").mkdir()
     draw().save(root / "input" / "example.png")
     return Stub(root)
@@ -79,6 +61,12 @@ def draw() -> Image.Image:
     picture = Image.new("RGB", (96, 96), "white")
     picture.paste("red", (30, 30, 70, 70))
     return picture
+
+
+def shown(picture: Image.Image) -> Tensor:
+    """ComfyUI's IMAGE of a picture."""
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, picture.height, picture.width, 3) / 255
 
 
 @pytest.fixture(scope="module")
@@ -237,14 +225,14 @@ def test_a_lora_is_of_its_own_model_alone(
     pipeline.set_loras(f"{stub.root}/models/loras/{LORA}:0.5")
     wanted = alone(pipeline)
     pipeline.set_loras(None)
-    assert tokens == "" and torch.equal(made(nodes, changed)[0][0], wanted)
+    assert tokens == "[stripes]" and torch.equal(made(nodes, changed)[0][0], wanted)
     assert torch.equal(made(nodes, model)[0][0], alone(pipeline)) and not torch.equal(wanted, alone(pipeline))
 
 
 def test_control_is_of_its_own_model_alone(
     nodes: ModuleType, stub: Stub, model: Any, pipeline: UltraPixelPipeline
 ) -> None:
-    pixels = torch.frombuffer(bytearray(draw().tobytes()), dtype=torch.uint8).view(1, 96, 96, 3) / 255
+    pixels = shown(draw())
     given = {"control": "canny", "controlnet": CONTROLNET, "strength": 1.0, "ready": False}
     (changed,) = node(nodes, "Control", model=model, image=pixels, **given)
     file = stub.root / "models" / "controlnet" / CONTROLNET
@@ -255,6 +243,29 @@ def test_control_is_of_its_own_model_alone(
     assert torch.equal(made(nodes, model)[0][0], alone(pipeline)) and not torch.equal(wanted, alone(pipeline))
     with pytest.raises(ValueError, match="a mask is for the control inpainting, not for canny"):
         node(nodes, "Control", model=model, image=pixels, mask=torch.zeros(1, 96, 96), **given)
+
+
+def test_what_lies_around_a_hole_stays(nodes: ModuleType, model: Any) -> None:
+    pixels, hole = shown(draw().resize((128, 128))), torch.zeros(1, 128, 128)
+    hole[:, 40:88, 40:88] = 1
+    given = {"control": "inpainting", "controlnet": "the preset's", "strength": 1.0, "ready": False}
+    (changed,) = node(nodes, "Control", model=model, image=pixels, mask=hole, **given)
+    images = made(nodes, changed, width=0, height=0)[0]
+    outside = hole[0] == 0
+    assert torch.allclose(images[0][outside], pixels[0][outside], atol=1 / 255)
+    assert not torch.allclose(images[0][~outside], pixels[0][~outside], atol=0.1)
+
+
+def test_an_image_is_made_large(nodes: ModuleType, model: Any, pipeline: UltraPixelPipeline) -> None:
+    few = {key: value for key, value in ASKED.items() if key not in ("height", "width")}
+    given = {**TEXTS, **few, **MORE, "strength": 0.7, "match_colours": True, "width": 0, "height": 0}
+    given.pop("num_images")
+    image = shown(draw())
+    images = node(nodes, "Upscale", model=model, image=image, factor=2.0, **given)[0]
+    wanted = pipeline.upscale(draw(), factor=2.0, prompt=PROMPT, strength=0.7, progress=False, **few)[0]
+    assert images.shape == (1, 192, 192, 3) and torch.equal(images[0], wanted.pixels.permute(1, 2, 0))
+    with pytest.raises(ValueError, match="a factor and a height or width do not go together"):
+        node(nodes, "Upscale", model=model, image=image, factor=2.0, **{**given, "width": 256})
 
 
 class Clip:
@@ -320,15 +331,16 @@ def test_workflows_fit_the_nodes(nodes: ModuleType, name: str) -> None:
                     assert value in known[key][0], key
 
 
-@pytest.mark.parametrize("name", ["lora", "control_edges", "decode"])
+@pytest.mark.parametrize("name", ["lora", "control_edges", "upscale", "decode"])
 def test_workflows_run(nodes: ModuleType, stub: Stub, name: str) -> None:
     workflow = json.loads(json.dumps(WORKFLOWS[name]))
     for step in workflow.values():
         own = step["inputs"]
-        small = {"width": 128, "height": 128, "steps": 1, "steps_b": 1, "controlnet": CONTROLNET}
+        small = {"steps": 1, "steps_b": 1, **({} if "factor" in own else {"width": 128, "height": 128})}
         own.update({key: value for key, value in small.items() if key in own})
     stub.execute(nodes, workflow)
-    assert {tuple(image.shape) for image in stub.saved} == {(128, 128, 3)}
+    side = 192 if name == "upscale" else 128
+    assert {tuple(image.shape) for image in stub.saved} == {(side, side, 3)}
 
 
 # --- beside other nodes ---------------------------------------------------------------------------

@@ -565,7 +565,7 @@ class UltraPixelPipeline:
         told = None if isinstance(error, Stopped) else observer
         decoded = self.run_stage_a(jobs[:through], plans[:through], latents, settings, told)
         for index, picture in enumerate(decoded if through else ()):
-            yield _finished(picture, controls[index : index + 1], sources[index : index + 1])
+            yield finished(picture, controls[index : index + 1], sources[index : index + 1])
         if error is not None:
             raise error
 
@@ -1042,7 +1042,7 @@ def _until_error(made: Iterator[T]) -> tuple[list[T], Exception | KeyboardInterr
     return finished, None
 
 
-def _finished(picture: Picture, controls: Sequence[Control], sources: Sequence[Source]) -> Picture:
+def finished(picture: Picture, controls: Sequence[Control], sources: Sequence[Source]) -> Picture:
     """The picture, with what its control keeps, if it has one, and what its source does to it."""
     steps = [control.kept.around for control in controls if control.kept is not None]
     for step in [*steps, *(source.after for source in sources if source.after is not None)]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from core.config.control_types import CONTROL_TYPES
@@ -16,10 +17,13 @@ from core.config.presets import DEFAULT, PRESETS
 from core.config.schema import ControlConfig, stage_c_sizes
 from core.config.settings import Job, Settings
 from core.images import to_image
+from core.pipeline.given import original
 from core.pipeline.passes import B_LATENT, C_LATENT
 from core.pipeline.resolution import STAGE_A_COMPRESSION
 from core.pipeline.sources import Source
 from core.pipeline.steering import given_source, with_suffix
+from core.pipeline.upscaling import Upscaling, without_idle_cfg
+from core.weights.checkpoint import check_files
 from core.weights.lora.merging import load_loras, uncalled
 from gdf.names import SAMPLER_NAMES
 from modules.stage_a import LATENT_SCALE
@@ -154,7 +158,7 @@ class LoadFiles:
             },
             "optional": {
                 "previewer": _choice(optional, "for previews of the latent"),
-                "encoder": _choice(optional, "effnet_encoder, for the control super_resolution"),
+                "encoder": _choice(optional, "effnet_encoder: for Upscale, and the control super_resolution"),
             },
         }  # fmt: skip
 
@@ -233,14 +237,14 @@ class AddControl:
         own = model.held.pipeline.preset.control_file.format(control=control)
         path = own if controlnet == OWN else path_in("controlnet", controlnet)
         hole = None if mask is None else to_image(mask.reshape(-1, *mask.shape[-2:])[:1].expand(3, -1, -1))
-        source = given_source(control, _first(image), hole, ready)
+        source = given_source(control, _pictures(image)[0], hole, ready)
         config = ControlConfig(controlnet_filter=control, controlnet_checkpoint_path=path)
         return (replace(model, control=Controlled(config, source, strength, ready)),)
 
 
-def _first(images: Tensor) -> Any:
-    """The first of ComfyUI's images as a picture, without its alpha."""
-    return to_image(images[0, ..., :3].permute(2, 0, 1))
+def _pictures(images: Tensor) -> list[Image.Image]:
+    """ComfyUI's images (B, H, W, 3 or 4) as pictures, without their alpha."""
+    return [to_image(image[..., :3].permute(2, 0, 1)) for image in images]
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -368,6 +372,55 @@ class Decode:
         return _shown(made.pictures), _latents(made.stage_b, LATENT_SCALE)
 
 
+class Upscale:
+    DESCRIPTION = "Images made large, each as a whole: itself at low resolution guides the high resolution."
+    CATEGORY, FUNCTION = CATEGORY, "upscale"
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "LATENT"), ("images", "stage_c")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        side = "pixels, where factor is 0; an image keeps its shape, and lies within both"
+        return {
+            "required": {
+                "model": (MODEL,), "image": ("IMAGE",),
+                "factor": _number(2.0, 0, 64, 0.25, "so many times as high; 0: as width and height say"),
+                "width": _whole(0, 0, 16384, side, step=8), "height": _whole(0, 0, 16384, side, step=8),
+                "prompt": _text("what the images show"),
+                "negative_prompt": _text("what they should not show"),
+                "strength": _number(1.0, 0.05, 1, 0.05, "how much is made anew"),
+                "match_colours": _flag(True, "keep the colours of the image"),
+                "seed": SEED, **STAGE_C_SETTINGS, **STAGE_B_SETTINGS, "preview": PREVIEW,
+            }
+        }  # fmt: skip
+
+    @as_elsewhere
+    def upscale(
+        self,
+        model: Model,
+        image: Tensor,
+        factor: float,
+        width: int,
+        height: int,
+        prompt: str,
+        negative_prompt: str,
+        strength: float,
+        match_colours: bool,
+        seed: int,
+        preview: bool,
+        **settings: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        pipeline, texts = model.ready(), Texts(prompt, negative_prompt)
+        check_files(pipeline.upscaling_files())
+        given = [original("image", picture) for picture in _pictures(image)]
+        box = pipeline.preset.height, pipeline.preset.width
+        how = Upscaling(box, height or None, width or None, factor or None, strength, match_colours)
+        jobs = texts.jobs(*how.size(given[0].size), seed, len(given))
+        how_made = without_idle_cfg(Settings(**settings, **READ), jobs)
+        _tell_doubts(model, texts, jobs, how_made)
+        made = Run(model, texts, how_made, preview).whole(jobs, pipeline.upscaling_sources(jobs, given, how))
+        return _shown(made.pictures), _latents(made.stage_c)
+
+
 NODES = {
     "UltraPixelLoadPreset": (LoadPreset, "Load a preset"),
     "UltraPixelLoadFiles": (LoadFiles, "Load files"),
@@ -375,6 +428,7 @@ NODES = {
     "UltraPixelControl": (AddControl, "Control"),
     "UltraPixelPrompt": (EncodePrompt, "Prompt"),
     "UltraPixelTextToImage": (TextToImage, "Text to image"),
+    "UltraPixelUpscale": (Upscale, "Upscale"),
     "UltraPixelDecode": (Decode, "Decode"),
 }
 NODE_CLASS_MAPPINGS = {name: node for name, (node, _) in NODES.items()}

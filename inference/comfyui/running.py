@@ -16,7 +16,7 @@ from torch import Tensor
 from core.config.settings import Job, Settings
 from core.images import to_image
 from core.pipeline.control import Control
-from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.pipeline import UltraPixelPipeline, finished
 from core.pipeline.progress import Progress
 from core.pipeline.resolution import Plan, plan_for
 from core.pipeline.sources import NOISE_ALONE, Source
@@ -125,10 +125,13 @@ class Started:
         rest = self.texts, latents, self.settings, self.watch
         return list(self.pipeline.run_stage_b(self.jobs, self.plans, *rest))
 
-    def stage_a(self, latents: Sequence[Tensor]) -> list[Tensor]:
-        """The pictures of Stage B's latents."""
+    def stage_a(
+        self, latents: Sequence[Tensor], controls: Sequence[Control] = (), sources: Sequence[Source] = ()
+    ) -> list[Tensor]:
+        """The pictures of Stage B's latents, with what controls and sources do to them in the end."""
         made = self.pipeline.run_stage_a(self.jobs, self.plans, latents, self.settings, self.watch)
-        return [picture.pixels for picture in made]
+        own = ((controls[i : i + 1], sources[i : i + 1]) for i in range(len(self.jobs)))
+        return [finished(picture, *ends).pixels for picture, ends in zip(made, own, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -143,9 +146,10 @@ class Run:
     def whole(self, jobs: Sequence[Job], sources: Sequence[Source] = ()) -> Made:
         """All stages."""
         with self._started(jobs, self._steps_c(sources) + self.settings.steps_b + 1) as run:
-            latents_c = run.stage_c(self.model.controls(jobs), sources)
+            controls = self.model.controls(jobs)
+            latents_c = run.stage_c(controls, sources)
             latents_b = run.stage_b(latents_c)
-            return Made(latents_c, latents_b, run.stage_a(latents_b))
+            return Made(latents_c, latents_b, run.stage_a(latents_b, controls, sources))
 
     def from_stage_c(self, jobs: Sequence[Job], latents: Sequence[Tensor]) -> Made:
         """Stages B and A, of Stage C's latents."""
