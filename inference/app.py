@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from core.commands.flags import Parser, dtype_name, home_path, run
 from core.config.offloading import AUTO, OFFLOAD_NAMES
 from core.config.presets import PRESETS
+from core.devices import KINDS
 from core.printable import say
 from core.server.limits import Limits
 
@@ -43,9 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=home_path, default="outputs/app", help="folder for the pictures")
     parser.add_argument("--lora_dir", type=home_path, help="a folder of LoRAs that the page offers")
     parser.add_argument("--models", type=home_path, help="the folder that stands for models/")
-    parser.add_argument(
-        "--device", help="cpu, cuda or cuda:N (default: the GPU where there is one, else cpu)"
-    )
+    parser.add_argument("--device", help=f"{KINDS} (default: cuda where there is a GPU, else cpu)")
     parser.add_argument("--dtype", type=dtype_name, help="bf16 or float32 (default: the configuration's)")
     parser.add_argument("--offload", choices=OFFLOAD_NAMES, default=AUTO, help="where weights rest")
     parser.add_argument("--int8", action="store_true", help="keep large weights as 8-bit integers")
