@@ -37,6 +37,7 @@ from core.pipeline.passes import C_LATENT, in_halves, prepare_stage_c
 from core.pipeline.pipeline import DTYPES, ControlEntries, Job, Observer, UltraPixelPipeline
 from core.pipeline.progress import counting
 from core.pipeline.resolution import Plan, guidance_strength, plan
+from core.pipeline.sources import Source
 from core.training.encoders import fingerprint
 from core.training.guidance import (
     GuidedStageC,
@@ -185,6 +186,7 @@ class OwnTimePipeline(UltraPixelPipeline):
         settings: Settings,
         _observer: Observer | None = None,
         _entries: Sequence[ControlEntries] = (),
+        _sources: Sequence[Source] = (),
     ) -> list[Tensor]:
         """Both passes of Stage C for every job: latents (1, 16, h, w) on the CPU."""
         with self.stage_c.on_device() as stage_c, self._guidance_on_device() as guidance:

@@ -820,9 +820,9 @@ def test_the_script_writes_every_layout(
     out = tmp_path / to
     convert.main([str(published), str(out), "--to", to, "--version", "tiny", "--leave_out", "tokens", "text"])
     assert (
-        ": 20 of rank 4 with alpha "
+        ": 24 of rank 4 with alpha "
         if to in ("own", "published")
-        else ": 20 of rank " in capsys.readouterr().out.splitlines()[1]
+        else ": 24 of rank " in capsys.readouterr().out.splitlines()[1]
     )
     assert read_lora(out).tokens is None
     assert_same(deltas_of(read_lora(out)), deltas_of(read_lora(published)))
