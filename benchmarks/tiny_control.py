@@ -116,7 +116,10 @@ class Row:
 
 def control_of(case: Case, size: Size, pipeline: UltraPixelPipeline, weight: float) -> Control:
     """The edges of a case's real picture."""
-    source, edge_size = Source(to_image(real_picture(case.scene, size))), pipeline.control_file.control_size
+    source, edge_size = (
+        Source(to_image(real_picture(case.scene, size))),
+        pipeline.controls.files[0].control_size,
+    )
     control = edge_control(source, size, pipeline.config_c.geometry, edge_size)
     return Control(control.seen, control.shown, weight)
 
