@@ -21,10 +21,13 @@ from core.commands.flags import run as run_script
 from core.config.given_control import GivenControl, read_control
 from core.config.settings import Job, Settings
 from core.images import read_image_metadata
-from core.pipeline.control import Control, Source, edge_control
+from core.pipeline.control import Control, edge_control
+from core.pipeline.control import Source as Given
 from core.pipeline.entries import Entries, PassEntries
 from core.pipeline.graphs import LowPassGraphs
 from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.resolution import plan
+from core.pipeline.sources import Part, Source
 from core.pipeline.split import Share
 from core.weights.lora.files import write_lora
 
@@ -117,7 +120,7 @@ def made_by(pipeline: UltraPixelPipeline, *controls: Control, settings: Settings
 
 
 def test_controls_add_up_within_their_times(pipeline: UltraPixelPipeline) -> None:
-    first, second = (edge_control(Source(noise_picture(96, 128, s)), (96, 128), GEOMETRY, 96) for s in (0, 1))
+    first, second = (edge_control(Given(noise_picture(96, 128, s)), (96, 128), GEOMETRY, 96) for s in (0, 1))
     off = replace(second, weight=0.0)
     alone, both = made_by(pipeline, first, off), made_by(pipeline, first, second)
     assert not torch.equal(alone, both)
@@ -132,18 +135,22 @@ def test_controls_add_up_within_their_times(pipeline: UltraPixelPipeline) -> Non
 
 
 def test_control_of_the_high_resolution_pass_is_an_option(pipeline: UltraPixelPipeline) -> None:
-    control = edge_control(Source(noise_picture(96, 128)), (96, 128), GEOMETRY, 96)
+    control = edge_control(Given(noise_picture(96, 128)), (96, 128), GEOMETRY, 96)
     off, late = replace(control, weight=0.0), replace(control, end=0.9, hr=True)
     low, high = made_by(pipeline, control, off), made_by(pipeline, replace(control, hr=True), off)
     assert not torch.equal(low, high)
     assert torch.equal(made_by(pipeline, replace(late, start=0.95), off), made_by(pipeline, off, off))
+    sizes = plan(96, 128, GEOMETRY)
+    part = Source(part=Part(sizes, sizes, (0, 0)))
+    with pytest.raises(ValueError, match="for whole pictures: leave out the region"):
+        pipeline.run([JOB], QUICK, None, [(late, off)], [part])
     with pytest.raises(ValueError, match="reuse 2 .* use reuse 1"):
         made_by(pipeline, late, off, settings=replace(QUICK, reuse=2))
     made_by(pipeline, replace(late, hr=False), off, settings=replace(QUICK, reuse=2))
 
 
 def test_controls_and_controlnets_are_as_many(pipeline: UltraPixelPipeline) -> None:
-    control = edge_control(Source(noise_picture(96, 128)), (96, 128), GEOMETRY, 96)
+    control = edge_control(Given(noise_picture(96, 128)), (96, 128), GEOMETRY, 96)
     with pytest.raises(ValueError, match="1 controls were given, but ControlNets for 2: name one for each"):
         made_by(pipeline, control)
 

@@ -525,6 +525,7 @@ class UltraPixelPipeline:
         several, one for each of `set_controls`), and so are `sources`: what the passes begin at, by default
         that of `set_origin`.
         """
+        sources = sources or self._own_sources(jobs)
         told, done = observer and harmless(observer), 0
         with suppress(Stopped):
             for own, group in groupby(jobs, lambda job: job.settings or settings):
