@@ -114,15 +114,25 @@ class Row:
 # --- the pictures ---------------------------------------------------------------------------------
 
 
-def control_of(case: Case, size: Size, pipeline: UltraPixelPipeline, weight: float) -> Control:
+def control_of(
+    case: Case, size: Size, pipeline: UltraPixelPipeline, weight: float, hr: bool = False
+) -> Control:
     """The edges of a case's real picture."""
-    source, edge_size = Source(to_image(real_picture(case.scene, size))), pipeline.control_file.control_size
+    source, edge_size = (
+        Source(to_image(real_picture(case.scene, size))),
+        pipeline.controls.files[0].control_size,
+    )
     control = edge_control(source, size, pipeline.config_c.geometry, edge_size)
-    return Control(control.seen, control.shown, weight)
+    return replace(control, weight=weight, hr=hr)
 
 
 def measure(
-    pipeline: UltraPixelPipeline, cases: Sequence[Case], size: Size, settings: Settings, weight: float
+    pipeline: UltraPixelPipeline,
+    cases: Sequence[Case],
+    size: Size,
+    settings: Settings,
+    weight: float,
+    hr: bool = False,
 ) -> tuple[Row, Image.Image]:
     """Agreement at a size, and a sheet: given picture, its edges, made with control, made without."""
     found: list[list[np.ndarray]] = []
@@ -131,7 +141,7 @@ def measure(
         for start in range(0, len(cases), GROUP):
             group = cases[start : start + GROUP]
             jobs = [Job(case.prompt, *size, case.seed) for case in group]
-            controls = [control_of(case, size, pipeline, weight) for case in group]
+            controls = [control_of(case, size, pipeline, weight, hr) for case in group]
             made = [pipeline.run(jobs, settings, None, given) for given in (controls, ())]
             for case, control, *pair in zip(group, controls, *made, strict=True):
                 pictures = [real_picture(case.scene, size), *(picture.pixels for picture in pair)]
@@ -176,6 +186,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", choices=tuple(PROMPTS), default="none", help="what they say")
     parser.add_argument("--control_file", help="weights of the ControlNet")
     parser.add_argument("--control_weight", type=float, default=CONTROL_WEIGHT)
+    parser.add_argument(
+        "--control_hr", action="store_true", help="let it act in the high-resolution pass too"
+    )
     parser.add_argument("--output_dir", default="outputs/tiny_control", help="folder for the sheets")
     add_settings_flags(parser, OWN)
     add_model_flags(parser)
@@ -197,7 +210,8 @@ def main() -> int:
     if (prompt := PROMPTS[arguments.prompts]) is not None:
         cases = [replace(case, prompt=prompt(case.scene)) for case in cases]
     for size in sizes:
-        row, pictures = measure(pipeline, cases, size, settings, arguments.control_weight)
+        weight, hr = arguments.control_weight, arguments.control_hr
+        row, pictures = measure(pipeline, cases, size, settings, weight, hr)
         pictures = titled(pictures, ("Drawing", "Edges", MADE[arguments.prompts], "Without them"))
         save_image(pictures, Path(arguments.output_dir, f"{size[0]}x{size[1]}.jpg"), "jpg", {})
         rows.append(row)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 
+from core.commands.added import add_edge_flags, add_hole_flags
 from core.commands.flags import home_path, parse_with_preset, picture_parser, run, settings_of
 from core.commands.prompts import lines_of
 from core.config.control_types import CONTROL_TYPES, control_type, no_weights
@@ -47,20 +48,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="weights of the ControlNet; {control} stands for --control (default: the preset's, else the "
         "configuration's)",
     )  # fmt: skip
-    group.add_argument(
-        "--control_size", type=int,
-        help="px per side at which edges are found; more are finer (default: the configuration's, else the "
-        "file's, else 224)",
-    )  # fmt: skip
-    group.add_argument("--keep_aspect", action="store_true", help="find edges without squeezing to a square")
-    group.add_argument(
-        "--mask", type=home_path,
-        help="inpainting: a picture of its size, white where it is filled (default: what is transparent)",
-    )  # fmt: skip
-    group.add_argument(
-        "--outpaint", type=int, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
-        help="inpainting: pixels to fill around the picture",
-    )  # fmt: skip
+    add_edge_flags(group)
+    add_hole_flags(group)
     group.add_argument(
         "--control_image", type=home_path,
         help="what is seen, as a picture that is ready: edges, a mask, or, for depth and tile, always",

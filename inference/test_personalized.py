@@ -8,13 +8,11 @@ python inference/test_personalized.py --lora cat.safetensors:0.8 --lora style.sa
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
+from core.commands.added import add_lora_flag
 from core.commands.flags import (
     MODEL_FLAGS,
-    check_weights,
-    home_path,
     make_jobs,
     make_pipeline,
     parse_with_preset,
@@ -22,9 +20,6 @@ from core.commands.flags import (
     run,
     settings_of,
 )
-from core.commands.origins import Gather
-from core.launch import is_main
-from core.printable import say
 
 CONFIG_C = "configs/training/lora_personalization.yaml"  # has the token of the published file, which lacks it
 
@@ -33,12 +28,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line: that of test_t2i, and the LoRAs."""
     parser = picture_parser(__doc__)
     parser.set_defaults(config_c=CONFIG_C)
-    group = parser.add_argument_group("LoRA")
-    group.add_argument(
-        "--lora", "--pretrained_path_lora", type=home_path, action=Gather, default=(),
-        metavar="FILE[:WEIGHT]",
-        help="a LoRA and how much of it, once for each of several (default: the preset's, else none)",
-    )  # fmt: skip
+    add_lora_flag(parser, "the preset's, else none")
     return parse_with_preset(parser, arguments)
 
 
@@ -49,16 +39,10 @@ def main(given: Sequence[str] | None = None) -> int:
         raise ValueError("no LoRA was given: add --pretrained_path_lora FILE, or --lora FILE:WEIGHT")
     # These load torch, once the flags are read.
     from core.commands.asked import make_asked
-    from core.weights.lora.merging import load_loras, named_files, uncalled
+    from core.commands.loras import use_loras
 
     pipeline = make_pipeline(arguments)
-    if not arguments.dry_run:
-        check_weights(pipeline, arguments.preset, named_files(arguments.lora))
-    loras = load_loras(arguments.lora, pipeline.config_c)
-    pipeline.set_loras(loras)
-    prompts = list(dict.fromkeys(job.prompt for job in jobs))
-    for sentence in uncalled(loras, prompts) if is_main() else ():
-        say(f"warning: {sentence}", sys.stderr)
+    use_loras(arguments, pipeline, jobs)
     return make_asked(arguments, pipeline, jobs, settings, (*MODEL_FLAGS, "lora"))
 
 

@@ -138,6 +138,11 @@ class StageC(CascadeUNet):
             sizes.append((height, width))
         return (*sizes, *reversed(sizes))
 
+    def entry_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Sizes (H, W) of the maps that control entries are added to, for a latent of this size."""
+        runs = zip(self.resblock_runs(), self.site_sizes(size), strict=True)
+        return [site for count, site in runs for _ in range(count)]
+
     def condition_tokens(self, clip_text: Tensor, clip_text_pooled: Tensor, clip_img: Tensor) -> Tensor:
         """The condition tokens (B, L + 2·c_clip_seq, c_cond).
 
@@ -174,18 +179,20 @@ class StageC(CascadeUNet):
         control: Sequence[Tensor | None] | None = None,
         guidance: PreparedGuidance | None = None,
         inner: InnerMaps | None = None,
+        control_guided: bool = False,
     ) -> Tensor:
         """The prediction (B, 16, H, W) for a latent of the same shape at noise condition r (B,).
 
-        `r` may be what `pass_times` made of it. With guidance, control is ignored: it acts on the
-        low-resolution pass and arrives through that. `inner` as in `run_levels`.
+        `r` may be what `pass_times` made of it. With guidance, control is ignored, as it acts on the
+        low-resolution pass and arrives through that; unless `control_guided`. `inner` as in `run_levels`.
         """
         time = self._time(r, sca, crp)
         if guidance is None:
             return self._denoise(x, time, conditions, control, inner=inner)
         own = time.embed[:, : self.c_r]
+        control = control if control_guided else None
         return self._denoise(
-            x, time, conditions, at_site=lambda site, y: guidance.fuse(site, y, own), inner=inner
+            x, time, conditions, control, lambda site, y: guidance.fuse(site, y, own), inner=inner
         )
 
     def predict_with_features(

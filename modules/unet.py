@@ -204,6 +204,13 @@ class CascadeUNet(nn.Module):
             [[b.scale_shift(embed) if isinstance(b, TimestepBlock) else None for b in lv] for lv in levels],
         )
 
+    def resblock_runs(self) -> list[int]:
+        """How often ResBlocks run in each level, in running order, repeats counted."""
+        blocks = (*self.down_blocks, *self.up_blocks)
+        mappers = (*self.down_repeat_mappers, *self.up_repeat_mappers)
+        counts = (sum(isinstance(block, ResBlock) for block in level) for level in blocks)
+        return [count * (len(others) + 1) for count, others in zip(counts, mappers, strict=True)]
+
     def run_levels(
         self,
         x: Tensor,

@@ -21,6 +21,7 @@ from core.config.offloading import MODES, offload_named
 from core.config.schema import LatentGeometry, stage_c_sizes
 from core.config.settings import Job, Settings
 from core.pipeline.control import Control
+from core.pipeline.entries import Entries
 from core.pipeline.estimate import (
     GIB,
     StageEstimate,
@@ -165,7 +166,7 @@ def test_control_and_guidance_are_the_same_block_by_block(family_folder: Path) -
     for mode in ("none", "block"):
         pipeline = pipeline_of(family_folder, mode)
         entries = [torch.ones(1, pipeline.stage_c.module.down_blocks[0][0].depthwise.in_channels, 4, 4)]
-        pipeline.run_controlnet = lambda _, entries=entries: [entries, entries]
+        pipeline.run_controlnet = lambda _, entries=entries: [[Entries(entries)]] * 2
         made.append(pixels(pipeline))
     assert same(*made)
 

@@ -207,6 +207,7 @@ def test_a_picture_remembers_what_it_went_out_from(
     assert Image.open(path).size == (128, 96)
     stored = read_image_metadata(path)
     assert (stored["strength"], stored["region"], stored["height"]) == (1.0, [8, 8, 40, 40], 96)
+    assert np.array_equal(levels(Image.open(path))[48:], levels(given)[48:])  # outside the region
     again = script("--from_image", path)
     assert np.array_equal(levels(Image.open(again)), levels(Image.open(path)))
 

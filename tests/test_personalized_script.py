@@ -114,7 +114,9 @@ def test_a_picture_is_repeated_with_its_loras(script: Run, lora: Path, tmp_path:
     other = picture(script("--lora", lora, from_image=first, **none))
     assert read_image_metadata(other)["lora"] == [str(lora)]  # flags win
     assert not np.array_equal(pixels(first), pixels(other))
-    refused = script(name="test_t2i", from_image=first, **none)
+    by_the_other = picture(script(name="test_t2i", from_image=first, **none))
+    assert np.array_equal(pixels(first), pixels(by_the_other))
+    refused = script(name="test_controlnet", from_image=first, canny_source_url=first, **none)
     assert refused.returncode == 2
     assert "was made with --lora" in refused.stderr
 

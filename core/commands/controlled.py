@@ -1,13 +1,16 @@
-"""The run of inference/test_controlnet.py: from its flags to what steers the pictures, and the pictures."""
+"""Runs under control: from the flags to what steers the pictures, and test_controlnet.py's own run."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 
 from core.commands.asked import make_asked
 from core.commands.flags import MODEL_FLAGS, make_jobs, make_pipeline
+from core.commands.pictures import ControlOf
+from core.config.given_control import GivenControl
 from core.config.schema import ControlConfig
 from core.config.settings import Settings
 from core.config.sizes import Size
@@ -70,3 +73,18 @@ def make_controlled_pictures(arguments: argparse.Namespace, settings: Settings) 
     control = cache(partial(make_control, arguments, pipeline, source, file.control_size))
     control = None if arguments.dry_run else control
     return make_asked(arguments, pipeline, jobs, settings, (*MODEL_FLAGS, *CONTROL_FLAGS), control)
+
+
+def use_controls(
+    arguments: argparse.Namespace, pipeline: UltraPixelPipeline, controls: Sequence[GivenControl]
+) -> ControlOf | None:
+    """What steers pictures of a size by given controls; where there are none, or no pictures, None.
+
+    The flags get the controls in full, and the size of a picture whose hole is filled if they have none.
+    """
+    if not controls:
+        return None
+    pipeline.set_controls(controls)
+    arguments.controls = pipeline.controls.flags(alone=False)["controls"]
+    arguments.height, arguments.width = pipeline.controls.shape(arguments.height, arguments.width)
+    return None if arguments.dry_run else cache(pipeline.controls_for)

@@ -48,13 +48,14 @@ from core.images import (
     to_image,
 )
 from core.pipeline.control import Control
+from core.pipeline.controls import Controls, several
 from core.pipeline.made import Picture, Record
 from core.pipeline.pipeline import UltraPixelPipeline, load_previewer
 from core.pipeline.progress import Progress, ProgressBars, Together
 from core.pipeline.resolution import plan_for
 from core.printable import say
 
-ControlOf = Callable[[Size], Control]  # what steers pictures of a size (height, width)
+ControlOf = Callable[[Size], Controls]  # what steers pictures of a size (height, width)
 PREVIEW_EVERY = 4  # steps of the high-resolution pass
 
 
@@ -185,7 +186,7 @@ def _telling(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_beside(path: Path, control: Control) -> None:
-    """Save what a ControlNet saw beside the picture that it steered."""
+    """Save what a ControlNet saw beside the picture that it steered; that of a second one gets a number."""
     try:
         shown = to_image(control.shown.expand(3, -1, -1))
         save_new_image(shown, path.parent, f"{path.stem}_control", "png", {})
@@ -404,8 +405,8 @@ class Saving:
 
     def _save(self, picture: Picture) -> Path:
         path = self._gallery.add(picture)
-        if self._control is not None:
-            save_beside(path, self._control(_size(picture.job)))
+        for control in () if self._control is None else several(self._control(_size(picture.job))):
+            save_beside(path, control)
         self._told.append(f"seed {picture.job.seed}: {path}")
         return path
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from numbers import Integral, Real
+from pathlib import Path
 
 DTYPE_NAMES = {
     "bf16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32", "fp32": "float32",
@@ -28,6 +30,26 @@ def number(name: str, value: object) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, not {_shown(value)}")
     return float(value)
+
+
+def last_number(text: str, name: str, form: str) -> tuple[str, float] | None:
+    """What lies before a number that ends a text, as in FILE:0.8, and that number; None where there is none.
+
+    ValueError, with the number's name and the right form, for what stands in its place and is no number.
+    """
+    path, colon, last = text.rpartition(":")
+    drive = len(path) == 1 and path.isalpha()
+    if not colon or Path(text).exists() or "/" in last or "\\" in last:
+        return None
+    try:
+        found = float(last)
+    except ValueError:
+        found = math.nan
+    if math.isfinite(found) and path:
+        return path, found
+    if drive:
+        return None
+    raise ValueError(f"the {name} {last!r} in {text!r} is no number: write {form}")
 
 
 def truth(name: str, value: object) -> bool:

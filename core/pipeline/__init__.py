@@ -9,4 +9,5 @@ __getattr__, __dir__, __all__ = exporting(
     progress=("Progress", "Stopped"),
     resolution=("Plan", "plan"),
     steering=("Steering",),
+    controls=("GivenControl",),
 )

@@ -254,6 +254,9 @@ class Control:
     shown: Tensor  # (1 or 3, H, W) in [0, 1], the same to look at
     weight: float = CONTROL_WEIGHT  # of the ControlNet's entries
     kept: Kept | None = None
+    start: float = 1.0  # it acts from this time t of the pass
+    end: float = 0.0  # down to this one
+    hr: bool = False  # in the high-resolution pass too
 
 
 def control_size(height: int, width: int, geometry: LatentGeometry) -> Size:

@@ -44,7 +44,13 @@ class Recording:
     held: list[Tensor]  # of the prompt and of a control
     replay: Callable[[], None]
     outputs: Outputs
-    picture: weakref.ref[StageCConditions] | None = None  # whose conditions are in `held`
+    # What is in `held`: conditions of a picture, and entries of its controls.
+    sources: tuple[weakref.ref[StageCConditions] | weakref.ref[Tensor], ...] = ()
+
+    def holds(self, sources: Sequence[object]) -> bool:
+        """Whether `held` has the values of these objects."""
+        pairs = zip(self.sources, sources, strict=False)
+        return len(self.sources) == len(sources) and all(ref() is source for ref, source in pairs)
 
 
 class LowPassGraphs:
@@ -94,9 +100,10 @@ class LowPassGraphs:
                 return stage_c.predict_with_features(x, time, conditions, control=control)
         recording = self._recordings[key]
         torch._foreach_copy_(recording.step, step)
-        if recording.picture is None or recording.picture() is not conditions:
+        sources = (conditions, *(entry for entry in control or () if entry is not None))
+        if not recording.holds(sources):
             torch._foreach_copy_(recording.held, held)
-            recording.picture = weakref.ref(conditions)
+            recording.sources = tuple(map(weakref.ref, sources))
         recording.replay()
         prediction, *maps = recording.outputs
         return prediction.clone(), GuidanceFeatures(tuple(maps))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from core.config.settings import TRAINING_R, Settings
 from core.pipeline.conditioning import Conditions
+from core.pipeline.entries import Entries, Maps, PassEntries
 from core.pipeline.graphs import LowPassGraphs
 from core.pipeline.resolution import Plan
 from core.pipeline.split import Shares, Split
@@ -197,7 +198,7 @@ def low_resolution_pass(
     plan: Plan,
     settings: Settings,
     noise: NoiseSource | NoiseSources,
-    control: Sequence[Tensor | None] | None = None,
+    controls: Sequence[Entries] = (),
     on_step: OnStep | None = None,
     graphs: LowPassGraphs | None = None,
     split: Split | None = None,
@@ -207,12 +208,15 @@ def low_resolution_pass(
 
     The features are the conditional half's, at the last step or, with few steps, at r = 0.05 (`Settings`).
     `graphs` run its steps by their recordings; `split` shares out the halves, but no rows: there are few.
+    The entries of `controls` are added at their times.
     """
     taken: list[GuidanceFeatures] = []
+    entries = PassEntries.of(controls, stage_c, plan.lr_latent)
     recorded = None if graphs is None else graphs.for_pass(stage_c, noise.device)
 
     def predict(x: Tensor, time: Times, held: StageCConditions, step: Step) -> Tensor:
         takes = step.is_last and settings.extra_guidance_r is None
+        control = None if entries is None else entries.at(step.t)
         if recorded is not None:
             prediction, features = recorded.step(stage_c, x, time, held, control)
         elif takes:
@@ -237,7 +241,7 @@ def low_resolution_pass(
     sampled = _sample_stage_c(denoise, x, times, settings, noise, after_step)
     if settings.extra_guidance_r is not None:
         latent, epsilon, r = last[0].x0, last[0].epsilon, settings.extra_guidance_r
-        taken.append(features_of(stage_c, conditions, latent, epsilon, r, control))
+        taken.append(features_of(stage_c, conditions, latent, epsilon, r, controls))
     return sampled, taken[0] if split is None else split.from_first(taken[0])
 
 
@@ -251,12 +255,15 @@ def features_of(
     latent: Tensor,
     epsilon: Tensor,
     r: float = TRAINING_R,
-    control: Sequence[Tensor | None] | None = None,
+    controls: Sequence[Entries] = (),
 ) -> GuidanceFeatures:
     """The guiding features of clean low-resolution latents (B, 16, h, w) with noise, at the condition r.
 
-    This is how the guidance was trained, on the latents of pictures at r = 0.05 (section 4.1).
+    This is how the guidance was trained, on the latents of pictures at r = 0.05 (section 4.1). The entries of
+    `controls` are added if they act at the time r.
     """
+    entries = PassEntries.of(controls, stage_c, tuple(latent.shape[-2:]))
+    control = None if entries is None else entries.at(r)
     logsnr = cosine(torch.tensor(r))
     a, b = variance_preserving(logsnr)
     noised = (a * latent + b * epsilon).to(next(stage_c.parameters()).dtype)
@@ -266,10 +273,11 @@ def features_of(
 
 @dataclass(frozen=True)
 class Guided:
-    """Conditions and guidance of the high-resolution pass; the guidance is the same for both halves."""
+    """Conditions, guidance and entries of the high-resolution pass; the last two are both halves'."""
 
     conditions: StageCConditions
     guidance: PreparedGuidance | None
+    entries: PassEntries | None = None
 
     def first(self, count: int) -> Guided:
         """Those of the first `count` samples (the conditional half)."""
@@ -278,7 +286,12 @@ class Guided:
     def part(self, samples: slice, rows: slice) -> Guided:
         """Those of some samples and rows of the map."""
         guidance = None if self.guidance is None else self.guidance.of_rows(rows)
-        return Guided(self.conditions.part(samples, rows), guidance)
+        entries = None if self.entries is None else self.entries.of_rows(rows)
+        return Guided(self.conditions.part(samples, rows), guidance, entries)
+
+    def control_at(self, t: float) -> Maps | None:
+        """The entries that are added at time t."""
+        return None if self.entries is None else self.entries.at(t)
 
 
 def high_resolution_pass(
@@ -292,18 +305,26 @@ def high_resolution_pass(
     on_step: OnStep | None = None,
     split: Split | None = None,
     start: Start | None = None,
+    controls: Sequence[Entries] = (),
 ) -> Sampled:
-    """Denoise a latent at the asked resolution, guided in both halves at every step (section 3.2)."""
+    """Denoise a latent at the asked resolution, guided in both halves at every step (section 3.2).
+
+    The entries of those `controls` that act here are resized to its maps.
+    """
+    entries = PassEntries.of([control for control in controls if control.hr], stage_c, plan.hr_latent)
     inner = InnerMaps(settings.reuse) if settings.reuse > 1 else None
 
     shares = None if split is None else split.shares(stage_c, plan.hr_latent[0])
 
-    def predict(x: Tensor, time: Times, held: Guided, _: Step) -> Tensor:
-        return stage_c.predict(x, time, held.conditions, guidance=held.guidance, inner=inner)
+    def predict(x: Tensor, time: Times, held: Guided, step: Step) -> Tensor:
+        return stage_c.predict(
+            x, time, held.conditions, guidance=held.guidance, inner=inner, control=held.control_at(step.t),
+            control_guided=True,
+        )  # fmt: skip
 
     x, times = _begun(start, noise, plan.hr_latent, settings.steps, settings.shift)
     denoise = denoiser(
-        in_halves(predict, Guided(conditions, guidance), stage_c, times, noise.device, shares),
+        in_halves(predict, Guided(conditions, guidance, entries), stage_c, times, noise.device, shares),
         target,
         settings.cfg_stage_c,
     )

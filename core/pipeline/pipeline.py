@@ -27,7 +27,7 @@ from core.config.arguments import (
     text,
     whole_number,
 )
-from core.config.control_types import control_type
+from core.config.given_control import GivenControl, check_hr
 from core.config.offloading import AUTO, BLOCK, NONE, offload_named, smaller
 from core.config.presets import DEFAULT, PRESETS, models_folder, of_project, preset_named, with_models
 from core.config.schema import (
@@ -49,7 +49,9 @@ from core.devices import device_named
 from core.memory import free_memory, peak_host_memory, peak_memory
 from core.paths import at_home, located
 from core.pipeline.conditioning import Conditions, conditions, of_one_length, stack
-from core.pipeline.control import Control, ControlNetFile, open_controlnet
+from core.pipeline.control import Control, ControlNetFile
+from core.pipeline.controls import Controls, SetControls, set_given, set_nets, several
+from core.pipeline.entries import Entries
 from core.pipeline.estimate import (
     MIN_TILE,
     SHARE,
@@ -83,14 +85,7 @@ from core.pipeline.region import prepare_guidance
 from core.pipeline.resolution import MIN_SIDE, Plan, plan_for
 from core.pipeline.sources import NOISE_ALONE, Encode, Source, latent_of
 from core.pipeline.split import Split
-from core.pipeline.steering import (
-    CONTROLLED,
-    SUFFIX,
-    Steering,
-    given_source,
-    steering_flags,
-    with_suffix,
-)
+from core.pipeline.steering import CONTROLLED, SUFFIX, with_suffix
 from core.pipeline.upscaling import Upscaling, without_idle_cfg
 from core.weights.checkpoint import check_files, check_finite, load_module, read_config
 from core.weights.clip import (
@@ -137,7 +132,6 @@ class StageUse:
 
 T = TypeVar("T")
 C = TypeVar("C", StageCConfig, StageBConfig)
-ControlEntries = list[Tensor | None] | None  # of one picture: as `modules.controlnet.ControlNet` returns them
 
 
 class UltraPixelPipeline:
@@ -167,12 +161,9 @@ class UltraPixelPipeline:
         self.flags: dict[str, Any] = {}  # of the scripts, which tell the models
         self._hashes: WeightHashes | None = None
         self.rescued = Pictures()  # of a call that an error or Ctrl-C ended: what was done by then
-        self._steering: Steering | None = None
-        self._steering_flags: dict[str, Any] = {}
+        self.controls = SetControls()
         self.uses: dict[str, StageUse] = {}
         self.split: Split | None = None  # the other processes, where several make each picture
-        self.control_file: ControlNetFile | None = None
-        self.controlnet: Offloaded[ControlNet] | None = None
         dtype_c, dtype_b = DTYPES[config_c.dtype], DTYPES[config_b.dtype]
         mode = offload_named(offload, resident)
         self._placement = Placement(self.device, NONE if mode == AUTO and self.device.type == "cpu" else mode)
@@ -281,7 +272,7 @@ class UltraPixelPipeline:
         negative_prompt: str = "",
         settings: Settings | None = None,
         observer: Observer | None = None,
-        control: Control | None = None,
+        control: Controls | None = None,
         progress: bool = True,
         num_image: int | None = None,
         wildcards: str | Path | None = None,
@@ -315,9 +306,9 @@ class UltraPixelPipeline:
         plan_for(self.config_c, *size)  # raises what is wrong with the size
         _check_callable(observer)
         self.check_files(self.encoder_file() if begun is not None and begun.picture is not None else None)
-        if self._steering is not None and control is None:
+        if self.controls.steerings and control is None:
             jobs = [with_suffix(job) for job in jobs]
-            control = self._steering.control(size, self.config_c.geometry, self._encoder)
+            control = self.controls_for(size)
         called = uncalled(
             self._loras.wanted, list(dict.fromkeys(job.prompt.removesuffix(SUFFIX) for job in jobs))
         )
@@ -435,7 +426,7 @@ class UltraPixelPipeline:
         jobs: Sequence[Job],
         settings: Settings,
         observer: Observer | None,
-        control: Control | None,
+        control: Controls | None,
         progress: bool,
         sources: Sequence[Source] = (),
         flags: Mapping[str, Any] = NO_FLAGS,
@@ -448,7 +439,7 @@ class UltraPixelPipeline:
         jobs: Sequence[Job],
         settings: Settings,
         observer: Observer | None,
-        control: Control | None,
+        control: Controls | None,
         progress: bool,
         sources: Sequence[Source],
         flags: Mapping[str, Any],
@@ -472,16 +463,19 @@ class UltraPixelPipeline:
         return made
 
     def _default_settings(self) -> Settings:
-        return Settings(cfg=self.preset.cfg) if self._steering is None else CONTROLLED
+        return CONTROLLED if self.controls.steerings else Settings(cfg=self.preset.cfg)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        if self._steering is not None:
-            height, width = self._steering.shape(height, width)
+        height, width = self.controls.shape(height, width)
         asked = {"height": height, "width": width}
         return tuple(
             getattr(self.preset, side) if value is None else whole_number(side, value)
             for side, value in asked.items()
         )
+
+    def controls_for(self, size: tuple[int, int]) -> tuple[Control, ...]:
+        """What the set controls' pictures make of pictures of a size (height, width)."""
+        return self.controls.controls(size, self.config_c.geometry, self._encoder)
 
     def _encoder(self) -> EfficientNetEncoder:
         return load_encoder(self.config_c, "the control super_resolution")
@@ -496,7 +490,7 @@ class UltraPixelPipeline:
 
     def _flags(self) -> dict[str, Any]:
         loras = [f"{lora.path}:{lora.weight:g}" for lora in self._loras.wanted]
-        return {**self.flags, **({"lora": loras} if loras else {}), **self._steering_flags}
+        return {**self.flags, **({"lora": loras} if loras else {}), **self.controls.flags(alone=not loras)}
 
     @torch.no_grad()
     def run(
@@ -504,7 +498,7 @@ class UltraPixelPipeline:
         jobs: Sequence[Job],
         settings: Settings,
         observer: Observer | None = None,
-        controls: Sequence[Control] = (),
+        controls: Sequence[Controls] = (),
         sources: Sequence[Source] = (),
     ) -> Pictures:
         """The pictures of `pictures`, once all are made; their files will tell how they were made."""
@@ -519,7 +513,7 @@ class UltraPixelPipeline:
         jobs: Sequence[Job],
         settings: Settings,
         observer: Observer | None = None,
-        controls: Sequence[Control] = (),
+        controls: Sequence[Controls] = (),
         sources: Sequence[Source] = (),
     ) -> Iterator[Picture]:
         """Pictures of the jobs, stage by stage, so that each stage visits the device once.
@@ -527,9 +521,11 @@ class UltraPixelPipeline:
         Each comes as soon as it is decoded. Where Stage B breaks off, those come that are through it, and
         then the error. An observer that fails ends nothing: it costs a warning, and is not called again.
         Where one returns True, no further step is made, and those come that are through Stage B.
-        `controls`, where there are any, are one for each job, for the ControlNet of `set_control`, and so
-        are `sources`: what the passes begin at, by default that of `set_origin`.
+        `controls`, where there are any, are one for each job, for the ControlNet of `set_control` (or
+        several, one for each of `set_controls`), and so are `sources`: what the passes begin at, by default
+        that of `set_origin`.
         """
+        sources = sources or self._own_sources(jobs)
         told, done = observer and harmless(observer), 0
         with suppress(Stopped):
             for own, group in groupby(jobs, lambda job: job.settings or settings):
@@ -543,9 +539,11 @@ class UltraPixelPipeline:
         jobs: Sequence[Job],
         settings: Settings,
         observer: Observer | None,
-        controls: Sequence[Control],
+        controls: Sequence[Controls],
         sources: Sequence[Source],
     ) -> Iterator[Picture]:
+        region = any(source.part is not None for source in sources)
+        check_hr([one for control in controls for one in several(control)], settings.reuse, region)
         plans = [plan_for(self.config_c, job.height, job.width) for job in jobs]
         parts = [
             None if source.part is None else source.part.sizes
@@ -565,7 +563,8 @@ class UltraPixelPipeline:
         told = None if isinstance(error, Stopped) else observer
         decoded = self.run_stage_a(jobs[:through], plans[:through], latents, settings, told)
         for index, picture in enumerate(decoded if through else ()):
-            yield finished(picture, controls[index : index + 1], sources[index : index + 1])
+            own = several(controls[index]) if controls else ()
+            yield finished(picture, own, sources[index : index + 1])
         if error is not None:
             raise error
 
@@ -636,7 +635,8 @@ class UltraPixelPipeline:
 
     def _make_room(self) -> None:
         """Let the device's memory go that the mode does not need."""
-        for each in (self.encoder, self.stage_c, self.guidance, self.controlnet, self.stage_b, self.stage_a):
+        nets = self.controls.networks
+        for each in (self.encoder, self.stage_c, self.guidance, *nets, self.stage_b, self.stage_a):
             if each is not None:
                 each.settle()
         if self._text_encoder is not None:
@@ -666,31 +666,27 @@ class UltraPixelPipeline:
         back.
         """
         if control is None or isinstance(control, ControlConfig):
-            self._steering, self._steering_flags = None, {}
-            return self._set_controlnet(control)
-        control_type(control)
-        source = given_source(control, picture, mask, ready, outpaint)
-        place = self.preset.control_file.format(control=control) if file is None else at_home(str(file))
-        side = None if size is None else whole_number("size", size)
-        config = ControlConfig(controlnet_filter=control, controlnet_checkpoint_path=place, control_size=side)
-        found = self._set_controlnet(config)
-        weight = self.preset.control_weight if weight is None else number("weight", weight)
-        self._steering = Steering(control, source, found.control_size, weight, keep_aspect, ready)
-        self._steering_flags = steering_flags(self._steering, found, picture, mask, outpaint)
-        return found
+            configs = [] if control is None else [control]
+            self.controls = set_nets(configs, stage_c_sizes(self.config_c), *self._for_controls())
+        else:
+            given = GivenControl(
+                control, picture, mask, weight, file, size, keep_aspect, ready, outpaint=outpaint
+            )
+            self.set_controls([given])
+        return next(iter(self.controls.files), None)
 
-    def _set_controlnet(self, config: ControlConfig | None) -> ControlNetFile | None:
-        if config is None:
-            self.control_file = self.controlnet = None
-            return None
-        file = open_controlnet(config, stage_c_sizes(self.config_c))
-        build, dtype = partial(ControlNet, **asdict(file.sizes)), DTYPES[self.config_c.dtype]
-        self.control_file = file
-        self.controlnet = Offloaded(
-            lambda home, _: load_module(build, file.path, dtype=dtype, device=home, what=file.name),
-            self._placement,
-        )
-        return file
+    def set_controls(self, controls: Sequence[GivenControl | str]) -> tuple[ControlNetFile, ...]:
+        """Let several pictures control all calls from now on; what their ControlNets add to Stage C adds up.
+
+        A control is a `GivenControl`, or text, KIND:PICTURE[:WEIGHT[:START:END]]. An empty list ends it.
+        What the ControlNets' files tell comes back; errors are those of `set_control`.
+        """
+        sizes = stage_c_sizes(self.config_c)
+        self.controls = set_given(controls, self.preset, sizes, *self._for_controls())
+        return self.controls.files
+
+    def _for_controls(self) -> tuple[torch.dtype, Placement]:
+        return DTYPES[self.config_c.dtype], self._placement
 
     def set_loras(self, loras: str | Path | Sequence[str | Path | WeightedLora] | None) -> None:
         """Use these LoRAs and no others from now on: merged into the weights before their next use.
@@ -725,8 +721,7 @@ class UltraPixelPipeline:
         if self._guidance_path is not None:
             named["guidance"] = str(self._guidance_path)
         named |= lora_files(self._loras.wanted)
-        if self.control_file is not None:
-            named["ControlNet"] = self.control_file.path
+        named |= self.controls.named_files()
         named["Stage B"] = self.config_b.generator_checkpoint_path
         named["Stage A"] = self.config_b.stage_a_checkpoint_path
         return {**named, "text encoder": self.config_c.clip_text_path}
@@ -775,20 +770,29 @@ class UltraPixelPipeline:
             self._text_encoder.to(self._placement.home)
         return texts
 
-    def run_controlnet(self, controls: Sequence[Control]) -> list[ControlEntries]:
-        """The entries for Stage C of every control, times its weight, on the CPU; none for no controls."""
-        if not controls:
-            return []
-        if self.controlnet is None:
-            raise ValueError("a control was given, but no ControlNet: name one with set_control")
-        return list(self._in_turn("control", len(controls), lambda first: self._controlled(controls[first:])))
+    def run_controlnet(self, controls: Sequence[Controls]) -> list[list[Entries]]:
+        """The entries for Stage C of every picture's controls, on the CPU; none for no controls."""
+        rows, networks = [several(control) for control in controls], self.controls.networks
+        for count in {len(row) for row in rows} - {len(networks)}:
+            nets = f"ControlNets for {len(networks)}" if networks else "no ControlNet"
+            raise ValueError(
+                f"{count} controls were given, but {nets}: name one for each by set_control or set_controls"
+            )
+        columns = []
+        for network, *column in zip(networks, *rows, strict=True) if rows else ():
+            work = partial(self._controlled, network, column)
+            columns.append(list(self._in_turn("control", len(column), work)))
+        return [list(row) for row in zip(*columns, strict=True)]
 
-    def _controlled(self, controls: Sequence[Control]) -> Iterator[ControlEntries]:
+    def _controlled(
+        self, network: Offloaded[ControlNet], controls: Sequence[Control], first: int
+    ) -> Iterator[Entries]:
         dtype = DTYPES[self.config_c.dtype]
-        with self._measured("control"), self.controlnet.on_device() as network:
-            for control in controls:
-                entries = network(control.seen.to(self.device, dtype))
-                yield [None if entry is None else (control.weight * entry).cpu() for entry in entries]
+        with self._measured("control"), network.on_device() as controlnet:
+            for control in controls[first:]:
+                maps = controlnet(control.seen.to(self.device, dtype))
+                weighted = [None if entry is None else control.weight * entry for entry in maps]
+                yield Entries(weighted, control.start, control.end, control.hr).to("cpu")
 
     def run_stage_c(
         self,
@@ -797,14 +801,14 @@ class UltraPixelPipeline:
         texts: dict[str, TextCondition],
         settings: Settings,
         observer: Observer | None = None,
-        entries: Sequence[ControlEntries] = (),
+        entries: Sequence[Sequence[Entries]] = (),
         sources: Sequence[Source] = (),
     ) -> list[Tensor]:
         """Both passes of Stage C for every job: latents (1, 16, h, w) on the CPU.
 
-        `entries`, where there are any, are those of `run_controlnet`; they act on the low-resolution pass.
+        `entries`, where there are any, are those of `run_controlnet`.
         """
-        controls, starts = entries or [None] * len(jobs), sources or [NOISE_ALONE] * len(jobs)
+        controls, starts = entries or [()] * len(jobs), sources or [NOISE_ALONE] * len(jobs)
 
         def work(first: int) -> Iterator[Tensor]:
             rest = jobs[first:], plans[first:], texts, settings, observer, controls[first:], starts[first:]
@@ -819,7 +823,7 @@ class UltraPixelPipeline:
         texts: dict[str, TextCondition],
         settings: Settings,
         observer: Observer | None,
-        entries: Sequence[ControlEntries],
+        entries: Sequence[Sequence[Entries]],
         sources: Sequence[Source],
     ) -> Iterator[Tensor]:
         target, settings = target_named(self.config_c.target), self._without_fp8(settings)
@@ -830,10 +834,10 @@ class UltraPixelPipeline:
             self._recordings() as graphs,
         ):
             stage_c.plain = self.plain
-            for job, sizes, control, source in zip(jobs, plans, entries, sources, strict=True):
+            for job, sizes, controls, source in zip(jobs, plans, entries, sources, strict=True):
                 source = source.to(self.device)
                 held = prepare_stage_c(stage_c, self._conditions(job, texts, settings, source.image))
-                control = control and [e if e is None else e.to(self.device) for e in control]
+                controls = [control.to(self.device) for control in controls]
                 noise = self._noise(job, "lr")
                 if source.guide is None:
                     features = low_resolution_pass(
@@ -844,14 +848,14 @@ class UltraPixelPipeline:
                         settings,
                         noise,
                         split=self.split,
-                        control=control,
+                        controls=controls,
                         on_step=_report(observer, "stage C, low resolution", job),
                         graphs=graphs,
                         start=source.low,
                     )[1]
                 else:
                     features = features_of(
-                        stage_c, held, source.guide, noise.like(source.guide), control=control
+                        stage_c, held, source.guide, noise.like(source.guide), controls=controls
                     )
                 self.stage_b.load_ahead(self._warm_stage_b)  # from here on, as steps were being recorded
                 self.stage_a.load_ahead(self._warm_stage_a)
@@ -870,6 +874,7 @@ class UltraPixelPipeline:
                     split=self.split,
                     on_step=_report(observer, "stage C, high resolution", job),
                     start=source.high,
+                    controls=controls,
                 )
                 yield high.x0.cpu()
 
@@ -1043,7 +1048,7 @@ def _until_error(made: Iterator[T]) -> tuple[list[T], Exception | KeyboardInterr
 
 
 def finished(picture: Picture, controls: Sequence[Control], sources: Sequence[Source]) -> Picture:
-    """The picture, with what its control keeps, if it has one, and what its source does to it."""
+    """The picture, with what its controls keep, and what its source does to it."""
     steps = [control.kept.around for control in controls if control.kept is not None]
     for step in [*steps, *(source.after for source in sources if source.after is not None)]:
         picture = replace(picture, pixels=step(picture.pixels))

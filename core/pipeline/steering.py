@@ -40,6 +40,9 @@ class Steering:
     weight: float
     keep_aspect: bool = False  # as there
     ready: bool = False  # the picture shows the edges
+    start: float = 1.0  # as in `Control`
+    end: float = 0.0
+    hr: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
@@ -59,7 +62,7 @@ class Steering:
                 control = ready_control(self.source.picture, shape, geometry, kind.sizes.c_in)
             case way:
                 raise ValueError(f"{self.kind}: inference has no way {way!r} to make what is seen")
-        return replace(control, weight=self.weight)
+        return replace(control, weight=self.weight, start=self.start, end=self.end, hr=self.hr)
 
     def shape(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
         """The asked sides; where a hole is filled, those that were not asked for are the picture's own."""

@@ -24,6 +24,7 @@ from core.pipeline.control import (
     half_size_latents,
     with_hole,
 )
+from core.pipeline.entries import Entries
 from core.pipeline.passes import NoiseSource, low_resolution_pass, prepare_stage_c
 from core.pipeline.pipeline import DTYPES, load_previewer
 from core.pipeline.resolution import plan
@@ -187,10 +188,10 @@ def make_sampler(run: Run, networks: Networks, example: Batch) -> Callable[[int]
             held = prepare_stage_c(controlled.stage_c, encoded.conditions.only(i).to(run.device, dtype))
             latents = []
             with run.accelerator.autocast():  # the ControlNet is in float32, the frozen base may not be
-                for control in (controlled.control(seen[i : i + 1]), None):
+                for controls in ([Entries(controlled.control(seen[i : i + 1]))], []):
                     noise = NoiseSource.of(i, 0, run.device)
                     sampled, _ = low_resolution_pass(
-                        controlled.stage_c, held, target, sizes, SETTINGS, noise, control
+                        controlled.stage_c, held, target, sizes, SETTINGS, noise, controls
                     )
                     latents.append(sampled.x0)
             rows.append(

@@ -112,7 +112,7 @@ class Model:
         """How the control of a model that is ready steers pictures; None without one."""
         if self.control is None:
             return None
-        kind, size = self.control.config.controlnet_filter, self.held.pipeline.control_file.control_size
+        kind, size = self.control.config.controlnet_filter, self.held.pipeline.controls.files[0].control_size
         return Steering(kind, self.control.source, size, self.control.weight, ready=self.control.ready)
 
     def size(self, height: int, width: int) -> Size:

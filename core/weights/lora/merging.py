@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from core.config.arguments import last_number
 from core.config.schema import StageCConfig, stage_c_sizes
 from core.paths import located
 from core.weights.clip import TextEncoder
@@ -40,19 +39,9 @@ class WeightedLora:
 
 def split_weight(text: str) -> tuple[str, float]:
     """Where a file lies, and a weight, from FILE or FILE:WEIGHT; ValueError for one that is no number."""
-    path, colon, number = text.rpartition(":")
-    drive = len(path) == 1 and path.isalpha()
-    if not colon or Path(text).exists() or "/" in number or "\\" in number:
-        return located(text), 1.0
-    try:
-        weight = float(number)
-    except ValueError:
-        weight = math.nan
-    if math.isfinite(weight) and path:
-        return located(path), weight
-    if drive:
-        return text, 1.0
-    raise ValueError(f"the weight {number!r} in {text!r} is no number: write FILE, or FILE:0.8")
+    found = last_number(text, "weight", "FILE, or FILE:0.8")
+    path, weight = (text, 1.0) if found is None else found
+    return located(path), weight
 
 
 def load_loras(texts: Sequence[str], config: StageCConfig) -> list[WeightedLora]:
