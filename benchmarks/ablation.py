@@ -34,7 +34,7 @@ from core.family.evaluation import Evaluation, Judge, Measured, View, held_out_c
 from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
 from core.pipeline.offload import Offloaded, Placement
 from core.pipeline.passes import C_LATENT, in_halves, prepare_stage_c
-from core.pipeline.pipeline import DTYPES, ControlEntries, Job, Observer, UltraPixelPipeline
+from core.pipeline.pipeline import DTYPES, Job, Observer, UltraPixelPipeline
 from core.pipeline.progress import counting
 from core.pipeline.resolution import Plan, guidance_strength, plan
 from core.pipeline.sources import Source
@@ -185,7 +185,7 @@ class OwnTimePipeline(UltraPixelPipeline):
         texts: dict[str, TextCondition],
         settings: Settings,
         _observer: Observer | None = None,
-        _entries: Sequence[ControlEntries] = (),
+        _entries: Sequence[object] = (),
         _sources: Sequence[Source] = (),
     ) -> list[Tensor]:
         """Both passes of Stage C for every job: latents (1, 16, h, w) on the CPU."""

@@ -35,19 +35,20 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument(
+    group = parser.add_argument_group("server")
+    group.add_argument(
         "--preset", choices=tuple(PRESETS),
         help="models to begin with (default: small-big where its weights are there, else the embedded tiny)",
     )  # fmt: skip
-    parser.add_argument("--port", type=int, default=PORT, help="0 takes any that is free")
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0: on all networks")
-    parser.add_argument("--output_dir", type=home_path, default="outputs/app", help="folder for the pictures")
-    parser.add_argument("--lora_dir", type=home_path, help="a folder of LoRAs that the page offers")
-    parser.add_argument("--models", type=home_path, help="the folder that stands for models/")
-    parser.add_argument("--device", help=f"{KINDS} (default: cuda where there is a GPU, else cpu)")
-    parser.add_argument("--dtype", type=dtype_name, help="bf16 or float32 (default: the configuration's)")
-    parser.add_argument("--offload", choices=OFFLOAD_NAMES, default=AUTO, help="where weights rest")
-    parser.add_argument("--int8", action="store_true", help="keep large weights as 8-bit integers")
+    group.add_argument("--port", type=int, default=PORT, help="0 takes any that is free")
+    group.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0: on all networks")
+    group.add_argument("--output_dir", type=home_path, default="outputs/app", help="folder for the pictures")
+    group.add_argument("--lora_dir", type=home_path, help="a folder of LoRAs that the page offers")
+    group.add_argument("--models", type=home_path, help="the folder that stands for models/")
+    group.add_argument("--device", help=f"{KINDS} (default: cuda where there is a GPU, else cpu)")
+    group.add_argument("--dtype", type=dtype_name, help="bf16 or float32 (default: the configuration's)")
+    group.add_argument("--offload", choices=OFFLOAD_NAMES, default=AUTO, help="where weights rest")
+    group.add_argument("--int8", action="store_true", help="keep large weights as 8-bit integers")
     add_safety_flags(parser)
     return parser.parse_args(arguments)
 

@@ -30,6 +30,7 @@ def main(given: list[str] | None = None) -> int:
     arguments = parse(given)
     lines_of(arguments)  # raises if there is no prompt
     controls, begun, settings = given_controls(arguments), read_origin(arguments), settings_of(arguments)
+    jobs = [] if controls else make_jobs(arguments)  # a picture that controls may give the size
     # These load torch, once the flags are read.
     from core.commands.asked import make_asked
     from core.commands.controlled import use_controls
@@ -40,7 +41,7 @@ def main(given: list[str] | None = None) -> int:
     pipeline.image_encoder = arguments.image_encoder or pipeline.image_encoder
     pipeline.set_origin(begun)
     control = use_controls(arguments, pipeline, controls)
-    jobs = make_jobs(arguments)
+    jobs = jobs or make_jobs(arguments)
     use_loras(arguments, pipeline, jobs)
     jobs = [with_suffix(job) for job in jobs] if controls else jobs
     added = [name for name in ("lora", "controls") if getattr(arguments, name)]

@@ -36,9 +36,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELLS = ("sh", "bash", "shell", "console")
 PYTHONS = ("python", "python3", ".venv/bin/python")
-# By name: what builds the whole family, tests, installs, enters the environment or downloads.
+# By name: what builds the whole family, tests, installs, enters the environment, downloads, or needs Docker
+# or ComfyUI.
 EXEMPT = re.compile(
-    r"make (app|demo|tiny|test|lint|venv)\b|source |\S*pip install|git clone|cd |"
+    r"make (app|demo|tiny|test|lint|venv)\b|source |docker |ln -s |\S*pip install|git clone|cd |"
     r"\S*python3? models/download\.py"
 )
 
@@ -115,8 +116,8 @@ def added(script: str, words: list[str]) -> list[str]:
     """What follows a script's words: the embedded family, where they do not name it, and small sizes."""
     named = "--preset" in words and words[words.index("--preset") + 1].startswith("tiny")
     family = ["--preset", "tiny"] if script.startswith("inference/") and not named else []
-    own_size = "--region" in words  # that of the picture
-    return [*family, *(PICTURE[4:] if own_size else ADDED[script])]
+    own_size = {"--region", "--outpaint"} & {*words}  # that of the picture
+    return [*family, *(ADDED[script][4:] if own_size else ADDED[script])]
 
 
 def split(command: str) -> tuple[list[str], str, list[str]]:
