@@ -1,5 +1,6 @@
 """Shared by all tests: torchvision imports on CPU builds, and the references that lie beside the tests."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,17 @@ from random_family import Family, write_family  # noqa: E402
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The tests' hashes do not go into the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def heard() -> None:
+    """What this project logs is heard in every test, whatever the servers of tests before did to logging."""
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] in ("core", "gdf", "modules") and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

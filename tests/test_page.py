@@ -117,6 +117,8 @@ def test_a_prompt_becomes_a_picture_and_its_file_fills_the_form(page: Page) -> N
 
 def test_a_job_outlives_a_reload_and_is_cancelled(page: Page) -> None:
     fill(page, steps=50)
+    for name in ("Width", "Height"):  # so that it takes longer than a reload
+        page.get_by_label(name, exact=True).fill("768")
     make(page)
     expect(page.get_by_text("Running")).to_be_visible()
     page.reload()
