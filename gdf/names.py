@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SAMPLER_NAMES = ("ddpm", "ddim", "lcm", "dpmpp_2m")  # of `gdf.samplers.SAMPLERS`
+SAMPLER_NAMES = ("ddpm", "ddim", "lcm", "dpmpp_2m", "heun")  # of `gdf.samplers.SAMPLERS`
+TIME_NAMES = ("uniform", "karras")  # of `gdf.schedules.TIMES`
 LOSS_WEIGHT_NAMES = (  # of `gdf.loss_weights.WEIGHTS`
     "constant", "p2", "snr", "snr_plus_one", "min_snr", "min_snr_plus_one", "truncated_snr", "sech",
     "debiased", "sigmoid",

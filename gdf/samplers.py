@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from gdf.cfg import CfgSettings
 from gdf.names import check_name
 from gdf.scalers import Scaler, variance_preserving
-from gdf.schedules import Schedule, logsnr_at
+from gdf.schedules import Schedule, Spacing, logsnr_at, uniform
 from gdf.targets import Target
 
 FEW_STEPS = 15  # below this, DPM-Solver++(2M) takes its last step in first order
@@ -49,8 +50,9 @@ def steps(
     scaler: Scaler = variance_preserving,
     device: torch.device | str = "cpu",
     start: float = 1.0,
+    spacing: Spacing = uniform,
 ) -> list[Step]:
-    """The `count` steps between count + 1 equally spaced times from 1, or from `start`, to 0.
+    """The `count` steps between count + 1 times from 1, or from `start`, to 0, equally spaced by default.
 
     Scalars on the CPU combine with tensors of any device without a wait, so leave them there in general.
     Raises ValueError for a count below 1, a shift that is not positive, or a start outside (0, 1].
@@ -59,7 +61,7 @@ def steps(
         raise ValueError(f"the number of sampling steps is {count}, but must be at least 1")
     if not 0 < start <= 1:
         raise ValueError(f"sampling starts at the time {start}, but that must be above 0 and at most 1")
-    times = torch.linspace(start, 0, count + 1)
+    times = spacing(schedule, start, count)
     logsnr = logsnr_at(schedule, times, shift)
     a, b = scaler(logsnr)
     t, logsnr, a, b = times.tolist(), logsnr.to(device), a.to(device), b.to(device)
@@ -83,7 +85,8 @@ class Estimate:
 Denoise = Callable[[Tensor, Step], Estimate]
 Noise = Callable[[Tensor], Tensor]  # standard normal noise shaped like its argument
 History = tuple[Estimate, Step] | None  # the step before, None at the first
-Rule = Callable[[Tensor, Estimate, Step, History, Noise], Tensor]  # (x, …) -> x at t_next
+Ahead = Callable[[Tensor], Estimate]  # what the network makes of an x at t_next; not at the last step
+Rule = Callable[[Tensor, Estimate, Step, History, Noise, Ahead], Tensor]  # (x, …) -> x at t_next
 
 
 def ddim_with(eta: float) -> Rule:
@@ -94,7 +97,9 @@ def ddim_with(eta: float) -> Rule:
     if not 0 <= eta <= 1:
         raise ValueError(f"DDIM's eta is {eta}, but must lie between 0 (deterministic) and 1 (ancestral)")
 
-    def rule(_x: Tensor, estimate: Estimate, step: Step, _history: History, noise: Noise) -> Tensor:
+    def rule(
+        _x: Tensor, estimate: Estimate, step: Step, _history: History, noise: Noise, _ahead: Ahead | None = None
+    ) -> Tensor:
         # b'²·fresh is sigma² = eta²·b'²/b²·(1 - a²/a'²) where a² + b² = 1, in the form that holds for every
         # scaler and does not round below zero. A mixed schedule may step back in places, hence the clamp.
         fresh = eta**2 * -torch.expm1(step.logsnr - step.logsnr_next).clamp(max=0)
@@ -108,12 +113,16 @@ ddpm: Rule = ddim_with(1.0)  # arXiv 2006.11239; the published sampler, with noi
 ddim: Rule = ddim_with(0.0)
 
 
-def lcm(_x: Tensor, estimate: Estimate, step: Step, _history: History, noise: Noise) -> Tensor:
+def lcm(
+    _x: Tensor, estimate: Estimate, step: Step, _history: History, noise: Noise, _ahead: Ahead | None = None
+) -> Tensor:
     """Multistep consistency sampling: noises the clean estimate anew (arXiv 2310.04378, alg. 3)."""
     return step.a_next * estimate.x0 + step.b_next * noise(estimate.x0)
 
 
-def dpmpp_2m(x: Tensor, estimate: Estimate, step: Step, history: History, _noise: Noise) -> Tensor:
+def dpmpp_2m(
+    x: Tensor, estimate: Estimate, step: Step, history: History, _noise: Noise, _ahead: Ahead | None = None
+) -> Tensor:
     """DPM-Solver++(2M): second order from the x0 estimates of two steps (arXiv 2211.01095, alg. 2)."""
     h = (step.logsnr_next - step.logsnr) / 2
     x0 = estimate.x0
@@ -125,8 +134,19 @@ def dpmpp_2m(x: Tensor, estimate: Estimate, step: Step, history: History, _noise
     return step.b_next / step.b * x - step.a_next * torch.expm1(-h) * x0
 
 
+def heun(
+    _x: Tensor, estimate: Estimate, step: Step, _history: History, _noise: Noise, ahead: Ahead
+) -> Tensor:
+    """Heun's second order with two evaluations a step, one at the last (arXiv 2206.00364, alg. 1)."""
+    x_next = step.a_next * estimate.x0 + step.b_next * estimate.epsilon  # Euler in x / a over b / a
+    if step.is_last:
+        return x_next
+    change = ahead(x_next).epsilon - estimate.epsilon
+    return x_next + (step.b_next - step.a_next * step.b / step.a) / 2 * change
+
+
 SAMPLERS: Mapping[str, Rule] = MappingProxyType(
-    {"ddpm": ddpm, "ddim": ddim, "lcm": lcm, "dpmpp_2m": dpmpp_2m}
+    {"ddpm": ddpm, "ddim": ddim, "lcm": lcm, "dpmpp_2m": dpmpp_2m, "heun": heun}
 )
 
 
@@ -147,6 +167,11 @@ class Sampled:
     x0: Tensor
 
 
+def _ahead(denoise: Denoise, dtype: torch.dtype, after: Step | None, x_next: Tensor) -> Estimate:
+    assert after is not None, "nothing is evaluated after the last step"
+    return denoise(x_next.to(dtype), after)
+
+
 def sample(
     denoise: Denoise,
     x: Tensor,
@@ -161,9 +186,10 @@ def sample(
     """
     assert steps, "a pass needs at least one step"
     history: History = None
-    for step in steps:
+    for step, after in zip(steps, [*steps[1:], None], strict=True):
         estimate = denoise(x, step)
-        x = rule(x, estimate, step, history, noise).to(x.dtype)
+
+        x = rule(x, estimate, step, history, noise, partial(_ahead, denoise, x.dtype, after)).to(x.dtype)
         history = (estimate, step)
         if callback is not None:
             callback(step, estimate)

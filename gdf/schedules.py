@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from gdf.loss_weights import LossBuckets
+from gdf.names import check_name
 
 Schedule = Callable[[Tensor], Tensor]
 
@@ -21,6 +23,8 @@ LINEAR_RANGE = 10.0
 SD_BETA_START, SD_BETA_END, SD_TABLE_POINTS = 0.00085, 0.012, 1001
 ADAPTIVE_BUCKETS, ADAPTIVE_RANGE = 100, 10.0
 TIME_MIN = 0.001
+KARRAS_RHO = 7.0
+HALVINGS = 40  # of the times between which a schedule is searched; float32 has no finer ones
 
 
 # --- schedules ------------------------------------------------------------------------------------
@@ -98,6 +102,47 @@ def logsnr_at(schedule: Schedule, t: Tensor, shift: float = 1.0) -> Tensor:
         raise ValueError(f"the schedule's shift is {shift}, but must be above 0 (1 is no shift)")
     at_noise, at_clean = schedule(torch.tensor([1.0, 0.0], device=t.device))
     return (schedule(t) - 2 * math.log(shift)).clamp(at_noise, at_clean)
+
+
+# --- sampling times -------------------------------------------------------------------------------
+
+Spacing = Callable[[Schedule, float, int], Tensor]  # (schedule, start, count) -> falling times (count + 1,)
+
+
+def uniform(_schedule: Schedule, start: float, count: int) -> Tensor:
+    """Equally spaced times from `start` to 0."""
+    return torch.linspace(start, 0, count + 1)
+
+
+def karras(schedule: Schedule, start: float, count: int) -> Tensor:
+    """Times from `start` to 0 at which sigma^(1/7) is equally spaced (arXiv 2206.00364, eq. 5).
+
+    Sigma is the noise level b / a of the schedule, without a shift.
+    """
+    largest, smallest = (-schedule(torch.tensor([start, 0.0])) / (2 * KARRAS_RHO)).exp().tolist()
+    roots = torch.linspace(largest, smallest, count + 1)
+    times = time_at(schedule, -2 * KARRAS_RHO * roots.log())
+    times[0], times[-1] = start, 0.0
+    return times
+
+
+TIMES: Mapping[str, Spacing] = MappingProxyType({"uniform": uniform, "karras": karras})
+
+
+def times_named(name: str) -> Spacing:
+    """The spacing of this name; raises ValueError for an unknown one."""
+    check_name("spacing of times", name, tuple(TIMES))
+    return TIMES[name]
+
+
+def time_at(schedule: Schedule, logsnr: Tensor) -> Tensor:
+    """The times in [0, 1] at which a schedule that falls has these logSNR (any shape)."""
+    low, high = torch.zeros_like(logsnr), torch.ones_like(logsnr)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        later = schedule(middle) > logsnr
+        low, high = torch.where(later, middle, low), torch.where(later, high, middle)
+    return (low + high) / 2
 
 
 # --- training times -------------------------------------------------------------------------------

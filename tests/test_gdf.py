@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -229,6 +230,64 @@ def test_dpmpp_2m_takes_its_last_step_in_first_order_only_in_short_passes():
         with_history = samplers.dpmpp_2m(x, Estimate(now, zero), step, previous, torch.randn_like)
         without = samplers.dpmpp_2m(x, Estimate(now, zero), step, None, torch.randn_like)
         assert torch.equal(with_history, without) == first_order
+
+
+def test_heun_converges_in_second_order():
+    found = math.log2(gaussian_error(samplers.heun, 20) / gaussian_error(samplers.heun, 40))
+    assert found == pytest.approx(2, abs=0.25)
+    assert gaussian_error(samplers.heun, 20) < gaussian_error(samplers.ddim, 20) / 5
+
+
+def curved(x: torch.Tensor, step: Step) -> Estimate:
+    """A denoiser that no rule is exact for."""
+    x0 = (x / 2).tanh() * (1 + step.b)
+    return Estimate(x0, (x - step.a * x0) / step.b)
+
+
+@pytest.mark.parametrize("spacing", schedules.TIMES.values())
+def test_heun_is_that_of_diffusers(spacing):
+    plan, noise = steps(schedules.cosine, 7, spacing=spacing), torch.randn(1, 2, 4, 4, generator=rng())
+    seen, evaluated = [], []
+
+    def denoise(x, step):
+        evaluated.append(step.index)
+        return curved(x, step)
+
+    def each(step, _):
+        seen.append(step.index)
+
+    ours = sample(denoise, noise, plan, samplers.heun, callback=each)
+    assert seen == list(range(7))
+    assert evaluated == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    peer = HeunDiscreteScheduler()
+    peer.set_timesteps(7)
+    sigmas = torch.stack([step.b / step.a for step in plan])
+    peer.sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2), torch.zeros(1)])
+    x, by_sigma = noise / plan[0].a, {round(float(step.b / step.a), 6): step for step in plan}
+    for time in peer.timesteps:
+        if peer.step_index is None:
+            peer._init_step_index(time)
+        step = by_sigma[round(float(peer.sigmas[peer.step_index]), 6)]
+        x = peer.step(curved(step.a * x, step).epsilon, time, x).prev_sample
+    torch.testing.assert_close(ours.x0, x, rtol=0, atol=1e-4)  # at a noise level of 0
+
+
+@pytest.mark.parametrize("schedule", [schedules.cosine, schedules.edm, schedules.linear])
+def test_times_by_karras_are_those_of_diffusers(schedule):
+    plan = steps(schedule, 12, spacing=schedules.karras)
+    sigmas = torch.tensor([(-step.logsnr / 2).exp() for step in plan] + [(-plan[-1].logsnr_next / 2).exp()])
+    ends = [(-schedule(torch.tensor(t)) / 2).exp().item() for t in (1.0, 0.0)]
+    theirs = EulerDiscreteScheduler()._convert_to_karras(torch.tensor(ends), 13)
+    torch.testing.assert_close(sigmas, torch.as_tensor(theirs).to(sigmas), rtol=3e-3, atol=0)
+    assert plan[0].t == 1 and plan[-1].t_next == 0
+    assert all(step.t_next < step.t for step in plan)
+
+
+def test_times_by_karras_begin_where_a_pass_does():
+    half = steps(schedules.cosine, 5, start=0.5, spacing=schedules.times_named("karras"))
+    assert half[0].t == 0.5 and half[-1].t_next == 0 and len(half) == 5
+    with pytest.raises(ValueError, match="'exponential' is not one of uniform, karras"):
+        schedules.times_named("exponential")
 
 
 @pytest.mark.parametrize("scaler", SCALERS)
