@@ -32,8 +32,10 @@ from core.data.loader import Batch
 from core.devices import device_named
 from core.family.evaluation import Evaluation, Judge, Measured, View, held_out_cases
 from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
+from core.pipeline.batches import noise_of
+from core.pipeline.entries import Entries
 from core.pipeline.offload import Offloaded, Placement
-from core.pipeline.passes import C_LATENT, in_halves, prepare_stage_c
+from core.pipeline.passes import C_LATENT, LowEnd, in_halves, needs_unconditional, prepare_stage_c
 from core.pipeline.pipeline import DTYPES, Job, Observer, UltraPixelPipeline
 from core.pipeline.progress import counting
 from core.pipeline.resolution import Plan, guidance_strength, plan
@@ -185,15 +187,19 @@ class OwnTimePipeline(UltraPixelPipeline):
         texts: dict[str, TextCondition],
         settings: Settings,
         _observer: Observer | None = None,
-        _entries: Sequence[object] = (),
+        _entries: Sequence[Sequence[Entries]] = (),
         _sources: Sequence[Source] = (),
+        ends: list[LowEnd | None] | None = None,
     ) -> list[Tensor]:
         """Both passes of Stage C for every job: latents (1, 16, h, w) on the CPU."""
+        both = needs_unconditional(settings)[0]
         with self.stage_c.on_device() as stage_c, self._guidance_on_device() as guidance:
             latents = []
             for job, sizes in zip(jobs, plans, strict=True):
-                held = prepare_stage_c(stage_c, self._conditions(job, texts, settings))
+                held = prepare_stage_c(stage_c, self._conditions(job, texts, both))
                 latents.append(self._latent(stage_c, guidance, held, job, sizes, settings).cpu())
+        if ends is not None:
+            ends += [None] * len(latents)
         return latents
 
     def _latent(self, stage_c: StageC, guidance: Guidance, held: StageCConditions, job: Job, sizes: Plan,
@@ -213,9 +219,9 @@ class OwnTimePipeline(UltraPixelPipeline):
 
         target, times = target_named(self.config_c.target), steps(cosine, settings.steps, settings.shift)
         for predict, size, stream in ((low, sizes.lr_latent, "lr"), (high, sizes.hr_latent, "hr")):
-            noise = self._noise(job, stream)
+            noise = noise_of([job], stream, self.device)
             halves = in_halves(predict, held, stage_c, times, noise.device)
-            denoise = denoiser(halves, target, settings.cfg_stage_c)
+            denoise = denoiser(halves, target, settings.cfg_low if stream == "lr" else settings.cfg_high)
             x = noise.draw(1, C_LATENT, *size)
             sampled = sample(denoise, x, times, sampler_named(settings.sampler), noise.like)
         return sampled.x0

@@ -35,7 +35,7 @@ from core.pipeline.progress import counting
 from core.pipeline.resolution import plan
 from core.scenes.captions import caption
 from core.scenes.scene import EXTRA_SUBJECTS
-from core.training.preview import contact_sheet
+from core.sheets import contact_sheet
 from core.weights.lora.merging import load_loras
 
 SUBJECT = re.compile(r"striped (hot air )?balloon")  # as captions say it

@@ -1,4 +1,4 @@
-"""Sheets of pictures over the values of two settings."""
+"""Sheets of pictures: over the values of two settings, and contact sheets."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ SIDE = 512  # pixels of a picture's longer side, at most
 LEAST = 160  # pixels of a cell's sides, so that words fit in
 MARGIN, FONT = 16, 20  # pixels around a picture, and of letters
 LETTER, LINE = 0.55 * FONT, 1.3 * FONT  # pixels of a letter's width, about, and of a line's height
+COLUMNS, LETTERS = 4, 40  # of a contact sheet: pictures in a row, and letters of a line beneath one
 GROUND, INK, NONE = "white", "black", "#dddddd"  # colours; NONE: where there is no picture
 
 Cell = Image.Image | str  # a picture, or why there is none
@@ -72,3 +73,18 @@ def _wrapped(text: str, width: int) -> str:
 
 def _height(text: str) -> int:
     return round(LINE * (text.count("\n") + 1)) if text else 0
+
+
+def contact_sheet(cells: Sequence[tuple[Image.Image, str]], columns: int = COLUMNS) -> Image.Image:
+    """Pictures in columns, each with its text beneath."""
+    texts = [textwrap.fill(text, LETTERS) for _, text in cells]
+    width, height = (max(getattr(image, side) for image, _ in cells) for side in ("width", "height"))
+    columns, across = min(columns, len(cells)), width + MARGIN
+    down = height + max(map(_height, texts)) + 2 * MARGIN
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (columns * across + MARGIN, rows * down + MARGIN), GROUND)
+    for number, ((image, _), text) in enumerate(zip(cells, texts, strict=True)):
+        x, y = MARGIN + number % columns * across, MARGIN + number // columns * down
+        sheet.paste(image, (x + (width - image.width) // 2, y))
+        ImageDraw.Draw(sheet).text((x, y + height + MARGIN // 2), text, INK, font_size=FONT)
+    return sheet

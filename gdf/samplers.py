@@ -98,7 +98,12 @@ def ddim_with(eta: float) -> Rule:
         raise ValueError(f"DDIM's eta is {eta}, but must lie between 0 (deterministic) and 1 (ancestral)")
 
     def rule(
-        _x: Tensor, estimate: Estimate, step: Step, _history: History, noise: Noise, _ahead: Ahead | None = None
+        _x: Tensor,
+        estimate: Estimate,
+        step: Step,
+        _history: History,
+        noise: Noise,
+        _ahead: Ahead | None = None,
     ) -> Tensor:
         # b'²·fresh is sigma² = eta²·b'²/b²·(1 - a²/a'²) where a² + b² = 1, in the form that holds for every
         # scaler and does not round below zero. A mixed schedule may step back in places, hence the clamp.

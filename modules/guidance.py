@@ -291,16 +291,25 @@ UPSAMPLINGS: dict[str, Callable[[int, int, int, int, int, int], GuidanceBlock]] 
 
 @dataclass(frozen=True)
 class PreparedGuidance:
-    """Guidance bound to one picture: `fuse` adds it at a site of the high-resolution pass."""
+    """Guidance bound to one picture, or to several: `fuse` adds it at a site of the high-resolution pass.
+
+    One picture's is the same for all samples of a batch; that of several has a sample for each of a batch.
+    """
 
     blocks: tuple[GuidanceBlock, ...]  # per site in running order: down levels, then up levels
     sites: tuple[PreparedSite, ...]
     strengths: tuple[float, ...]
 
-    def of_rows(self, rows: slice) -> PreparedGuidance:
-        """That of some rows of maps, which have one size at all sites."""
-        sites = tuple(replace(site, hidden=site.hidden[:, rows]) for site in self.sites)
-        return replace(self, sites=sites)
+    def part(self, samples: slice, rows: slice) -> PreparedGuidance:
+        """That of some samples, and of some rows of maps, which have one size at all sites."""
+        every = slice(None)
+        cut = ((s, s.hidden[every if len(s.hidden) == 1 else samples, rows]) for s in self.sites)
+        return replace(self, sites=tuple(replace(site, hidden=hidden) for site, hidden in cut))
+
+    def for_both_halves(self) -> PreparedGuidance:
+        """That of several pictures, for batches that have all of them twice."""
+        sites = (replace(site, hidden=torch.cat([site.hidden, site.hidden])) for site in self.sites)
+        return replace(self, sites=tuple(sites))
 
     def cut(self, corners: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]]) -> PreparedGuidance:
         """That of a part of the maps, by its corner (row, column) and size (H, W) at each site."""

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from torch import Tensor, nn
 
+import core.pipeline.batches
 import core.pipeline.pipeline
 from core.commands.flags import picture_parser
 from core.commands.report import describe_plan
@@ -211,8 +212,8 @@ def once(work: Callable, at: int = 1) -> Callable:
 def test_a_full_memory_costs_no_picture(
     family_folder: Path, expected: list[Tensor], monkeypatch: pytest.MonkeyPatch, stage: str, at: int
 ) -> None:
-    work = getattr(core.pipeline.pipeline, stage)
-    monkeypatch.setattr(core.pipeline.pipeline, stage, once(work, at))
+    work = getattr(core.pipeline.batches, stage)
+    monkeypatch.setattr(core.pipeline.batches, stage, once(work, at))
     pipeline = pipeline_of(family_folder, "stage")
     with pytest.warns(UserWarning, match="memory is full in stage [BC]: it goes on with --offload block"):
         assert same(pixels(pipeline), expected)
@@ -225,7 +226,7 @@ def test_modes_follow_each_other_until_none_is_left(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(core.pipeline.pipeline, "stage_b_pass", full)
+    monkeypatch.setattr(core.pipeline.batches, "stage_b_pass", full)
     pipeline = pipeline_of(family_folder, "none")
     with pytest.warns(UserWarning) as told, pytest.raises(torch.OutOfMemoryError):
         pixels(pipeline)

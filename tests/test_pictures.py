@@ -27,6 +27,7 @@ from torch import Tensor
 
 import core.commands.pictures
 import core.images
+import core.pipeline.batches
 import core.pipeline.made
 import core.pipeline.pipeline
 from core.commands.flags import make_jobs
@@ -98,7 +99,8 @@ def picture(seed: int = 3, value: float = 0.5) -> Picture:
 def test_what_is_done_before_the_run_breaks_off_is_kept(
     pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error
 ) -> None:
-    work, calls = getattr(core.pipeline.pipeline, stage), []
+    where = core.pipeline.batches if stage == "stage_b_pass" else core.pipeline.pipeline
+    work, calls = getattr(where, stage), []
 
     def breaks_off(*args: object, **named: object) -> object:
         calls.append(1)
@@ -106,7 +108,7 @@ def test_what_is_done_before_the_run_breaks_off_is_kept(
             raise error
         return work(*args, **named)
 
-    monkeypatch.setattr(core.pipeline.pipeline, stage, breaks_off)
+    monkeypatch.setattr(where, stage, breaks_off)
     monkeypatch.setattr(pipeline, "_shrink", lambda _: False)  # no mode that takes less is left
     with pytest.raises(type(error)):
         make(pipeline, tmp_path)

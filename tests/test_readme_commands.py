@@ -152,6 +152,9 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_controlnet(folder / f"{name}.safetensors", name)
     made = folder / "outputs/example/a_small_yellow_boat_on_the_sea_at_dusk_512x512_7.png"
     save_image(Image.new("RGB", (64, 64)), made, "png", {"prompt": "a small yellow boat", "seed": 7})
+    small = folder / "outputs/explore/a_red_lighthouse_on_an_island_in_the_sea_at_dusk_512x512_8_lr.png"
+    stored = {"prompt": "a red lighthouse", "seed": 8, "height": 512, "width": 512, "lr_only": True}
+    save_image(Image.new("RGB", (128, 128)), small, "png", stored)
     return folder
 
 

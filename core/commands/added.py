@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from core.commands.exploring import FROM
 from core.commands.flags import home_path, parse_with_preset
 from core.commands.origins import Gather
 from core.config.control_types import CONTROL_TYPES, control_type
@@ -108,7 +109,8 @@ def parse_with_added(parser: argparse.ArgumentParser, arguments: Sequence[str] |
         parser.set_defaults(cfg=1.0, shift=2.0)
     own = (*OWN, "cfg") if controlled else OWN
     parsed = parse_with_preset(parser, arguments, own)
-    if parsed.from_image is None and any(given.control == HOLE for given in parsed.controls):
+    repeated = any(getattr(parsed, name) for name in FROM)
+    if not repeated and any(given.control == HOLE for given in parsed.controls):
         parser.set_defaults(height=None, width=None)
         asked = parser.parse_args(arguments)
         parsed.height, parsed.width = asked.height, asked.width

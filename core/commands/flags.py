@@ -17,18 +17,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from core.commands.exploring import add_exploring_flags, settle, stored_defaults
 from core.commands.grid import axes_of
 from core.commands.prompts import drawn_seed, jobs_of, lines_of
 from core.config.arguments import DRAW_SEED, number_format
 from core.config.offloading import AUTO, NONE, OFFLOAD_NAMES
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS
-from core.config.settings import FAST, FP8_NAMES, PUBLISHED_STEPS, TRAINING_R, Job, Settings
+from core.config.settings import (
+    FAST,
+    FP8_NAMES,
+    PUBLISHED_STEPS,
+    TRAINING_R,
+    Job,
+    Settings,
+    settings_from,
+)
 from core.devices import KINDS, own_device
-from core.images import prepare_folder, read_image_metadata
+from core.images import prepare_folder
 from core.launch import fail, processes, told_once
 from core.paths import at_home, located
 from core.picture_files import FORMATS
-from gdf.names import SAMPLER_NAMES
+from gdf.names import SAMPLER_NAMES, TIME_NAMES
 
 if TYPE_CHECKING:
     from core.pipeline.pipeline import StageUse, UltraPixelPipeline
@@ -37,7 +46,6 @@ if TYPE_CHECKING:
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype", "int8")
 OWN_PACKAGES = ("core", "gdf", "modules")
 INTERRUPTED = 30.0  # seconds that Ctrl-C leaves the other processes to save what they have
-FACTS = ("versions", "weights", "template", "negative_template")  # in pictures, besides values of flags
 
 
 # --- running a script -----------------------------------------------------------------------------
@@ -263,11 +271,18 @@ def add_settings_flags(parser: argparse.ArgumentParser, own: Collection[str] = (
         help="how far, 0 to 1, the guided prediction is drawn back to its contrast without cfg",
     )  # fmt: skip
     group.add_argument("--shift", type=float, default=d.shift, help="of the noise schedule of Stage C")
+    for name, which in (("cfg_lr", "low"), ("cfg_hr", "high")):
+        told = f"cfg of the {which}-resolution pass (default: --cfg)"
+        group.add_argument(f"--{name}", type=float, help=told)
+    group.add_argument(
+        "--times", choices=TIME_NAMES, default=d.times,
+        help="of Stage C's steps: uniform, or karras, which spends more of them on weak noise",
+    )  # fmt: skip
     group.add_argument("--sampler", choices=SAMPLER_NAMES, default=d.sampler, help="of Stage C")
     group.add_argument(
         "--guidance_r", type=guidance_r,
         help="noise condition of the guiding features, a number or last_step (default: last_step at "
-        f"{PUBLISHED_STEPS} steps, else {TRAINING_R})",
+        f"{PUBLISHED_STEPS} uniform steps, else {TRAINING_R})",
     )  # fmt: skip
     group.add_argument("--steps_b", type=int, default=d.steps_b, help="of Stage B")
     group.add_argument("--cfg_b", type=float, default=d.cfg_b, help="cfg of Stage B; 1 turns it off")
@@ -294,11 +309,16 @@ def picture_parser(description: str, own: Collection[str] = ()) -> argparse.Argu
     parser = Parser(description)
     add_picture_flags(parser)
     add_settings_flags(parser, own)
+    add_exploring_flags(parser, home_path)
     add_model_flags(parser)
     group = parser.add_argument_group("run")
     group.add_argument(
         "--from_image", type=home_path, metavar="FILE",
         help="make this picture again, or with what other flags change; it gives their defaults",
+    )  # fmt: skip
+    group.add_argument(
+        "--batch", type=int, default=1,
+        help="pictures of one size to make at once: faster, where one does not fill the device",
     )  # fmt: skip
     group.add_argument("--preview", action="store_true", help="save small previews while Stage C runs")
     group.add_argument("--dry_run", action="store_true", help="print configuration and plan, and stop")
@@ -327,28 +347,16 @@ def parse_with_preset(
     if known.preset is not None:
         preset = asdict(PRESETS[known.preset])
         parser.set_defaults(**{name: value for name, value in preset.items() if name not in own})
-    if getattr(known, "from_image", None) is not None:
-        stored = read_image_metadata(known.from_image)
-        others = [name for name in stored if stored[name] and not hasattr(known, name)]
-        if foreign := sorted({*others} - {*FACTS}):
-            raise ValueError(
-                f"{known.from_image} was made with --{foreign[0]}, which this script does not have: use the "
-                "one that made it"
-            )
-        parser.set_defaults(**{name: value for name, value in stored.items() if hasattr(known, name)})
-        parser.set_defaults(templates=_templates(stored))
+    if (stored := stored_defaults(known)) is not None:
+        parser.set_defaults(**stored)
     if getattr(known, "fast", False):
         parser.set_defaults(**FAST)
     found = parser.parse_args(arguments)
+    if stored is not None:
+        settle(parser, arguments, stored, found)
     if getattr(found, "seed", None) == DRAW_SEED:
         found.seed = drawn_seed()
     return found
-
-
-def _templates(stored: Mapping[str, Any]) -> dict[str, str]:
-    """The templates that a picture's prompts were made of, by these."""
-    pairs = (("prompt", "template"), ("negative_prompt", "negative_template"))
-    return {stored[made]: stored[template] for made, template in pairs if stored.get(template)}
 
 
 def make_pipeline(arguments: argparse.Namespace) -> UltraPixelPipeline:
@@ -384,8 +392,7 @@ def check_weights(
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """The settings that the flags describe."""
-    values = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__ if name in arguments}
-    return Settings(**{**values, "cfg_interval": tuple(values["cfg_interval"])})
+    return settings_from(vars(arguments))
 
 
 def make_jobs(arguments: argparse.Namespace) -> list[Job]:

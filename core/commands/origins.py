@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from core.commands.exploring import FROM
 from core.commands.flags import home_path
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def parse_size(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, parsed: argparse.Namespace
 ) -> None:
     """Of a picture whose region is mended, leave the size None that was not asked for."""
-    if parsed.region is not None and parsed.from_image is None:
+    if parsed.region is not None and not any(getattr(parsed, name) for name in FROM):
         parser.set_defaults(height=None, width=None)
         asked = parser.parse_args(arguments)
         parsed.height, parsed.width = asked.height, asked.width

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -25,8 +25,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from core import launch
+from core.commands.explored import Continued, Sheet
+from core.commands.exploring import FACTS, origins
 from core.commands.flags import (
-    FACTS,
     MODEL_FLAGS,
     check_weights,
     is_mistake,
@@ -47,6 +48,7 @@ from core.images import (
     save_new_image,
     to_image,
 )
+from core.pipeline.batches import at_once, parts
 from core.pipeline.control import Control
 from core.pipeline.controls import Controls, several
 from core.pipeline.made import Picture, Record
@@ -119,6 +121,7 @@ class Gallery:
     format: str
     record: Record
     provenance: bool = False  # whether they say that a model made them
+    latents: bool = False  # save them beside each picture
 
     def add(self, picture: Picture) -> Path:
         """Save a picture under a name made of its prompt, size and seed; where that fails, elsewhere."""
@@ -131,6 +134,8 @@ class Gallery:
             except Exception as error:  # whatever it is: the picture is computed
                 failures.append(error)
                 continue
+            if self.latents:
+                save_latents_beside(path, replace(picture, record=self.record))
             if failures:
                 reason = f"it could not be saved as asked: {failures[0]}"
                 warnings.warn(f"{path}: the picture lies here ({reason})", stacklevel=3)
@@ -155,8 +160,10 @@ class Gallery:
     def _ways(self, job: Job) -> Iterator[tuple[str, str, str]]:
         """Folder, name and format: as asked, and what is left if that cannot be."""
         plain = f"picture_{job.height}x{job.width}_{job.seed}"
+        lr_only = (job.settings or self.record.settings).lr_only
+        stem = f"{_stem(job)}_lr" if lr_only else _stem(job)
         for folder in (self.folder, gettempdir()):
-            yield folder, _stem(job), self.format
+            yield folder, stem, self.format
             yield folder, plain, self.format
             yield folder, plain, "png"  # which holds every picture
 
@@ -183,6 +190,14 @@ def made_alike(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 def _telling(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metadata.items() if name not in FACTS}
+
+
+def save_latents_beside(path: Path, picture: Picture) -> None:
+    """Save a picture's latents beside it, under its name."""
+    try:
+        picture.save_latents(path.with_suffix(".safetensors"))
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path}: its latents are not saved beside it ({error})", stacklevel=2)
 
 
 def save_beside(path: Path, control: Control) -> None:
@@ -215,7 +230,9 @@ def make_pictures(
     `model_flags` are those whose values go into the pictures, besides the jobs and the settings. `control`
     steers all of them, and what it gives is saved beside each.
     """
+    at_once(getattr(arguments, "batch", 1))
     check_jobs(pipeline, jobs, settings, control)
+    Continued.of(arguments, pipeline).check(jobs, settings)
     if arguments.dry_run:
         tell_plan(pipeline, jobs, settings)
         return 0
@@ -229,8 +246,8 @@ def check_jobs(
     pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings, control: ControlOf | None = None
 ) -> None:
     """ValueError for sizes that cannot be made; what may not do what it is meant to do is said."""
-    for size in dict.fromkeys(map(_size, jobs)):
-        plan_for(pipeline.config_c, *size)
+    for size, lr_size in dict.fromkeys((_size(job), (job.settings or settings).lr_size) for job in jobs):
+        plan_for(pipeline.config_c, *size, lr_size)
         if pipeline.origin is not None:
             pipeline.origin.size(*size)
         if control is not None:
@@ -277,10 +294,11 @@ def make_and_save(
 
     What became of them, the first of several processes knows of all.
     """
-    models = {name: getattr(arguments, name) for name in model_flags}
+    models = {name: getattr(arguments, name) for name in (*model_flags, *origins(arguments))}
     folder, format = arguments.output_dir, arguments.format
-    provenance = getattr(arguments, "provenance", False)
-    gallery = Gallery(folder, format, pipeline.record(settings, models), provenance)
+    before, batch = Continued.of(arguments, pipeline), getattr(arguments, "batch", 1)
+    provenance, latents = (getattr(arguments, name, False) for name in ("provenance", "save_latents"))
+    gallery = Gallery(folder, format, pipeline.record(settings, models), provenance, latents)
     together = getattr(arguments, "split", False)
     forgiving = forgiving and not together  # the other processes would wait for the rest of the picture
     there = _there(gallery, jobs, getattr(arguments, "skip_existing", None))
@@ -289,21 +307,24 @@ def make_and_save(
     saves = launch.is_main() or not together
     shown = tqdm if launch.is_main() else partial(tqdm, disable=True)
     own = [job.settings or settings for job in jobs]
-    way = on_one_picture(pipeline, own) if together else on_its_own(told)
+    way = on_one_picture(pipeline, own, batch) if together else on_its_own(told)
     bars = ProgressBars([jobs[number] for number in numbers], shown)
     errors: dict[int, str] = {}
-    with _ending_as_by_ctrl_c(), way, closing(bars):
+    sheet = Sheet(folder, settings.lr_only and saves and not forgiving)
+    with _ending_as_by_ctrl_c(), way, closing(bars), _saved_at_the_end(sheet, bars):
         with Saving(gallery, bars, control, forgiving) as saving:
             previews = [Previews(pipeline, folder, format, provenance)] if arguments.preview and saves else []
             observe = Together([bars, saving.tell, *previews])
-            size = 1 if forgiving else pipeline.group
-            for group in (numbers[start : start + size] for start in range(0, len(numbers), size)):
-                controls = () if control is None else [control(_size(jobs[number])) for number in group]
-                made = pipeline.pictures([jobs[number] for number in group], settings, observe, controls)
+            for group in parts(numbers, 1 if forgiving else max(pipeline.group, batch)):
+                these = [jobs[number] for number in group]
+                controls = () if control is None else [control(_size(job)) for job in these]
                 try:
+                    sources = before.sources(these, settings)
+                    made = pipeline.pictures(these, settings, observe, controls, sources, batch)
                     for picture, number in zip(made, group, strict=False):
                         if saves:  # else another process does
                             saving.add(picture, number)
+                            sheet.add(picture)
                     saving.check()
                 except Exception as error:
                     if not forgiving:
@@ -320,6 +341,16 @@ def sentence_of(error: Exception) -> str:
     """What an error says, as one line."""
     sentence = told(error)[0] if is_mistake(error) else f"{type(error).__name__}: {error}"
     return sentence.removeprefix("error: ").partition("\n")[0]
+
+
+@contextmanager
+def _saved_at_the_end(sheet: Sheet, bars: ProgressBars) -> Iterator[None]:
+    """Within it the sheet is filled; after it, also after an error, it is saved."""
+    try:
+        yield
+    finally:
+        if path := sheet.save():
+            bars.say(f"sheet: {path}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from core.config.sizes import Size
 from core.config.yaml import as_yaml
 from core.pipeline.estimate import GIB, weights_on_disk
 from core.pipeline.pipeline import UltraPixelPipeline
-from core.pipeline.resolution import guidance_strength, plan_for
+from core.pipeline.resolution import guidance_strength, low_picture, plan_for
 
 
 def describe_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings) -> str:
@@ -31,7 +31,7 @@ def describe_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: S
     lines.append("# memory on the device (estimate)")
     if len({size for size, _ in own}) > 1:
         lines.append(f"of the largest, {_by(largest)} px:")
-    for stage in pipeline.estimate(plan_for(pipeline.config_c, *largest), of_it):
+    for stage in pipeline.estimate(plan_for(pipeline.config_c, *largest, of_it.lr_size), of_it):
         weights, maps = stage.weights / GIB, stage.activations / GIB
         lines.append(f"{stage.name}: {stage.total / GIB:.2f} GiB (weights {weights:.2f}, maps {maps:.2f})")
     lines += [describe_offload(pipeline, own[largest, of_it][0], of_it), "# files"]
@@ -44,19 +44,22 @@ def _plan_lines(
 ) -> list[str]:
     """What is planned for jobs of one size and the same settings."""
     job = jobs[0]
-    sizes = plan_for(pipeline.config_c, job.height, job.width)
+    sizes = plan_for(pipeline.config_c, job.height, job.width, settings.lr_size)
+    low_alone = settings.lr_only
+    shown = low_picture(sizes, pipeline.config_c.geometry) if low_alone else sizes
     strength = guidance_strength(sizes.hr_latent, pipeline.config_c.guidance_strength)
     guided = f"guidance strength {strength} on the way up" if pipeline.guidance else "unguided"
+    high = f"Stage C, high resolution: latent {_by(sizes.hr_latent)}, {settings.steps} steps, {guided}"
     lr_pixels = f"{sizes.lr_height} x {sizes.lr_width} px"
     others = [(name, value) for name, value in vars(settings).items() if value != getattr(of_run, name)]
     changed = "".join(f", {name} {value}" for name, value in others)
     return [
-        f"pictures: {len(jobs)} of {_by((job.height, job.width))} px on {pipeline.device}{changed}",
+        f"pictures: {len(jobs)} of {_by((shown.height, shown.width))} px on {pipeline.device}{changed}",
         f"seeds: {_seeds(jobs)}",
         f"Stage C, low resolution: latent {_by(sizes.lr_latent)} ({lr_pixels}), {settings.steps_low} steps",
-        f"Stage C, high resolution: latent {_by(sizes.hr_latent)}, {settings.steps} steps, {guided}",
-        f"Stage B: latent {_by(sizes.stage_b_latent)}, {settings.steps_b} steps",
-        f"Stage A: {sizes.decoded_height} x {sizes.decoded_width} px, cropped",
+        *([] if low_alone else [high]),
+        f"Stage B: latent {_by(shown.stage_b_latent)}, {settings.steps_b} steps",
+        f"Stage A: {shown.decoded_height} x {shown.decoded_width} px, cropped",
     ]
 
 

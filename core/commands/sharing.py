@@ -106,13 +106,17 @@ def on_its_own(told: Callable[[Exception], tuple[str, int]]) -> Iterator[None]:
 
 
 @contextmanager
-def on_one_picture(pipeline: UltraPixelPipeline, settings: Sequence[Settings]) -> Iterator[None]:
+def on_one_picture(
+    pipeline: UltraPixelPipeline, settings: Sequence[Settings], batch: int = 1
+) -> Iterator[None]:
     """Within it, all processes make each picture of the pipeline together.
 
     ValueError where there is one process alone, or for settings with which that is not possible.
     """
     if launch.processes() < 2:
         raise ValueError("--split is for several processes: start them with torchrun --nproc_per_node N")
+    if batch > 1:
+        raise ValueError(f"--split and --batch {batch} do not go together: use --batch 1")
     if (reuse := max((each.reuse for each in settings), default=1)) > 1:
         raise ValueError(f"--split and --reuse {reuse} do not go together: use --reuse 1")
     pipeline.split = Split(pipeline.device, common_store(), launch.rank(), launch.processes())

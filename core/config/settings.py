@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from core.config.arguments import number, text, truth, whole_number
 from gdf.cfg import CfgSettings
-from gdf.names import SAMPLER_NAMES, check_name
+from gdf.names import SAMPLER_NAMES, TIME_NAMES, check_name
 
 PUBLISHED_STEPS = 20  # at this many steps the last step's r is the one that training uses
 FP8_NAMES = ("off", "auto", "on")
@@ -60,6 +60,11 @@ class Settings:
     fp8: Literal["off", "auto", "on"] = "off"  # products in float8: auto where the device has them
     weighted_prompts: bool = False  # (a house:1.3) and [less] weight parts of prompts
     long_prompts: bool = False  # prompts of more tokens than the text encoder takes, in chunks
+    times: str = "uniform"  # of Stage C's steps
+    cfg_lr: float | None = None  # of the low-resolution pass; None: as cfg
+    cfg_hr: float | None = None  # of the high-resolution pass; None: as cfg
+    lr_only: bool = False  # the low-resolution pass alone, its latent decoded at its own size
+    lr_size: tuple[int, int] | None = None  # px (height, width) of the picture that the pass belongs to
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -67,7 +72,7 @@ class Settings:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         check_name("value of fp8", self.fp8, FP8_NAMES)
-        for name in ("cfg", "cfg_end", "cfg_b"):
+        for name in ("cfg", "cfg_end", "cfg_b", "cfg_lr", "cfg_hr"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:  # a NaN is neither
                 raise ValueError(f"{name} must be a number from 0 up, not {value}; 1 turns cfg off")
@@ -79,7 +84,8 @@ class Settings:
             raise ValueError(f"guidance_r must be a number or 'last_step', not {self.guidance_r!r}")
         for sampler in (self.sampler, self.sampler_b):
             check_name("sampler", sampler, SAMPLER_NAMES)
-        _ = self.cfg_stage_c
+        check_name("spacing of times", self.times, TIME_NAMES)
+        _ = self.cfg_low
 
     @property
     def steps_low(self) -> int:
@@ -87,9 +93,18 @@ class Settings:
         return self.steps if self.steps_lr is None else self.steps_lr
 
     @property
-    def cfg_stage_c(self) -> CfgSettings:
-        """Classifier-free guidance of both Stage C passes."""
-        return CfgSettings(self.cfg, self.cfg_end, self.cfg_rescale, self.cfg_interval)
+    def cfg_low(self) -> CfgSettings:
+        """Classifier-free guidance of Stage C's low-resolution pass."""
+        return self._cfg(self.cfg_lr)
+
+    @property
+    def cfg_high(self) -> CfgSettings:
+        """Classifier-free guidance of Stage C's high-resolution pass."""
+        return self._cfg(self.cfg_hr)
+
+    def _cfg(self, own: float | None) -> CfgSettings:
+        weight = self.cfg if own is None else own
+        return CfgSettings(weight, self.cfg_end, self.cfg_rescale, self.cfg_interval)
 
     @property
     def cfg_stage_b(self) -> CfgSettings:
@@ -99,9 +114,16 @@ class Settings:
     @property
     def extra_guidance_r(self) -> float | None:
         """The noise condition of an extra evaluation for the guidance; None: taken at the last step."""
-        if self.guidance_r == "last_step" or (self.guidance_r is None and self.steps_low == PUBLISHED_STEPS):
+        published = self.steps_low == PUBLISHED_STEPS and self.times == "uniform"
+        if self.guidance_r == "last_step" or (self.guidance_r is None and published):
             return None
         return TRAINING_R if self.guidance_r is None else float(self.guidance_r)
+
+
+def settings_from(values: Mapping[str, Any]) -> Settings:
+    """The settings among values by name, as JSON has them; what is not there has its default."""
+    known = {name: values[name] for name in Settings.__dataclass_fields__ if name in values}
+    return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in known.items()})
 
 
 # Pictures that take a fraction of the time and are a little worse: docs/performance.md has how much.
@@ -113,7 +135,7 @@ FAST: Mapping[str, Any] = MappingProxyType({
 
 # Arguments of a call that are no settings, and what callers of other libraries call ours.
 OF_CALLS = ("prompt", "height", "width", "seed", "num_images", "negative_prompt", "observer", "progress",
-            "wildcards", "init_image", "strength", "region", "image_prompt")  # fmt: skip
+            "wildcards", "init_image", "strength", "region", "image_prompt", "batch")  # fmt: skip
 ELSEWHERE = {
     "guidance_scale": "cfg", "cfg_scale": "cfg", "num_inference_steps": "steps", "generator": "seed",
     "num_images_per_prompt": "num_images", "callback": "observer", "scheduler": "sampler",
@@ -141,12 +163,13 @@ def _check_types(settings: Settings) -> None:
         whole_number(name, getattr(settings, name))
     for name in ("cfg", "cfg_rescale", "shift", "cfg_b"):
         number(name, getattr(settings, name))
-    for name in ("sampler", "sampler_b", "fp8"):
+    for name in ("sampler", "sampler_b", "fp8", "times"):
         text(name, getattr(settings, name))
-    for name in ("stage_a_tiled", "weighted_prompts", "long_prompts"):
+    for name in ("stage_a_tiled", "weighted_prompts", "long_prompts", "lr_only"):
         truth(name, getattr(settings, name))
-    if settings.cfg_end is not None:
-        number("cfg_end", settings.cfg_end)
+    for name in ("cfg_end", "cfg_lr", "cfg_hr"):
+        if getattr(settings, name) is not None:
+            number(name, getattr(settings, name))
     if not isinstance(settings.guidance_r, str | None):
         number("guidance_r", settings.guidance_r)
     pair = settings.cfg_interval
@@ -154,3 +177,8 @@ def _check_types(settings: Settings) -> None:
         raise TypeError(f"cfg_interval must be two numbers, as in (0.0, 1.0), not {pair!r}")
     for value in pair:
         number("cfg_interval", value)
+    size = settings.lr_size
+    if size is not None and (not isinstance(size, tuple | list) or len(size) != 2):
+        raise TypeError(f"lr_size must be two numbers (height, width), as in (2048, 2048), not {size!r}")
+    for side in size or ():
+        whole_number("lr_size", side)

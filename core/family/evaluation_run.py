@@ -27,7 +27,7 @@ from core.pipeline.progress import counting
 from core.pipeline.resolution import plan_for
 from core.scenes.labelled import CLASSES
 from core.scenes.scene import ATTRIBUTES
-from core.training.preview import contact_sheet
+from core.sheets import contact_sheet
 from core.weights.checkpoint import load_module, read_config
 from modules.recogniser import Recogniser
 

@@ -36,6 +36,7 @@ from core.images import save_image, to_image
 from core.paths import located
 from core.pipeline.conditioning import Conditions, conditions
 from core.pipeline.pipeline import DTYPES, UltraPixelPipeline, load_encoder
+from core.sheets import contact_sheet
 from core.training.guidance import (
     GuidedStageC,
     NoisyLatents,
@@ -44,7 +45,6 @@ from core.training.guidance import (
     noise_latents,
 )
 from core.training.noising import noised
-from core.training.preview import contact_sheet
 from core.training.run import in_dtype, trained_module
 from core.weights.checkpoint import check_file, config_metadata, load_module, read_config, save_tensors
 from core.weights.clip import TextEncoder

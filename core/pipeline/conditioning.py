@@ -23,6 +23,12 @@ class Conditions:
         """Those of sample i alone."""
         return Conditions(*(value[i : i + 1] for value in vars(self).values()))
 
+    @classmethod
+    def together(cls, pictures: Sequence[Conditions]) -> Conditions:
+        """Those of several pictures as one batch: all first samples, then all second ones."""
+        columns = zip(*(vars(one).values() for one in pictures), strict=True)
+        return cls(*(torch.cat([x[i : i + 1] for i in range(len(c[0])) for x in c]) for c in columns))
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditions:
         """The same on a device and in a dtype."""
         return Conditions(

@@ -242,8 +242,13 @@ class Kept:
     inside: Tensor  # (H, W): 0 outside the hole, rising to 1 within it, as `blend` gives it
 
     def around(self, pixels: Tensor) -> Tensor:
-        """The picture with pixels (3, H, W) in its hole."""
-        return torch.lerp(self.picture, pixels.to(self.picture), self.inside)
+        """The picture with pixels (3, H, W) in its hole; reduced to their size, if they have another one."""
+        size = pixels.shape[-2:]
+        picture, inside = (
+            x if x.shape[-2:] == size else F.interpolate(x[None], size, mode="area")[0]
+            for x in (self.picture, self.inside[None])
+        )
+        return torch.lerp(picture, pixels.to(picture), inside)
 
 
 @dataclass(frozen=True)

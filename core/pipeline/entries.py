@@ -30,6 +30,18 @@ class Entries:
         """Whether they are added at time t."""
         return self.end + SLACK < t <= self.start + SLACK
 
+    def alike(self) -> tuple:
+        """What those of pictures have in common that can be made at once."""
+        shapes = [None if entry is None else entry.shape for entry in self.maps]
+        return self.start, self.end, self.hr, shapes
+
+    @classmethod
+    def together(cls, pictures: Sequence[Entries]) -> Entries:
+        """Those of a control of several pictures, which are alike, as one batch."""
+        columns = zip(*(one.maps for one in pictures), strict=True)
+        maps = [None if column[0] is None else torch.cat(column) for column in columns]
+        return replace(pictures[0], maps=maps)
+
     def to(self, device: torch.device | str) -> Entries:
         """The same on a device."""
         return replace(self, maps=[None if entry is None else entry.to(device) for entry in self.maps])

@@ -22,6 +22,7 @@ from core.config.settings import Job, Settings
 from core.images import save_image, to_image, to_levels
 from core.paths import at_home
 from core.picture_files import DEEP, format_of
+from core.pipeline.latents import Latents
 from core.weights.hashes import file_sha256
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Picture:
     job: Job
     pixels: Tensor
     record: Record | None = None  # of what a call returns
+    latents: Latents | None = None
 
     def __repr__(self) -> str:
         return f"Picture(seed={self.seed}, {self.job.height} x {self.job.width}, {self.job.prompt!r})"
@@ -93,11 +95,23 @@ class Picture:
         model made it. ValueError for another suffix, and for bits that it does not have.
         """
         path = Path(at_home(str(path)))
-        metadata, text = self.job.values(), self.job.prompt
+        text = self.job.prompt if self.record is None else self.record.text(self.job)
         format = format_of(path, bits, lossless)
-        if self.record is not None:
-            metadata, text = self.record.metadata(self.job), self.record.text(self.job)
-        return save_image(self.drawn(format), path, format, metadata, text, provenance)
+        return save_image(self.drawn(format), path, format, self._metadata(), text, provenance)
+
+    def save_latents(self, path: str | Path) -> Path:
+        """Write its latents, with its settings, as safetensors; an existing file is replaced.
+
+        The path comes back. ValueError where it has none.
+        """
+        if self.latents is None:
+            raise ValueError("this picture comes without its latents: make it again to save them")
+        path = Path(at_home(str(path)))
+        self.latents.save(path, self._metadata())
+        return path
+
+    def _metadata(self) -> dict[str, Any]:
+        return self.job.values() if self.record is None else self.record.metadata(self.job)
 
 
 class Pictures(list[Picture]):

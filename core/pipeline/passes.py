@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from core.random_keys import generator_of
 from gdf.noise_conditions import cosine_t
 from gdf.samplers import Denoise, Estimate, Sampled, Step, denoiser, sample, sampler_named, steps
 from gdf.scalers import variance_preserving
-from gdf.schedules import cosine
+from gdf.schedules import cosine, times_named
 from gdf.targets import Target
 from modules.fp8 import products_in_fp8
 from modules.guidance import GuidanceFeatures, PreparedGuidance
@@ -33,6 +33,7 @@ from modules.unet import InnerMaps, Times
 
 C_LATENT = 16  # channels of Stage C's latent
 B_LATENT = 4  # channels of Stage B's latent
+NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
 
 OnStep = Callable[[Step, Estimate], None]
 Prepared = TypeVar("Prepared", StageCConditions, "Guided", StageBConditions)
@@ -166,17 +167,24 @@ def check_strength(strength: float) -> None:
         raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
 
 
+def pass_steps(settings: Settings, low: bool, start: Start | None = None) -> list[Step]:
+    """The steps of the low-resolution pass, or of the high one."""
+    count, spacing = settings.steps_low if low else settings.steps, times_named(settings.times)
+    if start is None or start.strength == 1:
+        return steps(cosine, count, settings.shift, spacing=spacing)
+    return steps(cosine, start.steps(count), settings.shift, start=start.strength, spacing=spacing)
+
+
 def _begun(
-    start: Start | None, noise: NoiseSource | NoiseSources, size: tuple[int, int], count: int, shift: float
-) -> tuple[Tensor, list[Step]]:
-    """The noisy latent that a pass begins with, and its steps."""
+    start: Start | None, noise: NoiseSource | NoiseSources, size: tuple[int, int], times: Sequence[Step]
+) -> Tensor:
+    """The noisy latent that a pass begins with."""
     x = noise.draw(noise.count, C_LATENT, *size)
     if start is None or (start.strength == 1 and start.inside is None):
-        return x, steps(cosine, count, shift)
+        return x
     if start.latent.shape[1:] != x.shape[1:]:
         raise ValueError(f"the pass begins at a latent of {_shape(start.latent)}, but it is of {_shape(x)}")
-    times = steps(cosine, start.steps(count), shift, start=start.strength)
-    return x if start.strength == 1 else times[0].a * start.latent.to(x) + times[0].b * x, times
+    return x if start.strength == 1 else times[0].a * start.latent.to(x) + times[0].b * x
 
 
 def _holding(denoise: Denoise, start: Start | None) -> Denoise:
@@ -191,6 +199,21 @@ def _holding(denoise: Denoise, start: Start | None) -> Denoise:
     return held
 
 
+@dataclass(frozen=True)
+class LowEnd:
+    """The end of a low-resolution pass, from which its features can be made again; (B, 16, h, w), float32."""
+
+    x0: Tensor  # the clean latent
+    epsilon: Tensor  # the noise that was found in the last step's
+    noised: Tensor  # what the last step began with
+    settings: Settings  # of the pass
+    strength: float = 1.0  # as `Start` has it
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> LowEnd:
+        """The same with changed tensors."""
+        return replace(self, x0=change(self.x0), epsilon=change(self.epsilon), noised=change(self.noised))
+
+
 def low_resolution_pass(
     stage_c: StageC,
     conditions: StageCConditions,
@@ -203,20 +226,52 @@ def low_resolution_pass(
     graphs: LowPassGraphs | None = None,
     split: Split | None = None,
     start: Start | None = None,
-) -> tuple[Sampled, GuidanceFeatures]:
+) -> tuple[LowEnd, GuidanceFeatures]:
     """Denoise a latent at low resolution and take the features that guide the high one (section 3.1).
 
     The features are the conditional half's, at the last step or, with few steps, at r = 0.05 (`Settings`).
     `graphs` run its steps by their recordings; `split` shares out the halves, but no rows: there are few.
     The entries of `controls` are added at their times.
     """
-    taken: list[GuidanceFeatures] = []
-    entries = PassEntries.of(controls, stage_c, plan.lr_latent)
-    recorded = None if graphs is None else graphs.for_pass(stage_c, noise.device)
+    times, taken = pass_steps(settings, True, start), []
+    added = PassEntries.of(controls, stage_c, plan.lr_latent)
+    halves = _low_halves(
+        stage_c, conditions, times, settings, noise.device, noise.count, added, taken, graphs, split
+    )
+    denoise, last = _holding(denoiser(halves, target, settings.cfg_low), start), []
+
+    def kept(x: Tensor, step: Step) -> Estimate:
+        estimate = denoise(x, step)
+        last[:] = x, estimate
+        return estimate
+
+    begun = _begun(start, noise, plan.lr_latent, times)
+    _sample_stage_c(kept, begun, times, settings, noise, on_step)
+    noised, estimate = last
+    strength = 1.0 if start is None else start.strength
+    end = LowEnd(estimate.x0, estimate.epsilon, noised, settings, strength)
+    features = taken[0] if taken else _features_at_r(stage_c, conditions, end, controls)
+    return end, features if split is None else split.from_first(features)
+
+
+def _low_halves(
+    stage_c: StageC,
+    conditions: StageCConditions,
+    times: Sequence[Step],
+    settings: Settings,
+    device: torch.device,
+    count: int,
+    added: PassEntries | None,
+    taken: list[GuidanceFeatures],
+    graphs: LowPassGraphs | None = None,
+    split: Split | None = None,
+) -> Callable[..., Tensor]:
+    """The low-resolution pass's predictions; the last step's features go into `taken`, if it gives them."""
+    recorded = None if graphs is None else graphs.for_pass(stage_c, device)
 
     def predict(x: Tensor, time: Times, held: StageCConditions, step: Step) -> Tensor:
         takes = step.is_last and settings.extra_guidance_r is None
-        control = None if entries is None else entries.at(step.t)
+        control = None if added is None else _of_samples(added.at(step.t), len(x))
         if recorded is not None:
             prediction, features = recorded.step(stage_c, x, time, held, control)
         elif takes:
@@ -224,25 +279,42 @@ def low_resolution_pass(
         else:
             return stage_c.predict(x, time, held, control=control)
         if takes:
-            taken.append(features.first(noise.count))
+            taken[:] = [features.first(count)]  # Heun's rule comes here twice: the second time counts
         return prediction
 
-    last: list[Estimate] = []
-
-    def after_step(step: Step, estimate: Estimate) -> None:
-        last[:] = [estimate]
-        if on_step is not None:
-            on_step(step, estimate)
-
-    x, times = _begun(start, noise, plan.lr_latent, settings.steps_low, settings.shift)
     shares = None if split is None else split.shares(stage_c, None)
-    halves = in_halves(predict, conditions, stage_c, times, noise.device, shares)
-    denoise = _holding(denoiser(halves, target, settings.cfg_stage_c), start)
-    sampled = _sample_stage_c(denoise, x, times, settings, noise, after_step)
+    return in_halves(predict, conditions, stage_c, times, device, shares)
+
+
+def _of_samples(control: Maps | None, count: int) -> Maps | None:
+    """Entries of a ControlNet for so many samples: those of several pictures twice, where both halves run."""
+    if control is None:
+        return None
+    return [e if e is None or len(e) in (1, count) else torch.cat([e, e]) for e in control]
+
+
+def features_after(
+    stage_c: StageC,
+    conditions: StageCConditions,
+    end: LowEnd,
+    guidance_r: float | str | None,
+    controls: Sequence[Entries] = (),
+) -> GuidanceFeatures:
+    """The features that `low_resolution_pass` gave with an end, or gives with another `guidance_r`."""
+    settings = replace(end.settings, guidance_r=guidance_r)
     if settings.extra_guidance_r is not None:
-        latent, epsilon, r = last[0].x0, last[0].epsilon, settings.extra_guidance_r
-        taken.append(features_of(stage_c, conditions, latent, epsilon, r, controls))
-    return sampled, taken[0] if split is None else split.from_first(taken[0])
+        return _features_at_r(stage_c, conditions, replace(end, settings=settings), controls)
+    times, taken = pass_steps(settings, True, Start(end.x0, end.strength)), []
+    added = PassEntries.of(controls, stage_c, tuple(end.x0.shape[-2:]))
+    halves = _low_halves(stage_c, conditions, times, settings, end.x0.device, len(end.x0), added, taken)
+    halves(end.noised, times[-1], settings.cfg_low.needed_at(times[-1].t))
+    return taken[0]
+
+
+def _features_at_r(
+    stage_c: StageC, conditions: StageCConditions, end: LowEnd, controls: Sequence[Entries]
+) -> GuidanceFeatures:
+    return features_of(stage_c, conditions, end.x0, end.epsilon, end.settings.extra_guidance_r, controls)
 
 
 def _shape(latent: Tensor) -> str:
@@ -273,7 +345,10 @@ def features_of(
 
 @dataclass(frozen=True)
 class Guided:
-    """Conditions, guidance and entries of the high-resolution pass; the last two are both halves'."""
+    """Conditions, guidance and entries of the high-resolution pass.
+
+    One picture's guidance and entries are both halves'.
+    """
 
     conditions: StageCConditions
     guidance: PreparedGuidance | None
@@ -285,13 +360,13 @@ class Guided:
 
     def part(self, samples: slice, rows: slice) -> Guided:
         """Those of some samples and rows of the map."""
-        guidance = None if self.guidance is None else self.guidance.of_rows(rows)
+        guidance = None if self.guidance is None else self.guidance.part(samples, rows)
         entries = None if self.entries is None else self.entries.of_rows(rows)
         return Guided(self.conditions.part(samples, rows), guidance, entries)
 
-    def control_at(self, t: float) -> Maps | None:
-        """The entries that are added at time t."""
-        return None if self.entries is None else self.entries.at(t)
+    def control_at(self, t: float, count: int) -> Maps | None:
+        """The entries that are added at time t, for so many samples."""
+        return None if self.entries is None else _of_samples(self.entries.at(t), count)
 
 
 def high_resolution_pass(
@@ -317,16 +392,18 @@ def high_resolution_pass(
     shares = None if split is None else split.shares(stage_c, plan.hr_latent[0])
 
     def predict(x: Tensor, time: Times, held: Guided, step: Step) -> Tensor:
+        control = held.control_at(step.t, len(x))
         return stage_c.predict(
-            x, time, held.conditions, guidance=held.guidance, inner=inner, control=held.control_at(step.t),
+            x, time, held.conditions, guidance=held.guidance, inner=inner, control=control,
             control_guided=True,
         )  # fmt: skip
 
-    x, times = _begun(start, noise, plan.hr_latent, settings.steps, settings.shift)
+    times = pass_steps(settings, False, start)
+    x = _begun(start, noise, plan.hr_latent, times)
     denoise = denoiser(
         in_halves(predict, Guided(conditions, guidance, entries), stage_c, times, noise.device, shares),
         target,
-        settings.cfg_stage_c,
+        settings.cfg_high,
     )
     with products_in_fp8(stage_c, settings.fp8):
         return _sample_stage_c(_holding(denoise, start), x, times, settings, noise, on_step)
@@ -378,10 +455,18 @@ def stage_b_pass(
         return sample(denoise, x, times, sampler_named(settings.sampler_b), noise.like, on_step)
 
 
-def needs_unconditional(settings: Settings) -> tuple[bool, bool]:
-    """Whether any step of Stage C, and of Stage B, computes the unconditional half."""
-    times = (step.t for count in (settings.steps, settings.steps_low) for step in steps(cosine, count))
-    return any(map(settings.cfg_stage_c.needed_at, times)), settings.cfg_stage_b.needed_at(1.0)
+def needs_unconditional(
+    settings: Settings, low: Start | None = None, high: Start | None = None
+) -> tuple[bool, bool]:
+    """Whether any step of Stage C, and of Stage B, computes the unconditional half.
+
+    `low` and `high` are where the passes begin.
+    """
+    passes = [(settings.cfg_low, pass_steps(settings, True, low))]
+    if not settings.lr_only:
+        passes.append((settings.cfg_high, pass_steps(settings, False, high)))
+    needed = any(cfg.needed_at(step.t) for cfg, times in passes for step in times)
+    return needed, settings.cfg_stage_b.needed_at(1.0)
 
 
 def decode_picture(

@@ -48,6 +48,15 @@ from core.config.yaml import load_stage_b, load_stage_c
 from core.devices import device_named
 from core.memory import free_memory, peak_host_memory, peak_memory
 from core.paths import at_home, located
+from core.pipeline.batches import (
+    StageCRun,
+    Wanted,
+    at_once,
+    batches,
+    neighbours,
+    parts,
+    stage_b_latents,
+)
 from core.pipeline.conditioning import Conditions, conditions, of_one_length, stack
 from core.pipeline.control import Control, ControlNetFile
 from core.pipeline.controls import Controls, SetControls, set_given, set_nets, several
@@ -64,25 +73,22 @@ from core.pipeline.estimate import (
 )
 from core.pipeline.given import Given, Original, original
 from core.pipeline.graphs import LowPassGraphs
+from core.pipeline.latents import Latents, family_of
 from core.pipeline.made import Picture, Pictures, Record, WeightHashes
 from core.pipeline.offload import Offloaded, Placement
 from core.pipeline.origins import Origin, embedding, origin
 from core.pipeline.passes import (
     B_LATENT,
     C_LATENT,
+    LowEnd,
     NoiseSource,
     decode_picture,
-    features_of,
-    high_resolution_pass,
-    low_resolution_pass,
     needs_unconditional,
-    prepare_stage_c,
     stage_b_pass,
 )
 from core.pipeline.progress import Observer, Progress, ProgressBars, Stopped, Together, harmless
 from core.pipeline.prompts import doubts, unknown
-from core.pipeline.region import prepare_guidance
-from core.pipeline.resolution import MIN_SIDE, Plan, plan_for
+from core.pipeline.resolution import MIN_SIDE, Plan, low_picture, plan_for
 from core.pipeline.sources import NOISE_ALONE, Encode, Source, latent_of
 from core.pipeline.split import Split
 from core.pipeline.steering import CONTROLLED, SUFFIX, with_suffix
@@ -99,7 +105,6 @@ from core.weights.image_encoder import CLIP, PictureEncoder, load_image_encoder
 from core.weights.layouts import guidance_names
 from core.weights.lora.merging import LoraMerger, WeightedLora, check_loras, load_loras, lora_files, uncalled
 from core.weights.prompting import Reading, encode_prompts
-from gdf.samplers import Estimate, Step
 from gdf.targets import target_named
 from modules.controlnet import ControlNet
 from modules.effnet import EfficientNetEncoder
@@ -113,7 +118,6 @@ from modules.stage_c import StageC
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 GROUP = 8  # pictures that go through stages that move together: each moves to the device once for them
 NO_FLAGS: Mapping[str, Any] = MappingProxyType({})
-NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
 
 
 @dataclass
@@ -168,6 +172,8 @@ class UltraPixelPipeline:
         mode = offload_named(offload, resident)
         self._placement = Placement(self.device, NONE if mode == AUTO and self.device.type == "cpu" else mode)
         self._tile: int | None = None  # of Stage A, once its memory was full
+        self._batch = 1  # pictures of one size at once, and the most of them, once memory was full
+        self._most: int | None = None
 
         def stage(build: Callable, path: str, dtype: torch.dtype, what: str, **named: Any) -> Offloaded:
             def load(home: torch.device, checked: bool) -> nn.Module:
@@ -280,6 +286,7 @@ class UltraPixelPipeline:
         strength: float | None = None,
         region: Sequence[int] | None = None,
         image_prompt: object = None,
+        batch: int = 1,
         **changes: Any,
     ) -> Pictures:
         """Pictures of a prompt, or `num_images` of each of several; the i-th of all has seed `seed + i`.
@@ -287,10 +294,10 @@ class UltraPixelPipeline:
         What is left open is the preset's. Values of `Settings` may be given by name, as in `steps=10`. Seed
         -1 draws one. With `wildcards`, a folder, prompts are templates (`core.config.wildcards`).
         `init_image` is a picture to go out from, `strength` how much is made anew, `region` (x, y, width,
-        height) where; `image_prompt` is as in `core.pipeline.origins.origin`. `progress` shows bars. An
-        observer is told of every step; where it returns True, the run ends, and the pictures that are done
-        come back. After an error, or Ctrl-C, they lie in `rescued`. TypeError or ValueError names a wrong
-        argument.
+        height) where; `image_prompt` is as in `core.pipeline.origins.origin`. `batch` pictures are made at
+        once, or fewer where memory is full. `progress` shows bars. An observer is told of every step; where
+        it returns True, the run ends, and the pictures that are done come back. After an error, or Ctrl-C,
+        they lie in `rescued`. TypeError or ValueError names a wrong argument.
         """
         settings = changed(settings, self._default_settings(), changes)
         count = picture_count(num_images, num_image)
@@ -303,7 +310,7 @@ class UltraPixelPipeline:
         jobs = [Job(p, *size, first + i, negative) for i, p in enumerate(wanted)]
         if wildcards is not None:
             jobs = list(map(Wildcards(wildcards).fill, jobs))
-        plan_for(self.config_c, *size)  # raises what is wrong with the size
+        plan_for(self.config_c, *size, settings.lr_size)  # raises what is wrong with the size
         _check_callable(observer)
         self.check_files(self.encoder_file() if begun is not None and begun.picture is not None else None)
         if self.controls.steerings and control is None:
@@ -314,16 +321,15 @@ class UltraPixelPipeline:
         )
         for sentence in [*self.doubts(jobs, settings), *called]:
             warnings.warn(sentence, stacklevel=2)
-        if begun is None:
-            return self._in_groups(jobs, settings, observer, control, progress)
-        sources = [self.source_of(begun, size)] * len(jobs)
-        return self._in_groups(jobs, settings, observer, control, progress, sources, begun.flags)
+        sources = [] if begun is None else [self.source_of(begun, size)] * len(jobs)
+        flags = NO_FLAGS if begun is None else begun.flags
+        return self.in_groups(jobs, settings, observer, control, progress, sources, flags, at_once(batch))
 
     def set_origin(self, begun: Origin | None) -> None:
         """Let the jobs of `pictures` that come without sources go out from this; None ends it."""
         self.origin, self._sources = begun, {}
 
-    def _own_sources(self, jobs: Sequence[Job]) -> list[Source]:
+    def own_sources(self, jobs: Sequence[Job]) -> list[Source]:
         """Those of `set_origin`, one for each job."""
         if self.origin is None:
             return []
@@ -381,7 +387,7 @@ class UltraPixelPipeline:
         _check_callable(observer)
         self.check_files(self.upscaling_files())
         sources, settings = self.upscaling_sources(jobs, given, how), without_idle_cfg(settings, jobs)
-        return self._in_groups(jobs, settings, observer, None, progress, sources)
+        return self.in_groups(jobs, settings, observer, None, progress, sources)
 
     def upscaling_files(self) -> dict[str, str]:
         """The weight file that upscaling needs besides, by path; ValueError where there is no guidance."""
@@ -421,46 +427,35 @@ class UltraPixelPipeline:
         names = tuple(token for lora in self._loras.wanted for token in lora.tokens)
         return Reading(settings.weighted_prompts, settings.long_prompts, names)
 
-    def _in_groups(
+    def in_groups(
         self,
         jobs: Sequence[Job],
         settings: Settings,
-        observer: Observer | None,
-        control: Controls | None,
-        progress: bool,
+        observer: Observer | None = None,
+        control: Controls | None = None,
+        progress: bool = True,
         sources: Sequence[Source] = (),
         flags: Mapping[str, Any] = NO_FLAGS,
+        batch: int = 1,
     ) -> Pictures:
+        """What a call returns; `control` and `source` are those of all jobs."""
         with self._turn:
-            return self._made_in_groups(jobs, settings, observer, control, progress, sources, flags)
-
-    def _made_in_groups(
-        self,
-        jobs: Sequence[Job],
-        settings: Settings,
-        observer: Observer | None,
-        control: Controls | None,
-        progress: bool,
-        sources: Sequence[Source],
-        flags: Mapping[str, Any],
-    ) -> Pictures:
-        self.rescued = made = Pictures()
-        largest = max(jobs, key=lambda job: job.height * job.width)
-        self.settle_offload(largest.height, largest.width, settings)
-        record = self.record(settings, {**self._flags(), **flags})
-        with ExitStack() as stack:
-            bars = [stack.enter_context(closing(ProgressBars(jobs, auto.tqdm)))] if progress else []
-            told = Together([*bars, *([] if observer is None else [observer])])
-            for start in range(0, len(jobs), self.group):
-                group = jobs[start : start + self.group]
-                controls = () if control is None else [control] * len(group)
-                origins = sources[start : start + self.group]
-                for picture in self.pictures(group, settings, told, controls, origins):
-                    made.append(replace(picture, record=record))
-                if told.stopped:
-                    break
-        self.rescued = Pictures()
-        return made
+            self.rescued = made = Pictures()
+            largest = max(jobs, key=lambda job: job.height * job.width)
+            self.settle_offload(largest.height, largest.width, settings)
+            record = self.record(settings, {**self._flags(), **flags})
+            with ExitStack() as stack:
+                bars = [stack.enter_context(closing(ProgressBars(jobs, auto.tqdm)))] if progress else []
+                told = Together([*bars, *([] if observer is None else [observer])])
+                for numbers in parts(range(len(jobs)), max(self.group, batch)):
+                    group, own = jobs[numbers[0] : numbers[-1] + 1], sources[numbers[0] : numbers[-1] + 1]
+                    controls = () if control is None else [control] * len(group)
+                    for picture in self.pictures(group, settings, told, controls, own, batch):
+                        made.append(replace(picture, record=record))
+                    if told.stopped:
+                        break
+            self.rescued = Pictures()
+            return made
 
     def _default_settings(self) -> Settings:
         return CONTROLLED if self.controls.steerings else Settings(cfg=self.preset.cfg)
@@ -500,11 +495,12 @@ class UltraPixelPipeline:
         observer: Observer | None = None,
         controls: Sequence[Controls] = (),
         sources: Sequence[Source] = (),
+        batch: int = 1,
     ) -> Pictures:
         """The pictures of `pictures`, once all are made; their files will tell how they were made."""
         with self._turn:
             record = self.record(settings)
-            made = self.pictures(jobs, settings, observer, controls, sources)
+            made = self.pictures(jobs, settings, observer, controls, sources, batch)
             return Pictures(replace(picture, record=record) for picture in made)
 
     @torch.no_grad()
@@ -515,6 +511,7 @@ class UltraPixelPipeline:
         observer: Observer | None = None,
         controls: Sequence[Controls] = (),
         sources: Sequence[Source] = (),
+        batch: int = 1,
     ) -> Iterator[Picture]:
         """Pictures of the jobs, stage by stage, so that each stage visits the device once.
 
@@ -523,10 +520,10 @@ class UltraPixelPipeline:
         Where one returns True, no further step is made, and those come that are through Stage B.
         `controls`, where there are any, are one for each job, for the ControlNet of `set_control` (or
         several, one for each of `set_controls`), and so are `sources`: what the passes begin at, by default
-        that of `set_origin`.
+        that of `set_origin`. `batch` neighbours of one size are made at once, or fewer where memory is full.
         """
-        sources = sources or self._own_sources(jobs)
-        told, done = observer and harmless(observer), 0
+        self._batch = min(at_once(batch), self._most or batch)
+        told, done, sources = observer and harmless(observer), 0, sources or self.own_sources(jobs)
         with suppress(Stopped):
             for own, group in groupby(jobs, lambda job: job.settings or settings):
                 alike = list(group)
@@ -544,27 +541,33 @@ class UltraPixelPipeline:
     ) -> Iterator[Picture]:
         region = any(source.part is not None for source in sources)
         check_hr([one for control in controls for one in several(control)], settings.reuse, region)
-        plans = [plan_for(self.config_c, job.height, job.width) for job in jobs]
-        parts = [
-            None if source.part is None else source.part.sizes
-            for source in sources or [NOISE_ALONE] * len(jobs)
-        ]
-        plans = [part or whole for part, whole in zip(parts, plans, strict=True)]
-        for stage in (self.stage_c, self.guidance):
+        plans = [plan_for(self.config_c, job.height, job.width, settings.lr_size) for job in jobs]
+        if sources:
+            pairs = zip(sources, plans, strict=True)
+            plans = [whole if source.part is None else source.part.sizes for source, whole in pairs]
+        latents, ends = [source.latent for source in sources], [source.ended for source in sources]
+        passes = not latents or any(latent is None for latent in latents)
+        for stage in (self.stage_c, self.guidance) if passes else ():
             if stage is not None:
                 stage.load_ahead()
-        if not self.plain and DTYPES[self.config_c.dtype] == torch.bfloat16:
+        if passes and not self.plain and DTYPES[self.config_c.dtype] == torch.bfloat16:
             try_ahead(self.device, stage_c_sizes(self.config_c).c_hidden)
         texts = self.encode_text(jobs, settings)
-        entries = self.run_controlnet(controls)
-        latents = self.run_stage_c(jobs, plans, texts, settings, observer, entries, sources)
-        latents, error = _until_error(self.run_stage_b(jobs, plans, texts, latents, settings, observer))
-        through = len(latents)
+        if passes:
+            entries, ends = self.run_controlnet(controls), []
+            latents = self.run_stage_c(jobs, plans, texts, settings, observer, entries, sources, ends)
+        if settings.lr_only:
+            plans = [low_picture(sizes, self.config_c.geometry) for sizes in plans]
+        decoded, error = _until_error(self.run_stage_b(jobs, plans, texts, latents, settings, observer))
+        through = len(decoded)
         told = None if isinstance(error, Stopped) else observer
-        decoded = self.run_stage_a(jobs[:through], plans[:through], latents, settings, told)
-        for index, picture in enumerate(decoded if through else ()):
+        pictures = self.run_stage_a(jobs[:through], plans[:through], decoded, settings, told)
+        for index, picture in enumerate(pictures if through else ()):
+            high = None if settings.lr_only else latents[index]
+            kept = Latents(decoded[index], high, ends[index], family_of(self.config_c))
             own = several(controls[index]) if controls else ()
-            yield finished(picture, own, sources[index : index + 1])
+            given = () if settings.lr_only else sources[index : index + 1]
+            yield finished(replace(picture, latents=kept), own, given)
         if error is not None:
             raise error
 
@@ -592,7 +595,7 @@ class UltraPixelPipeline:
 
     def best_offload(self, height: int, width: int, settings: Settings) -> tuple[str, str]:
         """What auto would choose now for pictures of this size, and why."""
-        sizes = plan_for(self.config_c, height, width)
+        sizes = plan_for(self.config_c, height, width, settings.lr_size)
         stages = self.estimate(sizes, settings)
         return best_mode(stages, weights_on_disk(self.config_c.clip_text_path), free_memory(self.device))
 
@@ -624,7 +627,10 @@ class UltraPixelPipeline:
     def _shrink(self, stage: str) -> bool:
         """Take less memory from now on, and say so; False where there is no way left."""
         tile, mode = (self._tile or MAX_TILE) // 2, smaller(self.offload)
-        if stage == "stage A" and tile >= MIN_TILE:
+        if stage in ("stage C", "stage B") and self._batch > 1:
+            self._most = self._batch = self._batch // 2
+            way = f"{self._batch} pictures at once" if self._batch > 1 else "one picture at a time"
+        elif stage == "stage A" and tile >= MIN_TILE:
             self._tile, way = tile, f"tiles of {tile} latent pixels"
         elif mode is not None:
             self._placement.mode, way = mode, f"--offload {mode}"
@@ -803,29 +809,29 @@ class UltraPixelPipeline:
         observer: Observer | None = None,
         entries: Sequence[Sequence[Entries]] = (),
         sources: Sequence[Source] = (),
+        ends: list[LowEnd | None] | None = None,
     ) -> list[Tensor]:
         """Both passes of Stage C for every job: latents (1, 16, h, w) on the CPU.
 
         `entries`, where there are any, are those of `run_controlnet`.
+        `ends`, if given, gets the ends of the low-resolution passes.
         """
-        controls, starts = entries or [()] * len(jobs), sources or [NOISE_ALONE] * len(jobs)
-
-        def work(first: int) -> Iterator[Tensor]:
-            rest = jobs[first:], plans[first:], texts, settings, observer, controls[first:], starts[first:]
-            return self._stage_c_latents(*rest)
-
-        return list(self._in_turn("stage C", len(jobs), work))
+        starts, no_entries = sources or [NOISE_ALONE] * len(jobs), [()] * len(jobs)
+        both = [source.needs_unconditional(settings) for source in starts]
+        every = zip(jobs, plans, both, entries or no_entries, starts, strict=True)
+        wanted = [
+            Wanted(job, sizes, self._conditions(job, texts, needed, source.image), own, source)
+            for job, sizes, needed, own, source in every
+        ]
+        work = partial(self._stage_c_latents, wanted, settings, observer)
+        made = list(self._in_turn("stage C", len(jobs), work))
+        if ends is not None:
+            ends += [end for _, end in made]
+        return [latent for latent, _ in made]
 
     def _stage_c_latents(
-        self,
-        jobs: Sequence[Job],
-        plans: Sequence[Plan],
-        texts: dict[str, TextCondition],
-        settings: Settings,
-        observer: Observer | None,
-        entries: Sequence[Sequence[Entries]],
-        sources: Sequence[Source],
-    ) -> Iterator[Tensor]:
+        self, wanted: Sequence[Wanted], settings: Settings, observer: Observer | None, first: int
+    ) -> Iterator[tuple[Tensor, LowEnd | None]]:
         target, settings = target_named(self.config_c.target), self._without_fp8(settings)
         with (
             self._measured("stage C"),
@@ -834,49 +840,17 @@ class UltraPixelPipeline:
             self._recordings() as graphs,
         ):
             stage_c.plain = self.plain
-            for job, sizes, controls, source in zip(jobs, plans, entries, sources, strict=True):
-                source = source.to(self.device)
-                held = prepare_stage_c(stage_c, self._conditions(job, texts, settings, source.image))
-                controls = [control.to(self.device) for control in controls]
-                noise = self._noise(job, "lr")
-                if source.guide is None:
-                    features = low_resolution_pass(
-                        stage_c,
-                        held,
-                        target,
-                        sizes,
-                        settings,
-                        noise,
-                        split=self.split,
-                        controls=controls,
-                        on_step=_report(observer, "stage C, low resolution", job),
-                        graphs=graphs,
-                        start=source.low,
-                    )[1]
-                else:
-                    features = features_of(
-                        stage_c, held, source.guide, noise.like(source.guide), controls=controls
-                    )
-                self.stage_b.load_ahead(self._warm_stage_b)  # from here on, as steps were being recorded
-                self.stage_a.load_ahead(self._warm_stage_a)
-                prepared = None
-                if guidance is not None:
-                    strengths = self.config_c.guidance_strength
-                    prepared = prepare_guidance(guidance, features, stage_c, sizes, source.part, strengths)
-                high = high_resolution_pass(
-                    stage_c,
-                    held,
-                    prepared,
-                    target,
-                    sizes,
-                    settings,
-                    self._noise(job, "hr"),
-                    split=self.split,
-                    on_step=_report(observer, "stage C, high resolution", job),
-                    start=source.high,
-                    controls=controls,
-                )
-                yield high.x0.cpu()
+            strengths, between = self.config_c.guidance_strength, self._load_decoders
+            run = StageCRun(
+                stage_c, guidance, strengths, target, settings, observer, graphs, self.split, between
+            )
+            for batch in batches(wanted[first:], self._batch, self.device):
+                yield from run.latents(batch)
+
+    def _load_decoders(self) -> None:
+        """Load Stages B and A ahead: not before a low-resolution pass, as steps were being recorded."""
+        self.stage_b.load_ahead(self._warm_stage_b)
+        self.stage_a.load_ahead(self._warm_stage_a)
 
     def run_stage_b(
         self,
@@ -908,20 +882,14 @@ class UltraPixelPipeline:
         both = needs_unconditional(settings)[1]
         with self._measured("stage B"), self.stage_b.on_device() as stage_b:
             stage_b.plain = self.plain
-            for job, sizes, latent in zip(jobs, plans, latents, strict=True):
-                pooled = torch.cat([texts[p].pooled for p in (job.prompt, "")[: 1 + both]]).to(self.device)
-                sampled = stage_b_pass(
-                    stage_b,
-                    latent.to(self.device),
-                    pooled,
-                    target,
-                    sizes,
-                    settings,
-                    self._noise(job, "stage_b"),
-                    split=self.split,
-                    on_step=_report(observer, "stage B", job),
-                )
-                yield sampled.x0.cpu()
+            for alike in neighbours(plans, self._batch):
+                batch = jobs[alike]
+                prompts = [job.prompt for job in batch] + [""] * (len(batch) if both else 0)
+                pooled = torch.cat([texts[p].pooled for p in prompts]).to(self.device)
+                yield from stage_b_latents(
+                    stage_b, batch, plans[alike.start], latents[alike], pooled, target, settings,
+                    self.device, observer, self.split,
+                )  # fmt: skip
 
     def run_stage_a(
         self,
@@ -964,13 +932,12 @@ class UltraPixelPipeline:
     # --- helpers ----------------------------------------------------------------------------------
 
     def _conditions(
-        self, job: Job, texts: dict[str, TextCondition], settings: Settings, image: Tensor | None = None
+        self, job: Job, texts: dict[str, TextCondition], both: bool, image: Tensor | None = None
     ) -> Conditions:
         """Both halves, or the conditional one; it alone sees an image's embedding (1, 1, I)."""
         width = stage_c_sizes(self.config_c).c_clip_img
-        both = needs_unconditional(settings)[0]
         prompts = [texts[p] for p in (job.prompt, job.negative_prompt)[: 1 + both]]
-        images = (image, None)[: 1 + both]
+        images = (image if image is None else image.to(self.device), None)[: 1 + both]
         seen = zip(of_one_length(prompts, texts[""]), images, strict=True)
         halves = [conditions(text, image, width) for text, image in seen]
         held = stack(*halves) if both else halves[0]
@@ -1000,9 +967,6 @@ class UltraPixelPipeline:
             plan_for(self.config_c, MIN_SIDE, MIN_SIDE),
             tiled=False,
         )
-
-    def _noise(self, job: Job, stream: str) -> NoiseSource:
-        return NoiseSource.of(job.seed, NOISE_STREAMS[stream], self.device)
 
     @contextmanager
     def _recordings(self) -> Iterator[LowPassGraphs | None]:
@@ -1053,17 +1017,6 @@ def finished(picture: Picture, controls: Sequence[Control], sources: Sequence[So
     for step in [*steps, *(source.after for source in sources if source.after is not None)]:
         picture = replace(picture, pixels=step(picture.pixels))
     return picture
-
-
-def _report(observer: Observer | None, stage: str, job: Job) -> Callable[[Step, Estimate], None] | None:
-    if observer is None:
-        return None
-
-    def told(step: Step, estimate: Estimate) -> None:
-        if observer(Progress(stage, job, step.index + 1, step.count, estimate.x0)) is True:
-            raise Stopped
-
-    return told
 
 
 def _model_flags(

@@ -69,7 +69,8 @@ def taken_as_weighted(texts: Iterable[str]) -> list[str]:
 
 
 def _why_unguided(settings: Settings) -> str:
-    if settings.cfg == 1 and settings.cfg_end in (None, 1):
+    passes = [settings.cfg_low, *([] if settings.lr_only else [settings.cfg_high])]
+    if all(cfg.weight == 1 and cfg.weight_end in (None, 1) for cfg in passes):
         return "as cfg is 1: raise it, as in --cfg 4"
     low, high = settings.cfg_interval
     return f"as no step with a cfg other than 1 lies in the cfg_interval {low:g} to {high:g}: widen it"

@@ -56,9 +56,40 @@ def plan(height: int, width: int, geometry: LatentGeometry) -> Plan:
     )
 
 
-def plan_for(config: StageCConfig, height: int, width: int) -> Plan:
-    """The plan of a picture by a Stage C, which may halve its latents; ValueError for too small ones."""
+def with_low_of(sizes: Plan, of: Size, geometry: LatentGeometry) -> Plan:
+    """The plan with the low-resolution pass of another picture (height, width) of the same aspect ratio.
+
+    ValueError where the ratios differ by more than one pixel of Stage C's latent makes up.
+    """
+    if not same_aspect((sizes.height, sizes.width), of, geometry):
+        raise ValueError(
+            f"a picture of {sizes.height} x {sizes.width} (height x width) cannot go on from the "
+            f"low-resolution pass of one of {of[0]} x {of[1]}: ask for a size of the same aspect ratio, such "
+            f"as {sizes.height} x {round(sizes.height * of[1] / of[0])}"
+        )
+    low = plan(*of, geometry)
+    return replace(sizes, lr_height=low.lr_height, lr_width=low.lr_width, lr_latent=low.lr_latent)
+
+
+def same_aspect(size: Size, other: Size, geometry: LatentGeometry) -> bool:
+    """Whether sizes (height, width) in pixels have one aspect ratio, but for a pixel of Stage C's latent."""
+    excess = abs(size[0] * other[1] - size[1] * other[0])
+    return excess <= geometry.compression * max(other)
+
+
+def low_picture(sizes: Plan, geometry: LatentGeometry) -> Plan:
+    """The plan of decoding the low-resolution latent at its own size; ValueError for less than MIN_SIDE."""
+    return plan(sizes.lr_height, sizes.lr_width, geometry)
+
+
+def plan_for(config: StageCConfig, height: int, width: int, lr_size: Size | None = None) -> Plan:
+    """The plan of a picture by a Stage C, which may halve its latents; ValueError for too small ones.
+
+    Its low-resolution pass is that of a picture of `lr_size`, if given, as in `with_low_of`.
+    """
     sizes = plan(height, width, config.geometry)
+    if lr_size is not None:
+        sizes = with_low_of(sizes, lr_size, config.geometry)
     least = 2 ** sum(stage_c_sizes(config).switch_level)
     if min(*sizes.lr_latent, *sizes.hr_latent) < least:
         low = f"{sizes.lr_latent[0]} x {sizes.lr_latent[1]}"

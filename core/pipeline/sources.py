@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from core.config.settings import Settings
 from core.config.sizes import Size
-from core.pipeline.passes import Start
+from core.pipeline.passes import LowEnd, Start, needs_unconditional
 from core.pipeline.resolution import Plan
 from modules.effnet import imagenet_normalise
 
@@ -36,18 +37,42 @@ class Source:
     image: Tensor | None = None  # an image's embedding (1, 1, I), beside the prompt
     part: Part | None = None
     after: Callable[[Tensor], Tensor] | None = None  # to the finished pixels (3, H, W) from those made
+    ended: LowEnd | None = None  # a low-resolution pass that was made before
+    latent: Tensor | None = None  # Stage C's clean latent, made before: Stages B and A alone are left
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Source:
+        """The same with changed latents."""
+
+        def of(latent: Tensor | None) -> Tensor | None:
+            return None if latent is None else change(latent)
+
+        low, high = (
+            start and Start(change(start.latent), start.strength, of(start.inside))
+            for start in (self.low, self.high)
+        )
+        ended = self.ended and self.ended.mapped(change)
+        return replace(self, low=low, high=high, guide=of(self.guide), ended=ended, latent=of(self.latent))
 
     def to(self, device: torch.device) -> Source:
         """The same on a device."""
+        image = None if self.image is None else self.image.to(device)
+        return replace(self.mapped(lambda latent: latent.to(device)), image=image)
 
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
+    def needs_unconditional(self, settings: Settings) -> bool:
+        """Whether any step of Stage C computes the unconditional half, or did so in the pass made before."""
+        passes = [(settings, self.low, self.high)]
+        if self.ended is not None:
+            passes.append((self.ended.settings, Start(self.ended.x0, self.ended.strength), None))
+        return any(needs_unconditional(*one)[0] for one in passes)
 
-        low, high = (
-            start and Start(start.latent.to(device), start.strength, moved(start.inside))
+    def alike(self) -> tuple:
+        """What is the same in sources of pictures that can be made at once."""
+        starts = [
+            start and (start.strength, start.inside is None, start.latent.shape)
             for start in (self.low, self.high)
-        )
-        return replace(self, low=low, high=high, guide=moved(self.guide), image=moved(self.image))
+        ]
+        ended = self.ended and (self.ended.settings, self.ended.strength)
+        return *starts, self.guide is None, ended, self.latent is None, self.part
 
 
 NOISE_ALONE = Source()
@@ -68,3 +93,17 @@ def enlarge(picture: Tensor, size: Size) -> Tensor:
     if picture.shape[-2:] == size:
         return picture
     return F.interpolate(picture[None], size=size, mode="bicubic", align_corners=False)[0].clamp(0, 1)
+
+
+def stacked(sources: Sequence[Source]) -> Source:
+    """The source (B, 16, h, w) of several pictures, whose sources are alike."""
+    first, *rest = sources
+    if not rest:
+        return first
+    tensors: list[list[Tensor]] = []
+    for source in sources:
+        own: list[Tensor] = []
+        source.mapped(lambda latent, own=own: own.append(latent) or latent)
+        tensors.append(own)
+    columns = iter(zip(*tensors, strict=True))
+    return first.mapped(lambda _: torch.cat(next(columns)))

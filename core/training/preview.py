@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,8 +21,6 @@ from modules.previewer import Previewer
 from modules.stage_c import StageC
 
 SIDE = 256  # pixels of a picture on the sheet
-COLUMNS, MARGIN = 4, 16  # of a contact sheet: pictures in a row, and pixels around one
-FONT, LINE = 20, 40  # pixels of the letters beneath a picture, and letters of a line
 
 
 @torch.no_grad()
@@ -72,19 +69,3 @@ def row_of(pictures: Sequence[Tensor]) -> Tensor:
 def sheet(rows: Sequence[Tensor]) -> Image.Image:
     """Rows beneath each other as one picture."""
     return to_image(torch.cat(list(rows), dim=1))
-
-
-def contact_sheet(cells: Sequence[tuple[Image.Image, str]]) -> Image.Image:
-    """Pictures in columns, each with its prompt beneath."""
-    texts = [textwrap.fill(prompt, LINE) for _, prompt in cells]
-    lines = max(text.count("\n") + 1 for text in texts)
-    width, height = (max(getattr(image, side) for image, _ in cells) for side in ("width", "height"))
-    columns, across = min(COLUMNS, len(cells)), width + MARGIN
-    down = height + round(1.3 * FONT * lines) + 2 * MARGIN
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (columns * across + MARGIN, rows * down + MARGIN), "white")
-    for number, ((image, _), text) in enumerate(zip(cells, texts, strict=True)):
-        x, y = MARGIN + number % columns * across, MARGIN + number // columns * down
-        sheet.paste(image, (x + (width - image.width) // 2, y))
-        ImageDraw.Draw(sheet).text((x, y + height + MARGIN // 2), text, "black", font_size=FONT)
-    return sheet
