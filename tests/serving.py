@@ -35,7 +35,10 @@ def write_models(folder: Path) -> Path:
 
 @contextmanager
 def served(folder: Path, *flags: str) -> Iterator[str]:
-    """The address of a server whose pictures go to `folder`; at the end it stops as by Ctrl-C."""
+    """The address of a server whose pictures go to `folder`; at the end it stops as by Ctrl-C.
+
+    What it says goes to a file: a pipe that nobody reads would fill up, and the server wait for it forever.
+    """
     command = [
         sys.executable,
         str(ROOT / "inference/app.py"),
@@ -45,14 +48,15 @@ def served(folder: Path, *flags: str) -> Iterator[str]:
         str(folder),
         *flags,
     ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    line = process.stdout.readline()
-    if not line.startswith("http"):
-        process.kill()
-        raise AssertionError(process.communicate()[1])
+    heard = folder.parent / f"{folder.name}.txt"
+    with heard.open("w") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
+        line = process.stdout.readline()
+        assert line.startswith("http"), heard.read_text()
         yield line.split()[0]
-    finally:
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert "Traceback" not in errors, errors
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "Traceback" not in heard.read_text(), heard.read_text()

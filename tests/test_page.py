@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -17,7 +17,7 @@ from core.images import read_image_metadata
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 try:
-    from playwright.sync_api import Browser, Page, expect, sync_playwright
+    from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
 except ImportError:
     pytest.skip("playwright is not installed: pip install playwright", allow_module_level=True)
 if CHROMIUM is None:
@@ -46,25 +46,39 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def page(server: str, browser: Browser) -> Iterator[Page]:
-    page = opened(server, browser)
-    yield page
-    page.context.close()
+def open_page(server: str, browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Opens windows of their own, in which the page is shown; an error in their scripts, a question, or a
+    request to another server fails the test at its end (raising where playwright tells of them stops it)."""
+    pages, faults = [], []
+
+    def heed(url: str) -> None:
+        if not url.startswith((server, "data:", "blob:")):
+            faults.append(f"the page asks another server: {url}")
+
+    def ask(dialog: Dialog) -> None:
+        faults.append(f"the page asks: {dialog.message}")
+        dialog.dismiss()
+
+    def opened(**options: object) -> Page:
+        page = browser.new_context(**options).new_page()
+        pages.append(page)
+        page.set_default_timeout(PATIENCE)
+        page.on("pageerror", lambda error: faults.append(f"the page's script failed: {error}"))
+        page.on("request", lambda request: heed(request.url))
+        page.on("dialog", ask)
+        page.goto(server)
+        expect(page.get_by_label("Prompt", exact=True)).to_be_visible()
+        return page
+
+    yield opened
+    for page in pages:
+        page.context.close()
+    assert not faults
 
 
-def opened(server: str, browser: Browser, **options: object) -> Page:
-    """A window of its own, in which the page is shown; an error in its console fails the test."""
-    page = browser.new_context(**options).new_page()
-    page.set_default_timeout(PATIENCE)
-    page.on("pageerror", lambda error: pytest.fail(f"the page's script failed: {error}"))
-    page.on("request", lambda request: check_own(request.url, server))
-    page.goto(server)
-    expect(page.get_by_label("Prompt", exact=True)).to_be_visible()
-    return page
-
-
-def check_own(url: str, server: str) -> None:
-    assert url.startswith((server, "data:", "blob:")), f"the page asks another server: {url}"
+@pytest.fixture
+def page(open_page: Callable[..., Page]) -> Page:
+    return open_page()
 
 
 def fill(page: Page, steps: int = 1, prompt: str = PROMPT, seed: int = 5) -> None:
@@ -129,8 +143,8 @@ def test_a_job_outlives_a_reload_and_is_cancelled(page: Page) -> None:
     expect(page.get_by_role("button", name="Make", exact=True)).to_be_enabled()
 
 
-def test_two_windows_wait_for_each_other(page: Page, server: str, browser: Browser) -> None:
-    other = opened(server, browser)
+def test_two_windows_wait_for_each_other(page: Page, open_page: Callable[..., Page]) -> None:
+    other = open_page()
     for window, steps in ((page, 50), (other, 1)):
         fill(window, steps=steps)
         make(window)
@@ -139,7 +153,6 @@ def test_two_windows_wait_for_each_other(page: Page, server: str, browser: Brows
     page.get_by_role("button", name="Cancel", exact=True).click()
     assert finished(other)
     expect(page.get_by_text("Cancelled")).to_be_visible()
-    other.context.close()
 
 
 def test_a_hole_is_drawn_and_filled(page: Page) -> None:
@@ -179,7 +192,6 @@ def test_mistakes_are_sentences_and_prompts_are_text(page: Page) -> None:
     make(page)
     expect(page.get_by_role("alert")).to_contain_text("prompt is empty")
     fill(page, prompt="<img src=x onerror=alert(1)><b>bold</b>")
-    page.on("dialog", lambda dialog: pytest.fail(dialog.message))
     make(page)
     assert finished(page)
     assert page.locator("#up-results b").count() == 0
@@ -188,10 +200,8 @@ def test_mistakes_are_sentences_and_prompts_are_text(page: Page) -> None:
     expect(page.get_by_role("alert").last).to_contain_text("at most 4096")
 
 
-def test_a_phone_in_the_dark_with_the_keyboard_alone(server: str, browser: Browser) -> None:
-    page = opened(
-        server, browser, viewport={"width": 360, "height": 780}, color_scheme="dark", has_touch=True
-    )
+def test_a_phone_in_the_dark_with_the_keyboard_alone(open_page: Callable[..., Page]) -> None:
+    page = open_page(viewport={"width": 360, "height": 780}, color_scheme="dark", has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, re.findall(r"\d+", background)[:3])) < 80
@@ -213,7 +223,6 @@ def test_a_phone_in_the_dark_with_the_keyboard_alone(server: str, browser: Brows
     for key in ("ArrowLeft", "Space", "Shift+ArrowDown", "+", "Space"):
         page.keyboard.press(key)
     assert page.evaluate("window.upMask.data()").startswith("data:image/png")
-    page.context.close()
 
 
 FETCH = """async ([url, body, kind]) => {

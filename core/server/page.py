@@ -46,6 +46,7 @@ from core.server.worker import sentence
 from gdf.names import SAMPLER_NAMES
 
 LOOK = 0.2  # seconds between two looks at a job
+KEPT_OPEN = 10  # seconds between two signs of life to a window
 PICKED_FROM = 60  # newest pictures that the history shows
 UPLOADS_KEPT = (600, 3600)  # seconds: how often is looked, and after how long an upload goes
 HERE = Path(__file__).parent
@@ -257,9 +258,14 @@ class Page:
         for start in (out.make.click, self._prompt.submit):
             done = start(self._make, self._fields, out.all, js=drawn, **quiet)
             done.then(self._told, sized, self._takes, **quiet)
+            done.then(_usable, None, out.make, **quiet)
         out.cancel.click(self._cancel, out.job, None, **quiet)
         out.job.change(None, out.job, None, js="(id) => { window.upJob.keep(id); }", **quiet)
-        page.load(self._resume, out.job, [*out.all, self._prompt], js="() => [window.upJob.kept()]", **quiet)
+        page.load(_kept_open, None, None, **quiet)
+        went_on = page.load(
+            self._resume, out.job, [*out.all, self._prompt], js="() => [window.upJob.kept()]", **quiet
+        )
+        went_on.then(_usable, None, out.make, **quiet)
         self._dice.click(lambda: secrets.randbelow(SEEDS), None, self._seed, **quiet)
         self._size.input(lambda size: size or (gr.skip(), gr.skip()), self._size, sides, **quiet)
         for part in sized:
@@ -313,7 +319,7 @@ class Page:
                     shown.results(status.pictures, job.seed, job.order.prompt)
                     if status.pictures
                     else ("" if first else gr.skip()),
-                    gr.update(interactive=status.over),
+                    gr.update(interactive=False),  # until gradio hears clicks again, which is after the end
                     gr.update(interactive=not status.over),
                 )
                 first = False
@@ -431,6 +437,22 @@ class Page:
 
 def _client(request: gr.Request) -> str:
     return request.request.scope[CLIENT]
+
+
+async def _kept_open() -> AsyncIterator[None]:
+    """Have something to tell a window as long as it is there.
+
+    Gradio closes a window's stream when nothing is left to tell, and what is asked before the window has
+    heard of that gets no answer.
+    """
+    while True:
+        yield
+        await asyncio.sleep(KEPT_OPEN)
+
+
+def _usable() -> Any:
+    """A button that works again."""
+    return gr.update(interactive=True)
 
 
 def _fields_of(kind: str | None) -> tuple[Any, ...]:
