@@ -43,7 +43,7 @@ from core.config.settings import Settings
 from core.config.sizes import Size
 from core.family.evaluation import Case, held_out_cases, real_picture
 from core.family.outlines import compare, found_by_canny
-from core.images import save_image, to_image
+from core.pictures.images import save_image, to_image
 from core.pipeline.control import CONTROL_WEIGHT, Control, Source, edge_control
 from core.pipeline.pipeline import GROUP, Job, UltraPixelPipeline
 from core.scenes.captions import AFLOAT, LANDS, SKIES, SUBJECTS, WHERE

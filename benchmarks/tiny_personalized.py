@@ -30,12 +30,12 @@ from core.commands.flags import (
 from core.config.presets import EMBEDDED
 from core.family.evaluation import Case, Evaluation, Judge, Measured, View, held_out_cases
 from core.family.evaluation_run import CELL, TINY, by, load_recogniser, table
-from core.images import save_image, to_image
+from core.pictures.images import save_image, to_image
+from core.pictures.sheets import contact_sheet
 from core.pipeline.progress import counting
 from core.pipeline.resolution import plan
 from core.scenes.captions import caption
 from core.scenes.scene import EXTRA_SUBJECTS
-from core.sheets import contact_sheet
 from core.weights.lora.merging import load_loras
 
 SUBJECT = re.compile(r"striped (hot air )?balloon")  # as captions say it

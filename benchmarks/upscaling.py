@@ -37,7 +37,7 @@ from core.config.settings import Job, Settings
 from core.family.evaluation import Case, Judge, Measured, View, held_out_cases, real_picture
 from core.family.evaluation_run import TINY, load_recogniser
 from core.family.outlines import compare, found_by_canny
-from core.images import save_image, to_image
+from core.pictures.images import save_image, to_image
 from core.pipeline.given import Original, original
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.upscaling import Upscaling, without_idle_cfg

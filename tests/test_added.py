@@ -20,7 +20,7 @@ from test_loras import make_lora, new_token
 from core.commands.flags import run as run_script
 from core.config.given_control import GivenControl, read_control
 from core.config.settings import Job, Settings
-from core.images import read_image_metadata
+from core.pictures.images import read_image_metadata
 from core.pipeline.control import Control, edge_control
 from core.pipeline.control import Source as Given
 from core.pipeline.entries import Entries, PassEntries

@@ -21,14 +21,15 @@ PACKAGES = {  # and what each may import of the others
 }
 ROOMS = {  # of core/, and which others each may use; all may use the small files that lie beside them
     "config": set(),
+    "pictures": {"config"},
     "weights": {"config"},
-    "pipeline": {"config", "weights"},
-    "commands": {"config", "weights", "pipeline"},
-    "server": {"config", "weights", "pipeline", "commands"},
-    "data": {"config"},
-    "training": {"config", "weights", "pipeline", "data"},
+    "pipeline": {"config", "pictures", "weights"},
+    "commands": {"config", "pictures", "weights", "pipeline"},
+    "server": {"config", "pictures", "weights", "pipeline", "commands"},
+    "data": {"config", "pictures"},
+    "training": {"config", "pictures", "weights", "pipeline", "data"},
     "scenes": {"config", "data"},
-    "family": {"config", "weights", "pipeline", "commands", "data", "training", "scenes"},
+    "family": {"config", "pictures", "weights", "pipeline", "commands", "data", "training", "scenes"},
 }
 LATE = ("core.data.sources", "core.scenes.drawn")  # the one import against the arrows, inside a function
 SHORT = ("core.settings", "core.config.settings")  # the one file beside the rooms that uses one of them

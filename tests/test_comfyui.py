@@ -353,7 +353,7 @@ import torch
 from comfyui_stub import Stub
 
 root, folder = Path(sys.argv[1]), Path(sys.argv[2])
-theirs = {name: importlib.import_module(name) for name in ("core", "core.images", "gdf", "modules")}
+theirs = {name: importlib.import_module(name) for name in ("core", "core.pictures.images", "gdf", "modules")}
 
 def process():
     limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY

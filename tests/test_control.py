@@ -25,7 +25,7 @@ from core.config.schema import ControlConfig, ControlTrainConfig, LatentGeometry
 from core.config.settings import Settings
 from core.config.sizes import TINY, ControlNetSizes, StageCSizes
 from core.config.yaml import ConfigError, load, load_control, load_stage_c
-from core.images import load_image, to_image
+from core.pictures.images import load_image, to_image
 from core.pipeline.control import (
     BLEND_WIDTH,
     Control,

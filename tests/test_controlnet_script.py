@@ -21,7 +21,7 @@ from core.config.control_types import CONTROL_TYPES, picture_flags
 from core.config.sizes import TINY, ControlNetSizes
 from core.family.evaluation import held_out_cases, real_picture
 from core.family.outlines import FAR
-from core.images import read_image_metadata
+from core.pictures.images import read_image_metadata
 from core.scenes.captions import PLACES
 from core.scenes.captions import SIZES as SCENE_SIZES
 from core.weights.checkpoint import config_metadata, save_tensors

@@ -27,7 +27,7 @@ from core.commands.flags import run
 from core.data.buckets import Buckets, cover_size, draw_counts, make_buckets
 from core.data.folder import DAMAGED, decode, header_size, index_folder
 from core.data.loader import FolderData, LoaderSettings, Position, batches, into_buckets, thin_buckets
-from core.images import NamedBytes
+from core.pictures.images import NamedBytes
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "figures" / "example_dataset"

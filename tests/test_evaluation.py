@@ -42,7 +42,7 @@ from core.family.evaluation import (
     stage_a_round_trip,
 )
 from core.family.evaluation_run import make_series
-from core.images import read_image_metadata
+from core.pictures.images import read_image_metadata
 from core.pipeline.resolution import plan
 from core.scenes.labelled import blur
 from core.scenes.scene import ATTRIBUTES, is_held_out

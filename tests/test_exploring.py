@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from core.commands.flags import parse_with_preset, picture_parser, run, settings_of
 from core.config.schema import stage_c_sizes
 from core.config.settings import Job, Settings
-from core.images import read_image_metadata
+from core.pictures.images import read_image_metadata
 from core.pipeline import decode, go_on
 from core.pipeline.control import Control
 from core.pipeline.controls import SetControls

@@ -13,7 +13,7 @@ from torch import nn
 
 from core.commands.flags import parse_with_preset, picture_parser, settings_of
 from core.config.settings import FAST, Job, Settings
-from core.images import save_image
+from core.pictures.images import save_image
 from core.pipeline.passes import needs_unconditional
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan

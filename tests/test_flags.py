@@ -30,7 +30,7 @@ from core.config.presets import PRESETS
 from core.config.schema import PersonalizedTrainConfig
 from core.config.settings import FP8_NAMES, Job, Settings
 from core.config.sizes import Upsampling
-from core.images import read_image_metadata, save_image
+from core.pictures.images import read_image_metadata, save_image
 from core.pipeline.pipeline import StageUse
 from core.pipeline.prompts import doubts, taken_as_words, unknown
 from core.weights.lora.layouts import LAYOUTS

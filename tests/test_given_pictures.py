@@ -17,9 +17,9 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, PngImagePlugin
 from test_images import exchanged, grey, icc
 
-from core.colour_profiles import srgb_profile
-from core.given_pictures import read_given, write_alike
-from core.images import TURNS, read_image_metadata
+from core.pictures.alike import read_given, write_alike
+from core.pictures.images import TURNS, read_image_metadata
+from core.pictures.profiles import srgb_profile
 
 NOISE = np.random.default_rng(0).integers(0, 65536, (20, 24, 4), dtype=np.uint16)
 XMP = (

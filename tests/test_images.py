@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
-from core import images
-from core.images import (
+from core.pictures import images
+from core.pictures.files import FORMATS, JPEG_LIMITS, check_format
+from core.pictures.images import (
     load_image,
     picture_stem,
     prepare_folder,
@@ -26,8 +27,7 @@ from core.images import (
     take_path,
     to_image,
 )
-from core.picture_files import FORMATS, JPEG_LIMITS, check_format
-from core.picture_metadata import XMP_END, XMP_START
+from core.pictures.metadata import XMP_END, XMP_START
 from core.pipeline.control import read_source
 
 BEFORE = ROOT / "tests" / "pictures"  # made by commit f1c274f

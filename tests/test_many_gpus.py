@@ -18,12 +18,13 @@ from conftest import ROOT
 from PIL import Image
 from training_lesson import start_torchrun, torchrun
 
-from core import devices, images
+from core import devices
 from core.commands.pictures import Gallery
 from core.commands.sharing import agreed, share
 from core.config.settings import Job, Settings
 from core.devices import own_device
-from core.picture_files import FORMATS
+from core.pictures import images
+from core.pictures.files import FORMATS
 from core.pipeline.made import Picture, Record, WeightHashes
 
 sys.path.insert(0, str(ROOT / "inference"))

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.family.evaluation import held_out_cases, real_picture
-from core.images import read_image_metadata, to_image
+from core.pictures.images import read_image_metadata, to_image
 from core.pipeline.control import Source as ControlSource
 from core.pipeline.control import hole_control, outpainted
 from core.pipeline.origins import middle, origin

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from serving import served, write_models
 
-from core.images import read_image_metadata
+from core.pictures.images import read_image_metadata
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 try:

@@ -20,7 +20,7 @@ from test_loras import make_lora, new_token
 from core.commands.flags import run
 from core.config.sizes import STAGE_C_VERSIONS
 from core.config.yaml import load_stage_c
-from core.images import read_image_metadata
+from core.pictures.images import read_image_metadata
 from core.weights.lora.files import LoraFile, LoraTokens, write_lora
 from modules.lora import LoraUpdate
 

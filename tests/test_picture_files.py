@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageCms, features
 
-from core import picture_files
-from core.colour_profiles import srgb_profile, srgb_transform
 from core.commands.flags import parse_with_preset, picture_parser
 from core.commands.pictures import Gallery
 from core.config.settings import Settings
-from core.deep_pictures import tiff_file
-from core.images import load_image, read_image_metadata, save_image, to_levels
-from core.picture_files import FORMATS, SUFFIXES, check_format
-from core.picture_metadata import stored_xmp
+from core.pictures import files as picture_files
+from core.pictures.deep import tiff_file
+from core.pictures.files import FORMATS, SUFFIXES, check_format
+from core.pictures.images import load_image, read_image_metadata, save_image, to_levels
+from core.pictures.metadata import stored_xmp
+from core.pictures.profiles import srgb_profile, srgb_transform
 from core.pipeline.made import Picture, Record, WeightHashes
 from core.pipeline.pipeline import Job, UltraPixelPipeline
 
@@ -188,7 +188,7 @@ def test_a_picture_of_16_bits_may_end_up_in_8(tmp_path: Path, monkeypatch: pytes
     def broken(*_: object) -> bytes:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("core.deep_pictures.tiff_file", broken)
+    monkeypatch.setattr("core.pictures.deep.tiff_file", broken)
     gallery = Gallery(str(tmp_path), "tiff", picture().record)
     with pytest.warns(UserWarning, match="picture_500x48_7.png: the picture lies here .*No space left"):
         path = gallery.add(picture())

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 import core.commands.pictures
-import core.images
+import core.pictures.images
 import core.pipeline.batches
 import core.pipeline.made
 import core.pipeline.pipeline
@@ -35,7 +35,7 @@ from core.commands.pictures import Gallery, make_pictures, save_beside
 from core.commands.prompts import read_lines
 from core.config.settings import Settings
 from core.family import evaluation_run
-from core.images import read_image_metadata, take_path
+from core.pictures.images import read_image_metadata, take_path
 from core.pipeline.control import Control
 from core.pipeline.made import Record, WeightHashes, infotext, picture_metadata
 from core.pipeline.pipeline import Job, Picture, UltraPixelPipeline

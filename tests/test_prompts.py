@@ -22,12 +22,12 @@ from core.commands.prompts import read_lines
 from core.config.settings import Job, Settings
 from core.config.weighted import weighted_text
 from core.config.wildcards import Wildcards
-from core.images import read_image_metadata
+from core.pictures.images import read_image_metadata
+from core.pictures.sheets import SIDE, grid_sheet
 from core.pipeline.made import Record, WeightHashes
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.progress import Progress, ProgressBars
 from core.pipeline.prompts import doubts
-from core.sheets import SIDE, grid_sheet
 from core.weights.clip import TextEncoder
 from core.weights.prompting import Reading, encode_prompts
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageChops
 
 from core.config.presets import PRESETS
 from core.config.settings import Job, Settings
-from core.images import read_image_metadata
+from core.pictures.images import read_image_metadata
 from core.pipeline.made import Picture, Pictures
 from core.pipeline.pipeline import Progress, UltraPixelPipeline
 from core.weights.lora.merging import load_loras

@@ -27,7 +27,7 @@ from test_loras import make_lora
 from core.config.schema import ControlTrainConfig, controlnet_sizes
 from core.config.sizes import STAGE_C_VERSIONS
 from core.config.yaml import load
-from core.images import save_image
+from core.pictures.images import save_image
 from core.weights.checkpoint import config_metadata, save_tensors
 from core.weights.lora.files import write_lora
 from modules.controlnet import ControlNet

@@ -22,7 +22,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from core.config.settings import Job as Wanted
-from core.images import save_image
+from core.pictures.images import save_image
 from core.pipeline import UltraPixelPipeline
 from core.pipeline.made import picture_metadata
 from core.server import shown

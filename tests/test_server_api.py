@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from serving import QUICK, served, write_models
 
-from core.images import read_image_metadata
+from core.pictures.images import read_image_metadata
 from core.pipeline import UltraPixelPipeline
 
 PROMPT = "a red house on green hills"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from core.commands.flags import add_model_flags, add_picture_flags, parse_with_preset, run
 from core.config.presets import PRESETS
-from core.images import read_image_metadata
+from core.pictures.images import read_image_metadata
 
 sys.path.insert(0, str(ROOT / "inference"))
 import test_t2i  # noqa: E402

@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT
 from PIL import ExifTags, Image
 
-from core.colour_profiles import srgb_profile
 from core.config.settings import Settings
-from core.images import read_image_metadata
+from core.pictures.images import read_image_metadata
+from core.pictures.profiles import srgb_profile
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.upscaling import Upscaling, with_colours_of
 

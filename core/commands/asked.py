@@ -24,12 +24,12 @@ from core.commands.pictures import (
 )
 from core.commands.prompts import Line, jobs_of, json_line
 from core.config.settings import Job, Settings
-from core.images import load_image, picture_stem, save_new_image
+from core.pictures.images import load_image, picture_stem, save_new_image
+from core.pictures.sheets import grid_sheet
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan_for
 from core.pipeline.steering import with_suffix
 from core.printable import say
-from core.sheets import grid_sheet
 
 LOST = "it was not made"  # as its process ended before
 

@@ -15,7 +15,7 @@ from core.config.schema import ControlConfig
 from core.config.settings import Settings
 from core.config.sizes import Size
 from core.config.yaml import load_control
-from core.images import load_image
+from core.pictures.images import load_image
 from core.pipeline.control import Control, Source, outpainted, read_source
 from core.pipeline.pipeline import UltraPixelPipeline, load_encoder
 from core.pipeline.steering import Steering, with_suffix

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from PIL import ImageOps
 
 from core.config.settings import Job, Settings
-from core.images import save_new_image, to_image
+from core.pictures.images import save_new_image, to_image
+from core.pictures.sheets import contact_sheet
 from core.pipeline.latents import Earlier
 from core.pipeline.made import Picture
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan_for
 from core.pipeline.sources import NOISE_ALONE, Source
-from core.sheets import contact_sheet
 
 CELL = 256  # px, the longer side of a picture on the sheet
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from core.config.latents import read_stored
 from core.config.yaml import load_stage_c
-from core.images import read_image_metadata
 from core.launch import is_main
+from core.pictures.images import read_image_metadata
 from core.pipeline.resolution import same_aspect
 from core.printable import say
 

@@ -33,10 +33,10 @@ from core.config.settings import (
     settings_from,
 )
 from core.devices import KINDS, own_device
-from core.images import prepare_folder
 from core.launch import fail, processes, told_once
 from core.paths import at_home, located
-from core.picture_files import FORMATS
+from core.pictures.files import FORMATS
+from core.pictures.images import prepare_folder
 from gdf.names import SAMPLER_NAMES, TIME_NAMES
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ from core.commands.sharing import agreed, gathered, on_its_own, on_one_picture, 
 from core.config.settings import Job, Settings
 from core.config.sizes import Size
 from core.devices import cores
-from core.images import (
+from core.pictures.images import (
     load_image,
     numbered_paths,
     picture_stem,

@@ -22,7 +22,7 @@ from core.config.arguments import DRAW_SEED, first_seed, number, text, whole_num
 from core.config.settings import Job, Settings
 from core.config.wildcards import Wildcards
 from core.launch import is_main, processes
-from core.picture_files import check_format
+from core.pictures.files import check_format
 from core.printable import say
 
 CSV_SUFFIXES, JSON_SUFFIXES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")

@@ -19,8 +19,8 @@ from core import launch
 from core.commands.flags import MODEL_FLAGS, check_weights, make_pipeline, usage_table
 from core.config.arguments import text
 from core.config.settings import Job, Settings
-from core.given_pictures import write_alike
-from core.images import picture_suffixes, prepare_folder
+from core.pictures.alike import write_alike
+from core.pictures.images import picture_suffixes, prepare_folder
 from core.pipeline.given import Original, original, size_of
 from core.pipeline.made import Picture, Record
 from core.pipeline.pipeline import UltraPixelPipeline

@@ -17,7 +17,7 @@ from core.data.folder import decode
 from core.data.loader import FolderData
 from core.data.shards import Encoded, LeftOut, ShardData, samples
 from core.data.sources import Data
-from core.images import NamedBytes
+from core.pictures.images import NamedBytes
 from core.printable import say
 
 

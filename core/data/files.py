@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.images import picture_suffixes
+from core.pictures.images import picture_suffixes
 
 CAPTION_SUFFIXES = (".json", ".txt", ".caption")  # in the order in which they are looked at
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")

@@ -20,7 +20,7 @@ from core.data.buckets import cover_size
 from core.data.captions import WITHOUT, first_caption
 from core.data.files import UNSORTED, Broken, counted, sort_out, suffix_of, walk
 from core.data.listings import read_listings
-from core.images import DAMAGED, SIDEWAYS, NamedBytes, open_image, orientation, upright_rgb
+from core.pictures.images import DAMAGED, SIDEWAYS, NamedBytes, open_image, orientation, upright_rgb
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def decode(source: str | Path | NamedBytes, bucket: Size, rng: np.random.Generat
     """A picture's pixels (3, H, W) as uint8 sRGB: upright, resized to cover the bucket, cropped at random.
 
     Large JPEGs are read at reduced scale. OSError, or ValueError for what is damaged, no picture or larger
-    than `core.images.MAX_PIXELS`.
+    than `core.pictures.images.MAX_PIXELS`.
     """
     with open_image(source) as image:
         if image.format in ("JPEG", "MPO"):

@@ -18,7 +18,7 @@ from core.config.sizes import Size
 from core.data.buckets import Buckets
 from core.data.files import Broken
 from core.data.folder import FolderIndex, check_broken, decode, warn_of_left_out
-from core.images import NamedBytes
+from core.pictures.images import NamedBytes
 
 log = logging.getLogger(__name__)
 

@@ -49,7 +49,7 @@ from core.data.loader import (
     load,
     read_picture,
 )
-from core.images import NamedBytes
+from core.pictures.images import NamedBytes
 
 SHUFFLED = 100  # encoded pictures that a stream holds to draw from
 PREFERRED = (".jpg", ".jpeg", ".png", ".webp")  # where a sample has pictures of several formats

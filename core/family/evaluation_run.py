@@ -19,15 +19,15 @@ from core.commands.flags import MODEL_FLAGS, check_weights, make_pipeline
 from core.config.settings import Job, Settings
 from core.config.sizes import Size
 from core.family.evaluation import Case, Evaluation, Judge, Measured, RoundTrip, View, held_out_cases
-from core.images import prepare_folder, safe_stem, save_image, to_image
 from core.paths import PROJECT, located
+from core.pictures.images import prepare_folder, safe_stem, save_image, to_image
+from core.pictures.sheets import contact_sheet
 from core.pipeline.made import WeightHashes
 from core.pipeline.pipeline import UltraPixelPipeline, load_encoder
 from core.pipeline.progress import counting
 from core.pipeline.resolution import plan_for
 from core.scenes.labelled import CLASSES
 from core.scenes.scene import ATTRIBUTES
-from core.sheets import contact_sheet
 from core.weights.checkpoint import load_module, read_config
 from modules.recogniser import Recogniser
 

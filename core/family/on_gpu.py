@@ -32,11 +32,11 @@ from core.family.batched import in_batches, measured
 from core.family.evaluation import Judge, View, held_out_cases
 from core.family.pool import Drawers, Encoders, Kind, Pool, Pools, Samples
 from core.family.timed import Budget, Part, Weights
-from core.images import save_image, to_image
 from core.paths import located
+from core.pictures.images import save_image, to_image
+from core.pictures.sheets import contact_sheet
 from core.pipeline.conditioning import Conditions, conditions
 from core.pipeline.pipeline import DTYPES, UltraPixelPipeline, load_encoder
-from core.sheets import contact_sheet
 from core.training.guidance import (
     GuidedStageC,
     NoisyLatents,

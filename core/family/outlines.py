@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from core.images import to_image
+from core.pictures.images import to_image
 
 NEAR, FAR = 2.0, 16.0  # px: within which outlines agree, and the most that counts
 

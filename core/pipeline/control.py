@@ -19,8 +19,8 @@ from core.config.control_types import CONTROL_TYPES, control_type, controlnet_na
 from core.config.presets import DEFAULT
 from core.config.schema import ControlConfig, LatentGeometry, check_proj_blocks
 from core.config.sizes import ControlNetSizes, Size, StageCSizes
-from core.images import NamedBytes, load_image, open_image, upright_parts
 from core.paths import located
+from core.pictures.images import NamedBytes, load_image, open_image, upright_parts
 from core.weights.checkpoint import CheckpointError, read_config, read_shapes
 from core.weights.layouts import A_CONTROLNET, control_channels, describe_mismatch, identify
 from modules.effnet import imagenet_normalise

@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from core.config.sizes import Size
-from core.given_pictures import MIN_SIDE, GivenPicture, read_given
-from core.images import SIDEWAYS, NamedBytes, load_image, open_image, orientation
 from core.paths import located
+from core.pictures.alike import MIN_SIDE, GivenPicture, read_given
+from core.pictures.images import SIDEWAYS, NamedBytes, load_image, open_image, orientation
 from core.pipeline.control import fetch, filled
 
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")

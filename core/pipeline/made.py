@@ -19,14 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from core.config.settings import Job, Settings
-from core.images import save_image, to_image, to_levels
 from core.paths import at_home
-from core.picture_files import DEEP, format_of
+from core.pictures.files import DEEP, format_of
+from core.pictures.images import save_image, to_image, to_levels
 from core.pipeline.latents import Latents
 from core.weights.hashes import file_sha256
 
 if TYPE_CHECKING:
-    from core.images import Levels
+    from core.pictures.images import Levels
 
 HURRIED_WITHIN = 0.1  # seconds
 PACKAGES = ("ultrapixel", "torch", "transformers")

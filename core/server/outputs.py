@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from core.images import load_image, prepare_folder, read_image_metadata, save_new_image
+from core.pictures.images import load_image, prepare_folder, read_image_metadata, save_new_image
 from core.pipeline.made import Picture
 
 NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{16}\.png")

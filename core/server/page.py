@@ -18,7 +18,7 @@ from core.config.arguments import SEEDS
 from core.config.control_types import control_type
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS
 from core.config.settings import Settings
-from core.images import NamedBytes, read_image_metadata, to_image
+from core.pictures.images import NamedBytes, read_image_metadata, to_image
 from core.pipeline.control import CONTROL_SIZE, Source, edge_control
 from core.pipeline.origins import STRENGTH
 from core.pipeline.steering import CONTROLLED

@@ -7,7 +7,7 @@ import binascii
 
 from PIL import Image, ImageOps
 
-from core.images import NamedBytes, open_image, upright_parts
+from core.pictures.images import NamedBytes, open_image, upright_parts
 from core.server.limits import MEGA, Limits
 
 

@@ -13,7 +13,7 @@ from core.config.control_types import picture_flags, training_of
 from core.config.schema import ControlTrainConfig, controlnet_sizes
 from core.config.settings import Settings
 from core.data.loader import Batch
-from core.images import save_image
+from core.pictures.images import save_image
 from core.pipeline.conditioning import Conditions
 from core.pipeline.control import (
     CONTROL_SIZE,

@@ -27,7 +27,7 @@ from core.config.schema import (
 from core.data.cache import Cache, cached_batches, fill
 from core.data.loader import Batch
 from core.data.sources import names_shards
-from core.images import to_image
+from core.pictures.images import to_image
 from core.pipeline.conditioning import Conditions, conditions
 from core.pipeline.pipeline import DTYPES
 from core.pipeline.resolution import lr_training_size

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from core.config.schema import TrainConfig, guidance_sizes, stage_c_sizes
 from core.config.settings import TRAINING_R, Settings
 from core.data.loader import Batch
-from core.images import save_image
+from core.pictures.images import save_image
 from core.pipeline.conditioning import Conditions, stack
 from core.pipeline.pipeline import DTYPES, load_previewer
 from core.pipeline.resolution import plan

@@ -14,7 +14,7 @@ from core.config.schema import PersonalizedTrainConfig, phases, stage_c_sizes
 from core.config.settings import Settings
 from core.data.loader import Batch
 from core.data.sources import names_shards
-from core.images import save_image
+from core.pictures.images import save_image
 from core.pipeline.conditioning import stack
 from core.pipeline.pipeline import DTYPES, load_guidance, load_previewer
 from core.pipeline.resolution import plan

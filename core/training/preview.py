@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.config.settings import Settings
-from core.images import to_image
+from core.pictures.images import to_image
 from core.pipeline.conditioning import Conditions
 from core.pipeline.passes import NoiseSource, high_resolution_pass, low_resolution_pass, prepare_stage_c
 from core.pipeline.resolution import Plan

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from core.config.schema import PreviewerTrainConfig, effnet_sizes, previewer_sizes
 from core.data.loader import Batch
-from core.images import save_image
+from core.pictures.images import save_image
 from core.random_keys import generator_of
 from core.training.encoders import encode_latent
 from core.training.preview import preview_row, sheet

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from core.config.schema import StageATrainConfig, stage_a_sizes
 from core.data.loader import Batch
-from core.images import save_image
+from core.pictures.images import save_image
 from core.random_keys import generator_of
 from core.training.preview import row_of, sheet
 from core.training.run import Run, as_keys, export_parts, train, trained_module

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from core.config.schema import StageBTrainConfig, effnet_sizes, stage_a_sizes, stage_b_sizes
 from core.config.settings import Settings
 from core.data.loader import Batch
-from core.images import save_image
+from core.pictures.images import save_image
 from core.pipeline.passes import NoiseSource, decode_picture, stage_b_pass
 from core.pipeline.pipeline import DTYPES
 from core.pipeline.resolution import plan

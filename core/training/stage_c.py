@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from core.config.schema import StageCTrainConfig, stage_c_sizes
 from core.config.settings import Settings
 from core.data.loader import Batch
-from core.images import save_image
+from core.pictures.images import save_image
 from core.pipeline.conditioning import stack
 from core.pipeline.passes import NoiseSource, low_resolution_pass, prepare_stage_c
 from core.pipeline.pipeline import DTYPES, load_previewer

@@ -16,7 +16,7 @@ from core.config.offloading import OFFLOAD_NAMES, STAGE
 from core.config.presets import DEFAULT, PRESETS
 from core.config.schema import ControlConfig, stage_c_sizes
 from core.config.settings import Job, Settings
-from core.images import to_image
+from core.pictures.images import to_image
 from core.pipeline.given import original
 from core.pipeline.passes import B_LATENT, C_LATENT
 from core.pipeline.resolution import STAGE_A_COMPRESSION

@@ -81,6 +81,7 @@ def _importing(package: str) -> Callable[..., ModuleType]:
         if level or first not in OURS:
             return builtins.__import__(name, globals, locals, fromlist, level)
         found = builtins.__import__(f"{package}.{name}", globals, locals, fromlist, 0)
-        return found if fromlist else sys.modules[f"{package}.{first}"]  # `import core.images` names core
+        # `import core.memory` names core
+        return found if fromlist else sys.modules[f"{package}.{first}"]
 
     return own_import

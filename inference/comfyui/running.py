@@ -14,7 +14,7 @@ from comfy.utils import ProgressBar
 from torch import Tensor
 
 from core.config.settings import Job, Settings
-from core.images import to_image
+from core.pictures.images import to_image
 from core.pipeline.control import Control
 from core.pipeline.pipeline import UltraPixelPipeline, finished
 from core.pipeline.progress import Progress

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from core.colour_profiles import DAMAGED, srgb_profile, srgb_transform
+from core.pictures.profiles import DAMAGED, srgb_profile, srgb_transform
 
 CURVE_POINTS = 65536  # every level of 16 bits
 WHITE = (0.9642, 1.0, 0.8249)  # XYZ of D50, which profiles are relative to

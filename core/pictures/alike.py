@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from core.colour_profiles import fits, srgb_profile
-from core.deep_colours import into_srgb, out_of_srgb
-from core.deep_pictures import TOP, decode
-from core.images import DAMAGED, NamedBytes, open_image, orientation, upright_parts, written
-from core.picture_files import DEEP, UNPROFILED, Beside, format_of
-from core.picture_metadata import stored_exif, stored_xmp, upright, upright_xmp
+from core.pictures.colours import into_srgb, out_of_srgb
+from core.pictures.deep import TOP, decode
+from core.pictures.files import DEEP, UNPROFILED, Beside, format_of
+from core.pictures.images import DAMAGED, NamedBytes, open_image, orientation, upright_parts, written
+from core.pictures.metadata import stored_exif, stored_xmp, upright, upright_xmp
+from core.pictures.profiles import fits, srgb_profile
 
 MIN_SIDE = 16  # px
 Pixels = NDArray[np.float32]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin
 
-from core.picture_metadata import inner_tags, upright
+from core.pictures.metadata import inner_tags, upright
 
 TOP = 65535  # the highest level of 16 bits
 COMPRESSION = 1  # of zlib; a third of the default's time, as for 8 bits

@@ -20,9 +20,9 @@ from uuid import uuid4
 
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
-from core.colour_profiles import srgb_transform
-from core.picture_files import METADATA_KEY, SUFFIXES, Beside, check_format, learn_formats, write_file
-from core.picture_metadata import EXIF_ASCII, settings_in_xmp, stored_xmp
+from core.pictures.files import METADATA_KEY, SUFFIXES, Beside, check_format, learn_formats, write_file
+from core.pictures.metadata import EXIF_ASCII, settings_in_xmp, stored_xmp
+from core.pictures.profiles import srgb_transform
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, PngImagePlugin, features
 
-from core.colour_profiles import srgb_profile
-from core.picture_metadata import EXIF_START, with_comment, xmp_packet
+from core.pictures.metadata import EXIF_START, with_comment, xmp_packet
+from core.pictures.profiles import srgb_profile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,7 +131,7 @@ def write_file(path: Path, picture: Image.Image | NDArray[np.uint16], format: st
 
 
 def _deep_file(picture: Image.Image | NDArray[np.uint16], format: str, beside: Beside) -> bytes:
-    from core.deep_pictures import png_file, tiff_file  # loads OpenCV
+    from core.pictures.deep import png_file, tiff_file  # loads OpenCV
 
     xmp, exif = _tags(format, beside)
     if format == "tiff":
