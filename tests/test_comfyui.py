@@ -353,7 +353,7 @@ import torch
 from comfyui_stub import Stub
 
 root, folder = Path(sys.argv[1]), Path(sys.argv[2])
-theirs = {name: importlib.import_module(name) for name in ("core", "core.pictures.images", "gdf", "modules")}
+theirs = {name: importlib.import_module(name) for name in ("core", "core.memory", "gdf", "modules")}
 
 def process():
     limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
@@ -373,7 +373,7 @@ print("beside each other")
 
 
 def test_beside_nodes_with_packages_of_our_names(tmp_path: Path) -> None:
-    for name in ("core/__init__", "core/images", "core/late", "gdf/__init__", "modules"):
+    for name in ("core/__init__", "core/memory", "core/late", "gdf/__init__", "modules"):
         path = tmp_path / "foreign" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("OWNER = 'theirs'", "utf-8")
