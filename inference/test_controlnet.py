@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 
 from core.commands.added import add_edge_flags, add_hole_flags
-from core.commands.exploring import FROM
 from core.commands.flags import home_path, parse_with_preset, picture_parser, run, settings_of
+from core.commands.parsing import leave_size_open
 from core.commands.prompts import lines_of
 from core.config.control_types import CONTROL_TYPES, control_type, no_weights
 from core.config.presets import DEFAULT
@@ -58,10 +58,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parse_with_preset(parser, arguments, OWN)
     stored = load_control(parsed.config_c)
     parsed.control = parsed.control or stored.controlnet_filter
-    if control_type(parsed.control).inference == "hole" and not any(getattr(parsed, name) for name in FROM):
-        parser.set_defaults(height=None, width=None)
-        asked = parser.parse_args(arguments)
-        parsed.height, parsed.width = asked.height, asked.width
+    if control_type(parsed.control).inference == "hole":
+        leave_size_open(parser, arguments, parsed)
     return parsed
 
 

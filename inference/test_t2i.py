@@ -11,7 +11,8 @@ import argparse
 
 from core.commands.added import add_control_flags, add_lora_flag, given_controls, parse_with_added
 from core.commands.flags import MODEL_FLAGS, make_jobs, make_pipeline, picture_parser, run, settings_of
-from core.commands.origins import ORIGIN_FLAGS, add_origin_flags, parse_size, read_origin
+from core.commands.origins import ORIGIN_FLAGS, add_origin_flags, read_origin
+from core.commands.parsing import leave_size_open
 from core.commands.prompts import lines_of
 
 
@@ -22,7 +23,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_lora_flag(parser, "none, whatever the preset")
     add_control_flags(parser)
     parsed = parse_with_added(parser, arguments)
-    parse_size(parser, arguments, parsed)
+    if parsed.region is not None:
+        leave_size_open(parser, arguments, parsed)
     return parsed
 
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from core.commands.exploring import FROM
 from core.commands.flags import home_path, parse_with_preset
-from core.commands.origins import Gather
+from core.commands.parsing import Gather, leave_size_open
 from core.config.control_types import CONTROL_TYPES, control_type
 from core.config.given_control import FORM, GivenControl, check_hr, read_control
 from core.config.presets import DEFAULT, PRESETS
@@ -109,11 +108,8 @@ def parse_with_added(parser: argparse.ArgumentParser, arguments: Sequence[str] |
         parser.set_defaults(cfg=1.0, shift=2.0)
     own = (*OWN, "cfg") if controlled else OWN
     parsed = parse_with_preset(parser, arguments, own)
-    repeated = any(getattr(parsed, name) for name in FROM)
-    if not repeated and any(given.control == HOLE for given in parsed.controls):
-        parser.set_defaults(height=None, width=None)
-        asked = parser.parse_args(arguments)
-        parsed.height, parsed.width = asked.height, asked.width
+    if any(given.control == HOLE for given in parsed.controls):
+        leave_size_open(parser, arguments, parsed)
     return parsed
 
 

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from core.commands.exploring import FROM
 from core.commands.flags import home_path
+from core.commands.parsing import Gather
 
 if TYPE_CHECKING:
     from core.pipeline.origins import Origin
 
 ORIGIN_FLAGS = ("init_image", "strength", "region", "image_prompt", "image_encoder")
-
-
-class Gather(argparse.Action):
-    """Collects the values of a repeated flag, instead of the default ones."""
-
-    def __call__(
-        self,
-        _parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        value: str,
-        _flag: str | None = None,
-    ) -> None:
-        held = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*(() if held is self.default else held), value])
 
 
 def add_origin_flags(parser: argparse.ArgumentParser) -> None:
@@ -49,16 +34,6 @@ def add_origin_flags(parser: argparse.ArgumentParser) -> None:
         "--image_encoder", type=home_path, metavar="FOLDER_OR_ID",
         help="CLIP's, of image prompts (default: the configuration's, else openai/clip-vit-large-patch14)",
     )  # fmt: skip
-
-
-def parse_size(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, parsed: argparse.Namespace
-) -> None:
-    """Of a picture whose region is mended, leave the size None that was not asked for."""
-    if parsed.region is not None and not any(getattr(parsed, name) for name in FROM):
-        parser.set_defaults(height=None, width=None)
-        asked = parser.parse_args(arguments)
-        parsed.height, parsed.width = asked.height, asked.width
 
 
 def read_origin(arguments: argparse.Namespace) -> Origin | None:
