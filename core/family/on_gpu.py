@@ -42,6 +42,8 @@ from core.training.guidance import (
     NoisyLatents,
     SampleNoise,
     drop_conditions,
+    guided_prediction,
+    guiding_features,
     noise_latents,
 )
 from core.training.noising import noised
@@ -294,12 +296,8 @@ class Together(nn.Module):
 
     def forward(self, latents: NoisyLatents, held: Conditions) -> Tensor:
         """The guided prediction (B, 16, H, W); the guiding features, too, are trained by it."""
-        conditions = self.stage_c.prepare(held.clip_text, held.clip_text_pooled, held.clip_img)
-        dtype = held.clip_text.dtype
-        features = self.stage_c.predict_with_features(latents.x_lr.to(dtype), latents.r_lr, conditions)[1]
-        size = (latents.x.shape[-2], latents.x.shape[-1])
-        prepared = self.guidance.prepare(features, self.stage_c.site_sizes(size))
-        return self.stage_c.predict(latents.x.to(dtype), latents.r, conditions, guidance=prepared)
+        prepared, features = guiding_features(self.stage_c, latents, held)
+        return guided_prediction(self.stage_c, self.guidance, latents, prepared, features)
 
 
 class TogetherLoss(Loss):

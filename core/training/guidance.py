@@ -27,7 +27,7 @@ from core.weights.layouts import guidance_names, to_published_guidance
 from gdf.diffusion import sample_losses
 from gdf.schedules import draw_times
 from gdf.targets import Target, target_named
-from modules.guidance import Guidance
+from modules.guidance import Guidance, GuidanceFeatures
 from modules.stage_c import StageC, StageCConditions
 
 TEXT_DROPOUT = 0.05  # share of samples whose text, tokens and pooled, is replaced by the empty one's
@@ -118,15 +118,31 @@ class GuidedStageC(nn.Module):
 
         Run it under autocast where Stage C is in bfloat16: the guidance stays in float32.
         """
-        dtype = self.stage_c.clf[1].weight.dtype
         with torch.no_grad():
-            held: StageCConditions = self.stage_c.prepare(
-                conditions.clip_text, conditions.clip_text_pooled, conditions.clip_img
-            )
-            _, features = self.stage_c.predict_with_features(latents.x_lr.to(dtype), latents.r_lr, held)
-        size = (latents.x.shape[-2], latents.x.shape[-1])
-        guidance = self.guidance.prepare(features, self.stage_c.site_sizes(size))
-        return self.stage_c.predict(latents.x.to(dtype), latents.r, held, guidance=guidance)
+            held, features = guiding_features(self.stage_c, latents, conditions)
+        return guided_prediction(self.stage_c, self.guidance, latents, held, features)
+
+
+def guiding_features(
+    stage_c: StageC, latents: NoisyLatents, conditions: Conditions
+) -> tuple[StageCConditions, GuidanceFeatures]:
+    """The prepared conditions, and Stage C's features of the low-resolution latent."""
+    held = stage_c.prepare(conditions.clip_text, conditions.clip_text_pooled, conditions.clip_img)
+    x_lr = latents.x_lr.to(stage_c.clf[1].weight.dtype)
+    return held, stage_c.predict_with_features(x_lr, latents.r_lr, held)[1]
+
+
+def guided_prediction(
+    stage_c: StageC,
+    guidance: Guidance,
+    latents: NoisyLatents,
+    held: StageCConditions,
+    features: GuidanceFeatures,
+) -> Tensor:
+    """Stage C's prediction (B, 16, H, W) of the high-resolution latent, guided by features."""
+    size = (latents.x.shape[-2], latents.x.shape[-1])
+    prepared = guidance.prepare(features, stage_c.site_sizes(size))
+    return stage_c.predict(latents.x.to(stage_c.clf[1].weight.dtype), latents.r, held, guidance=prepared)
 
 
 def drop_conditions(conditions: Conditions, empty: Conditions, noise: SampleNoise) -> Conditions:
