@@ -25,7 +25,7 @@ from tqdm import tqdm
 from core.commands.flags import run
 from core.config.presets import EMBEDDED, PRESETS
 from core.config.schema import TrainConfig, guidance_sizes
-from core.config.settings import TRAINING_R, Settings
+from core.config.settings import TRAINING_R, Job, Settings
 from core.config.sizes import GuidanceSizes
 from core.config.yaml import as_yaml, load
 from core.data.loader import Batch
@@ -34,10 +34,11 @@ from core.family.evaluation import Evaluation, Judge, Measured, View, held_out_c
 from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
 from core.pipeline.batches import noise_of
 from core.pipeline.entries import Entries
+from core.pipeline.networks import DTYPES
 from core.pipeline.offload import Offloaded, Placement
 from core.pipeline.passes import C_LATENT, LowEnd, in_halves, needs_unconditional, prepare_stage_c
-from core.pipeline.pipeline import DTYPES, Job, Observer, UltraPixelPipeline
-from core.pipeline.progress import counting
+from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.progress import Observer, counting
 from core.pipeline.resolution import Plan, guidance_strength, plan
 from core.pipeline.sources import Source
 from core.training.encoders import fingerprint

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from core.commands.flags import Parser, run
 from core.config.presets import PRESETS
-from core.config.settings import FAST, TRAINING_R, Settings
+from core.config.settings import FAST, TRAINING_R, Job, Settings
 from core.devices import device_named
 from core.family.evaluation import Evaluation, Judge, View, held_out_cases
 from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
-from core.pipeline.pipeline import Job, UltraPixelPipeline
+from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.progress import counting
 from core.training.encoders import fingerprint
 

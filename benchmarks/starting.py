@@ -96,18 +96,20 @@ def measure(command: float, flags: Sequence[str]) -> None:
 
     import core.commands.pictures as pictures
     import core.pipeline.made as made
-    import core.pipeline.pipeline as pipeline
+    from core.pipeline import networks, stages
+    from core.pipeline.pipeline import UltraPixelPipeline
 
     spent["imports"].append(time.time() - STARTED)
 
     def timed(owner: object, name: str, part: str) -> None:
         setattr(owner, name, _timed(getattr(owner, name), part, spent))
 
-    timed(pipeline, "load_module", "load")
-    timed(pipeline.TextEncoder, "load", "load")
+    for module in (networks, stages):
+        timed(module, "load_module", "load")
+    timed(stages.TextEncoder, "load", "load")
     timed(made.WeightHashes, "result", "hashes")
     timed(pictures, "save_new_image", "saving")
-    timed(pipeline.UltraPixelPipeline, "_pictures", "passes")
+    timed(UltraPixelPipeline, "_pictures", "passes")
     main([*flags])
     gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"

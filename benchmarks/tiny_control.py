@@ -39,13 +39,14 @@ from core.commands.flags import (
     settings_of,
 )
 from core.config.schema import ControlConfig
-from core.config.settings import Settings
+from core.config.settings import Job, Settings
 from core.config.sizes import Size
 from core.family.evaluation import Case, held_out_cases, real_picture
 from core.family.outlines import compare, found_by_canny
 from core.pictures.images import save_image, to_image
 from core.pipeline.control import CONTROL_WEIGHT, Control, Source, edge_control
-from core.pipeline.pipeline import GROUP, Job, UltraPixelPipeline
+from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.stages import GROUP
 from core.scenes.captions import AFLOAT, LANDS, SKIES, SUBJECTS, WHERE
 from core.scenes.scene import Scene
 from core.training.preview import row_of, sheet

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from core.commands.flags import run
 from core.config.schema import TrainConfig
-from core.config.settings import Settings
+from core.config.settings import Job, Settings
 from core.config.sizes import EffnetSizes, GuidanceSizes
 from core.config.yaml import load
-from core.pipeline.pipeline import Job
 from core.training.guidance import draw_noise, noise_latents
 from core.weights.checkpoint import save_tensors
 from gdf.targets import V

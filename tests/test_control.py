@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import core.pipeline.control
 from core.config.control_types import CONTROL_TYPES, control_type
 from core.config.schema import ControlConfig, ControlTrainConfig, LatentGeometry, controlnet_sizes
-from core.config.settings import Settings
+from core.config.settings import Job, Settings
 from core.config.sizes import TINY, ControlNetSizes, StageCSizes
 from core.config.yaml import ConfigError, load, load_control, load_stage_c
 from core.pictures.images import load_image, to_image
@@ -45,7 +45,7 @@ from core.pipeline.control import (
     ready_control,
     with_hole,
 )
-from core.pipeline.pipeline import Job, UltraPixelPipeline
+from core.pipeline.pipeline import UltraPixelPipeline
 from core.training.control import what_is_seen
 from core.weights.checkpoint import CheckpointError, config_metadata, save_tensors
 from modules.controlnet import ControlNet

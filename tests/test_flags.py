@@ -31,8 +31,8 @@ from core.config.schema import PersonalizedTrainConfig
 from core.config.settings import FP8_NAMES, Job, Settings
 from core.config.sizes import Upsampling
 from core.pictures.images import read_image_metadata, save_image
-from core.pipeline.pipeline import StageUse
 from core.pipeline.prompts import doubts, taken_as_words, unknown
+from core.pipeline.stages import StageUse
 from core.weights.lora.layouts import LAYOUTS
 from gdf.loss_weights import WEIGHTS
 from gdf.names import LOSS_WEIGHT_NAMES, SAMPLER_NAMES

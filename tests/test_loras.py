@@ -13,10 +13,10 @@ from conftest import ROOT, random_pipeline
 from torch import Tensor
 
 from core.config.schema import StageCConfig
-from core.config.settings import Settings
+from core.config.settings import Job, Settings
 from core.config.sizes import STAGE_C_VERSIONS, StageCSizes
 from core.config.yaml import load_stage_c
-from core.pipeline.pipeline import Job, UltraPixelPipeline
+from core.pipeline.pipeline import UltraPixelPipeline
 from core.weights.checkpoint import CheckpointError, read_tensors
 from core.weights.clip import TextEncoder
 from core.weights.lora.files import LoraFile, LoraTokens, write_lora

@@ -15,7 +15,7 @@ from conftest import ROOT
 from torch import Tensor, nn
 
 import core.pipeline.batches
-import core.pipeline.pipeline
+import core.pipeline.stages
 from core.commands.flags import picture_parser
 from core.commands.report import describe_plan
 from core.config.offloading import MODES, offload_named
@@ -236,14 +236,14 @@ def test_modes_follow_each_other_until_none_is_left(
 def test_a_full_memory_in_stage_a_makes_its_tiles_smaller(
     family_folder: Path, expected: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiles, decode = [], core.pipeline.pipeline.decode_picture
+    tiles, decode = [], core.pipeline.stages.decode_picture
     broken = once(decode)
 
     def seen(*args: object) -> Tensor:
         tiles.append(args[4])
         return broken(*args)
 
-    monkeypatch.setattr(core.pipeline.pipeline, "decode_picture", seen)
+    monkeypatch.setattr(core.pipeline.stages, "decode_picture", seen)
     with pytest.warns(UserWarning, match="memory is full in stage A: it goes on with tiles of 128"):
         assert same(pixels(pipeline_of(family_folder)), expected)
     assert tiles == [None, 128, 128]

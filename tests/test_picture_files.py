@@ -20,7 +20,7 @@ from PIL import Image, ImageCms, features
 
 from core.commands.flags import parse_with_preset, picture_parser
 from core.commands.pictures import Gallery
-from core.config.settings import Settings
+from core.config.settings import Job, Settings
 from core.pictures import files as picture_files
 from core.pictures.deep import tiff_file
 from core.pictures.files import FORMATS, SUFFIXES, check_format
@@ -28,7 +28,7 @@ from core.pictures.images import load_image, read_image_metadata, save_image, to
 from core.pictures.metadata import stored_xmp
 from core.pictures.profiles import srgb_profile, srgb_transform
 from core.pipeline.made import Picture, Record, WeightHashes
-from core.pipeline.pipeline import Job, UltraPixelPipeline
+from core.pipeline.pipeline import UltraPixelPipeline
 
 sys.path.insert(0, str(ROOT / "inference"))
 import test_t2i as script  # noqa: E402

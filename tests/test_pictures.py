@@ -29,16 +29,16 @@ import core.commands.pictures
 import core.pictures.images
 import core.pipeline.batches
 import core.pipeline.made
-import core.pipeline.pipeline
+import core.pipeline.stages
 from core.commands.flags import make_jobs
 from core.commands.pictures import Gallery, make_pictures, save_beside
 from core.commands.prompts import read_lines
-from core.config.settings import Settings
+from core.config.settings import Job, Settings
 from core.family import evaluation_run
 from core.pictures.images import read_image_metadata, take_path
 from core.pipeline.control import Control
-from core.pipeline.made import Record, WeightHashes, infotext, picture_metadata
-from core.pipeline.pipeline import Job, Picture, UltraPixelPipeline
+from core.pipeline.made import Picture, Record, WeightHashes, infotext, picture_metadata
+from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.progress import Progress, counting
 from core.printable import printable, say
 
@@ -99,7 +99,7 @@ def picture(seed: int = 3, value: float = 0.5) -> Picture:
 def test_what_is_done_before_the_run_breaks_off_is_kept(
     pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error
 ) -> None:
-    where = core.pipeline.batches if stage == "stage_b_pass" else core.pipeline.pipeline
+    where = core.pipeline.batches if stage == "stage_b_pass" else core.pipeline.stages
     work, calls = getattr(where, stage), []
 
     def breaks_off(*args: object, **named: object) -> object:
@@ -118,13 +118,13 @@ def test_what_is_done_before_the_run_breaks_off_is_kept(
 def test_a_picture_is_saved_while_the_next_one_is_made_and_one_waits_at_most(
     pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, there = core.pipeline.pipeline.decode_picture, []
+    decode, there = core.pipeline.stages.decode_picture, []
 
     def watched(*args: object) -> Tensor:
         there.append(len(list(tmp_path.iterdir())))
         return decode(*args)
 
-    monkeypatch.setattr(core.pipeline.pipeline, "decode_picture", watched)
+    monkeypatch.setattr(core.pipeline.stages, "decode_picture", watched)
     assert make(pipeline, tmp_path) == 0
     assert there[0] == 0 and there[2] >= 1 and seeds(tmp_path) == [0, 1, 2]
 
@@ -166,13 +166,13 @@ def test_where_stages_stay_in_place_each_picture_is_finished_first(loaded: Ultra
 def test_a_broken_picture_does_not_cost_the_others(
     pipeline: UltraPixelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, calls = core.pipeline.pipeline.decode_picture, []
+    decode, calls = core.pipeline.stages.decode_picture, []
 
     def broken(*args: object) -> Tensor:
         calls.append(1)
         return decode(*args) * (torch.nan if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(core.pipeline.pipeline, "decode_picture", broken)
+    monkeypatch.setattr(core.pipeline.stages, "decode_picture", broken)
     with pytest.raises(ValueError, match="NaN"):
         make(pipeline, tmp_path)
     assert seeds(tmp_path) == [0, 2]
@@ -285,7 +285,7 @@ def test_what_is_being_saved_when_the_run_ends_is_saved_without_waiting_for_hash
     let_go = threading.Event()
     monkeypatch.setattr(core.pipeline.made, "file_sha256", lambda _: let_go.wait(60) and "")
     monkeypatch.setattr(pipeline, "_hashes", None)
-    decode, calls = core.pipeline.pipeline.decode_picture, []
+    decode, calls = core.pipeline.stages.decode_picture, []
 
     def breaks_off(*args: object) -> Tensor:
         calls.append(1)
@@ -293,7 +293,7 @@ def test_what_is_being_saved_when_the_run_ends_is_saved_without_waiting_for_hash
             raise error
         return decode(*args)
 
-    monkeypatch.setattr(core.pipeline.pipeline, "decode_picture", breaks_off)
+    monkeypatch.setattr(core.pipeline.stages, "decode_picture", breaks_off)
     with pytest.raises(type(error)):
         make(pipeline, tmp_path)
     let_go.set()

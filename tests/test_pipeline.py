@@ -11,10 +11,11 @@ from conftest import random_pipeline
 from random_family import Family
 from torch import Tensor
 
-from core.config.settings import Settings
+from core.config.settings import Job, Settings
 from core.pipeline.offload import Offloaded, Placement
 from core.pipeline.passes import NoiseSource, needs_unconditional, tensor_float32
-from core.pipeline.pipeline import Job, Progress, UltraPixelPipeline
+from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.progress import Progress
 from core.weights.checkpoint import config_metadata, save_tensors
 from gdf.names import SAMPLER_NAMES
 from modules.guidance import Guidance

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, random_pipeline
 from PIL import Image
 
-import core.pipeline.pipeline
+import core.pipeline.stages
 from core.commands.flags import make_jobs, parse_with_preset, picture_parser
 from core.commands.grid import axes_of, bases_of, cells_of
 from core.commands.pictures import made_alike
@@ -352,13 +352,13 @@ def test_cells_have_every_pair_of_values() -> None:
 def test_a_grid_goes_on_after_errors_and_makes_a_sheet(
     make: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    decode, calls = core.pipeline.pipeline.decode_picture, []
+    decode, calls = core.pipeline.stages.decode_picture, []
 
     def broken(*args: object) -> torch.Tensor:
         calls.append(1)
         return decode(*args) * (torch.nan if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(core.pipeline.pipeline, "decode_picture", broken)
+    monkeypatch.setattr(core.pipeline.stages, "decode_picture", broken)
     assert make("--prompt", "a fox", "--grid", "seed=1,2", "steps=1,2,0") == 1
     names = ["a_fox_64x64_123_grid.png", "a_fox_64x64_1.png", "a_fox_64x64_1_2.png", "a_fox_64x64_2.png"]
     assert [path.name for path in made(tmp_path)] == sorted(names)

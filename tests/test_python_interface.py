@@ -20,7 +20,8 @@ from core.config.presets import PRESETS
 from core.config.settings import Job, Settings
 from core.pictures.images import read_image_metadata
 from core.pipeline.made import Picture, Pictures
-from core.pipeline.pipeline import Progress, UltraPixelPipeline
+from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.progress import Progress
 from core.weights.lora.merging import load_loras
 
 SIDE = 64

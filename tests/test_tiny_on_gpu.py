@@ -16,13 +16,13 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from core.config.settings import Settings
+from core.config.settings import Job, Settings
 from core.family import on_gpu as tiny_on_gpu
 from core.family import pool as scene_pool
 from core.family.batched import make_pictures
 from core.family.pool import Drawers, Kind, kind_of
 from core.family.timed import Budget, Part, Weights
-from core.pipeline.pipeline import Job, UltraPixelPipeline
+from core.pipeline.pipeline import UltraPixelPipeline
 from core.scenes.drawing import render
 from core.scenes.scene import ATTRIBUTES, labels, sample_scene
 from core.weights.checkpoint import load_module, read_config, read_tensors

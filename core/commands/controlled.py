@@ -17,7 +17,8 @@ from core.config.sizes import Size
 from core.config.yaml import load_control
 from core.pictures.images import load_image
 from core.pipeline.control import Control, Source, outpainted, read_source
-from core.pipeline.pipeline import UltraPixelPipeline, load_encoder
+from core.pipeline.networks import load_encoder
+from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.steering import Steering, with_suffix
 
 # Pictures know the source by its first name, --canny_source_url, so that those of today can be repeated.

@@ -40,7 +40,8 @@ from core.pictures.images import prepare_folder
 from gdf.names import SAMPLER_NAMES, TIME_NAMES
 
 if TYPE_CHECKING:
-    from core.pipeline.pipeline import StageUse, UltraPixelPipeline
+    from core.pipeline.pipeline import UltraPixelPipeline
+    from core.pipeline.stages import StageUse
 
 # What tells which models made a picture.
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype", "int8")

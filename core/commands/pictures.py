@@ -52,7 +52,8 @@ from core.pipeline.batches import at_once, parts
 from core.pipeline.control import Control
 from core.pipeline.controls import Controls, several
 from core.pipeline.made import Picture, Record
-from core.pipeline.pipeline import UltraPixelPipeline, load_previewer
+from core.pipeline.networks import load_previewer
+from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.progress import Progress, ProgressBars, Together
 from core.pipeline.resolution import plan_for
 from core.printable import say

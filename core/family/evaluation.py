@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.config.settings import Settings
+from core.config.settings import Job, Settings
 from core.config.sizes import Size
 from core.pipeline.passes import decode_picture
-from core.pipeline.pipeline import GROUP, Job, Observer, UltraPixelPipeline
+from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.progress import Observer
 from core.pipeline.resolution import Plan, plan
 from core.pipeline.sources import enlarge, latent_of
+from core.pipeline.stages import GROUP
 from core.random_keys import generator_of
 from core.scenes.captions import caption
 from core.scenes.drawing import render

@@ -23,7 +23,8 @@ from core.paths import PROJECT, located
 from core.pictures.images import prepare_folder, safe_stem, save_image, to_image
 from core.pictures.sheets import contact_sheet
 from core.pipeline.made import WeightHashes
-from core.pipeline.pipeline import UltraPixelPipeline, load_encoder
+from core.pipeline.networks import load_encoder
+from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.progress import counting
 from core.pipeline.resolution import plan_for
 from core.scenes.labelled import CLASSES

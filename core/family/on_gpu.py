@@ -36,7 +36,8 @@ from core.paths import located
 from core.pictures.images import save_image, to_image
 from core.pictures.sheets import contact_sheet
 from core.pipeline.conditioning import Conditions, conditions
-from core.pipeline.pipeline import DTYPES, UltraPixelPipeline, load_encoder
+from core.pipeline.networks import DTYPES, load_encoder
+from core.pipeline.pipeline import UltraPixelPipeline
 from core.training.guidance import (
     GuidedStageC,
     NoisyLatents,

@@ -25,8 +25,8 @@ from core.pipeline.control import (
     with_hole,
 )
 from core.pipeline.entries import Entries
+from core.pipeline.networks import DTYPES, load_previewer
 from core.pipeline.passes import NoiseSource, low_resolution_pass, prepare_stage_c
-from core.pipeline.pipeline import DTYPES, load_previewer
 from core.pipeline.resolution import plan
 from core.random_keys import generator_of
 from core.training.encoders import Encoders, frozen_stage_c

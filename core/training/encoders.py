@@ -29,7 +29,7 @@ from core.data.loader import Batch
 from core.data.sources import names_shards
 from core.pictures.images import to_image
 from core.pipeline.conditioning import Conditions, conditions
-from core.pipeline.pipeline import DTYPES
+from core.pipeline.networks import DTYPES
 from core.pipeline.resolution import lr_training_size
 from core.training.run import Run, plain_positions
 from core.weights.checkpoint import load_module

@@ -14,7 +14,7 @@ from core.config.settings import TRAINING_R, Settings
 from core.data.loader import Batch
 from core.pictures.images import save_image
 from core.pipeline.conditioning import Conditions, stack
-from core.pipeline.pipeline import DTYPES, load_previewer
+from core.pipeline.networks import DTYPES, load_previewer
 from core.pipeline.resolution import plan
 from core.random_keys import generator_of
 from core.training.encoders import EncodedBatch, Encoders, batches_of, check_cache, frozen_stage_c

@@ -16,7 +16,7 @@ from core.data.loader import Batch
 from core.data.sources import names_shards
 from core.pictures.images import save_image
 from core.pipeline.conditioning import stack
-from core.pipeline.pipeline import DTYPES, load_guidance, load_previewer
+from core.pipeline.networks import DTYPES, load_guidance, load_previewer
 from core.pipeline.resolution import plan
 from core.training.encoders import Encoders
 from core.training.guidance import draw_noise, noise_latents

@@ -15,8 +15,8 @@ from core.config.schema import StageBTrainConfig, effnet_sizes, stage_a_sizes, s
 from core.config.settings import Settings
 from core.data.loader import Batch
 from core.pictures.images import save_image
+from core.pipeline.networks import DTYPES
 from core.pipeline.passes import NoiseSource, decode_picture, stage_b_pass
-from core.pipeline.pipeline import DTYPES
 from core.pipeline.resolution import plan
 from core.random_keys import generator_of
 from core.training.encoders import cached, check_cache, fingerprint

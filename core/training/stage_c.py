@@ -14,8 +14,8 @@ from core.config.settings import Settings
 from core.data.loader import Batch
 from core.pictures.images import save_image
 from core.pipeline.conditioning import stack
+from core.pipeline.networks import DTYPES, load_previewer
 from core.pipeline.passes import NoiseSource, low_resolution_pass, prepare_stage_c
-from core.pipeline.pipeline import DTYPES, load_previewer
 from core.pipeline.resolution import plan
 from core.training.encoders import EncodedBatch, Encoders, batches_of, check_cache
 from core.training.guidance import draw_noise, drop_conditions

@@ -14,7 +14,8 @@ from core.config.schema import ControlConfig, StageBConfig, StageCConfig
 from core.config.settings import Job, Settings
 from core.config.sizes import Size
 from core.pipeline.control import Control, Source
-from core.pipeline.pipeline import UltraPixelPipeline, load_encoder, load_previewer
+from core.pipeline.networks import load_encoder, load_previewer
+from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.steering import Steering
 from core.weights.checkpoint import check_files
 from core.weights.clip import TextCondition
