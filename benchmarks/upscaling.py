@@ -1,7 +1,8 @@
 """How good pictures are that were made large: python benchmarks/upscaling.py
 
 Held-out scenes are drawn at 128 x 128, made large to 512 x 512, and held against their drawings of that size,
-as are the same small drawings enlarged by bicubic and Lanczos filters. A second part asks, at a strength of
+as are the same small drawings enlarged by bicubic and Lanczos filters, and what the encoder and the decoding
+stages leave of the large drawings. A second part asks, at a strength of
 0.5, for what is not in the picture, and counts what stays.
 
 Attributes: the share that the recogniser finds as they are in the scene. Patches: the Fréchet distance of
@@ -40,6 +41,8 @@ from core.family.outlines import compare, found_by_canny
 from core.pictures.images import save_image, to_image
 from core.pipeline.given import Original, original
 from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.resolution import plan_for
+from core.pipeline.sources import Source
 from core.pipeline.upscaling import Upscaling, without_idle_cfg
 from core.training.preview import row_of, sheet
 
@@ -88,6 +91,19 @@ def upscaled(
         return next(pipeline.pictures(jobs, used, sources=sources)).pixels
 
     return enlarge
+
+
+def decoded(pipeline: UltraPixelPipeline, settings: Settings) -> Enlarge:
+    """What encoder, Stage B and Stage A leave of the large drawing itself: the most that can be expected."""
+    sizes = plan_for(pipeline.config_c, LARGE, LARGE)
+
+    def decode(case: Case) -> Tensor:
+        with pipeline.encoding() as encode:
+            source = Source(latent=encode(real_picture(case.scene, (LARGE, LARGE)), sizes.hr_latent))
+        jobs = [Job("", LARGE, LARGE, case.seed)]
+        return next(pipeline.pictures(jobs, settings, sources=[source])).pixels
+
+    return decode
 
 
 def measure(name: str, enlarge: Enlarge, cases: Sequence[Case], judge: Judge) -> tuple[Row, list[Tensor]]:
@@ -152,6 +168,7 @@ def main() -> int:
         "bicubic": resampled(Image.Resampling.BICUBIC),
         "Lanczos": resampled(Image.Resampling.LANCZOS),
         "made large": upscaled(pipeline, settings, own, 1.0),
+        "large drawing decoded": decoded(pipeline, settings),
     }
     rows, shown = zip(*(measure(name, way, cases, judge) for name, way in ways.items()), strict=True)
     contradicted = upscaled(pipeline, settings, lambda case: others[case.seed], CONTRADICTED)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import interpreted  # noqa: F401  before torch, which looks for triton
@@ -28,14 +29,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def heard() -> None:
-    """What this project logs is heard in every test, whatever the servers of tests before did to logging."""
-    logging.disable(logging.NOTSET)
-    logging.getLogger().setLevel(logging.WARNING)
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.split(".")[0] in ("core", "gdf", "modules") and isinstance(logger, logging.Logger):
-            logger.disabled, logger.propagate = False, True
-            logger.setLevel(logging.NOTSET)
+def heard() -> Iterator[None]:
+    """A test that leaves this project's log silenced fails, not those after it that read the log."""
+    yield
+    names = [n for n in logging.root.manager.loggerDict if n.split(".")[0] in ("core", "gdf", "modules")]
+    own = map(logging.getLogger, names)
+    assert not [one.name for one in own if one.level or one.disabled or not one.propagate]
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import importlib
 import io
 import json
-import logging
 import random
 import re
 import subprocess
@@ -536,7 +535,6 @@ def script(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "train"))
     monkeypatch.chdir(ROOT)
     yield importlib.import_module("check_data")
-    logging.getLogger("core.data").setLevel(logging.NOTSET)
 
 
 def run_here(script, monkeypatch, *arguments: object) -> int:

@@ -6,6 +6,8 @@ import argparse
 import logging
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,18 @@ from core.config.batch_size import fit_batch
 from core.config.schema import TrainConfig
 from core.config.yaml import load
 from core.printable import say
+
+
+@contextmanager
+def unlogged(name: str) -> Iterator[None]:
+    """Within it, what a package warns of is not logged."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,10 +58,10 @@ def main() -> int:
     from core.data.shards import LeftOut
     from core.data.sources import open_data
 
-    logging.getLogger("core.data").setLevel(logging.ERROR)  # the report names what is broken
     buckets = make_buckets(config.image_size, config.multi_aspect_ratio)
-    data = open_data(replace(config, webdataset_path=arguments.folder, scenes=None, max_broken=1))
-    entries = list(look(data, buckets, arguments.decode))
+    with unlogged("core.data"):  # the report names what is broken
+        data = open_data(replace(config, webdataset_path=arguments.folder, scenes=None, max_broken=1))
+        entries = list(look(data, buckets, arguments.decode))
     found = [entry for entry in entries if isinstance(entry, Found)]
     broken = sorted((entry.name, entry.reason) for entry in entries if isinstance(entry, Broken))
     lines = [f"{name}: {reason}" for name, reason in broken]

@@ -108,7 +108,8 @@ def parse_with_added(parser: argparse.ArgumentParser, arguments: Sequence[str] |
         parser.set_defaults(cfg=1.0, shift=2.0)
     own = (*OWN, "cfg") if controlled else OWN
     parsed = parse_with_preset(parser, arguments, own)
-    if any(given.control == HOLE for given in parsed.controls):
+    given = [one for one in parsed.controls if isinstance(one, GivenControl)]  # not a repeated picture's
+    if any(one.control == HOLE for one in given):
         leave_size_open(parser, arguments, parsed)
     return parsed
 

@@ -109,7 +109,8 @@ window.upMask = (() => {
 })();
 
 // What this window was doing, until it is closed.
-window.upJob = {
-  keep: (id) => { if (id) sessionStorage.setItem("ultrapixel.job", id); },
-  kept: () => sessionStorage.getItem("ultrapixel.job") || "",
-};
+window.upJob = { kept: () => sessionStorage.getItem("ultrapixel.job") || "" };
+window.addEventListener("pagehide", () => {
+  const shown = document.querySelector("#up-progress [data-job]");
+  if (shown) sessionStorage.setItem("ultrapixel.job", shown.dataset.job);
+});

@@ -260,7 +260,6 @@ class Page:
             done.then(self._told, sized, self._takes, **quiet)
             done.then(_usable, None, out.make, **quiet)
         out.cancel.click(self._cancel, out.job, None, **quiet)
-        out.job.change(None, out.job, None, js="(id) => { window.upJob.keep(id); }", **quiet)
         page.load(_kept_open, None, None, **quiet)
         went_on = page.load(
             self._resume, out.job, [*out.all, self._prompt], js="() => [window.upJob.kept()]", **quiet

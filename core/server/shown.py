@@ -20,7 +20,8 @@ def progress(job: Job, place: int) -> str:
     """Where a job stands: its place, a bar for each stage, and the latent as a small picture."""
     status = job.status
     heading = HEADINGS.get(status.state) or _waiting(place, status)
-    parts = [f'<p class="up-state" role="status"><b>{escape(heading)}</b>{_took(status)}</p>']
+    told = f"<b>{escape(heading)}</b>{_took(status)}"
+    parts = [f'<p class="up-state" role="status" data-job="{escape(job.id)}">{told}</p>']
     if status.error:
         parts.append(mistake(status.error))
     parts += [f'<p class="up-note">{escape(note)}</p>' for note in status.notes]
