@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
+
 
 def printable(text: str, encoding: str | None) -> str:
-    """The text with an escape (\\u98a8) for each letter that an encoding (None: UTF-8) does not have."""
+    """The text with an escape (\\u98a8) for each letter that an encoding (None: UTF-8) does not have.
+
+    So have control characters, as file names may hold them, which could change what a terminal shows.
+    """
     name = encoding or "utf-8"
-    return text.encode(name, "backslashreplace").decode(name)
+    return CONTROL.sub(_escaped, text).encode(name, "backslashreplace").decode(name)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\x{ord(found.group()):02x}"
 
 
 def say(text: str, stream: TextIO | None) -> None:

@@ -212,6 +212,9 @@ def test_load_image_names_what_is_wrong(tmp_path):
         load_image(tmp_path / "page.png")
     with pytest.raises(ValueError, match="cannot be read"):
         load_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="pipe.png: this is a pipe or a device"):
+        load_image(tmp_path / "pipe.png")
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     with pytest.raises(ValueError, match="cut.png: the picture is damaged"):

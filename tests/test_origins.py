@@ -164,6 +164,8 @@ def test_what_cannot_be(given: Image.Image) -> None:
     for region in ((-1, 0, 8, 8), (0, 0, 0, 8), (100, 0, 29, 8), (0, 90, 8, 7)):
         with pytest.raises(ValueError, match="does not lie within the picture of 128 x 96"):
             origin(given, None, region)
+    with pytest.raises(ValueError, match="weight of an image prompt must be from 0 to 1, not -1"):
+        origin(image_prompt=(given, -1))
     with pytest.raises(ValueError, match="four numbers"):
         origin(given, None, (1, 2, 3))
     for named in ({"strength": 0.5}, {"region": (0, 0, 8, 8)}):

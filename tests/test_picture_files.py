@@ -96,6 +96,7 @@ def test_settings_are_the_defaults_of_from_image_again(tmp_path: Path, format: s
     path = save(tmp_path, format)
     parsed = parse_with_preset(picture_parser("x"), ["--from_image", str(path), "--steps_b", "4"])
     assert (parsed.seed, parsed.steps, parsed.steps_b, parsed.width) == (7, 3, 4, 48)
+    assert parsed.format == format
 
 
 @pytest.fixture(scope="module")

@@ -423,6 +423,7 @@ def test_pictures_of_before_are_repeated(format: str) -> None:
 def test_what_an_encoding_lacks_is_escaped(encoding: str | None, shown: str) -> None:
     assert printable("é狐", encoding) == shown
     assert "\\udcff" in printable("a\udcff", encoding)
+    assert printable("\x1b[31m\tred\n\x9b", encoding) == "\\x1b[31m\tred\n\\x9b"
 
 
 def test_text_goes_to_any_stream() -> None:

@@ -174,7 +174,9 @@ def test_lines_of_a_file_have_settings_of_their_own(tmp_path: Path, name: str, c
         ("a.csv", "prompt,seed\na,3\nb,x\n", "line 3: seed must be a whole number, not 'x'"),
         ("a.csv", "prompt,seed\na,b,3\n", "a value with a comma needs quotes"),
         ("a.csv", "prompt,seed\n,3\n", "line 2: there is no prompt"),
-        ("a.csv", "prompt,prompt\na,b\n", "prompt comes twice"),
+        ("a.csv", "prompt,prompt\na,b\n", "line 1: prompt comes twice"),
+        ("a.csv", "prompt,number\na,1000000000\n", "line 2: number must be at most 100000"),
+        ("a.jsonl", "[" * 100_000, "line 1: this is no line of JSON"),
         ("a.csv", 'prompt\n"a\n', "this is no CSV"),
         ("a.csv", "prompt\n", "holds no prompt"),
         ("a.jsonl", '{"prompt": "a", "Negative": "b"}', "(did you mean negative_prompt?)"),
@@ -266,8 +268,20 @@ def wildcards(tmp_path: Path) -> Path:
     pytest.importorskip("dynamicprompts")
     (tmp_path / "cards").mkdir()
     (tmp_path / "cards" / "colour.txt").write_text("red\nblue\ngreen\n")
+    (tmp_path / "cards" / "empty.txt").write_text("")
     (tmp_path / "cards" / "self.txt").write_text("__self__ again\n")
     return tmp_path / "cards"
+
+
+def test_lines_of_json_end_where_json_lets_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\u2028b\u0085c"}\r\n"d"', "utf-8")
+    jobs = make_jobs(flags("--prompt_file", tmp_path / "a.jsonl"))
+    assert [job.prompt for job in jobs] == ["a\u2028b\u0085c", "d"]
+
+
+def test_too_many_pictures_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="--num_image must be at most 100000, not 1000000000"):
+        make_jobs(flags("--prompt", "a", "--num_image", 10**9))
 
 
 def test_a_template_is_filled_by_the_seed_alone_and_remembered(
@@ -301,11 +315,16 @@ def test_a_call_takes_wildcards(pipeline: UltraPixelPipeline, wildcards: Path) -
         ("a {fox", "cannot be filled as a template"),
         ("${x}", "Variable x"),
         ("__self__", "leads back to it"),
+        ("__empty__", "its file is empty"),
+        ("__../other__", "lies outside of"),
     ],
 )
-def test_a_wrong_template_is_one_sentence(wildcards: Path, prompt: str, told: str) -> None:
+def test_a_wrong_template_is_one_sentence(
+    wildcards: Path, prompt: str, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(ValueError, match=re.escape(told)):
         make_jobs(flags("--prompt", prompt, "--wildcards", wildcards))
+    assert "Traceback" not in caplog.text
 
 
 def test_without_the_package_or_the_folder_one_sentence_says_so(

@@ -89,6 +89,20 @@ def test_one_picture_and_what_is_wrong_with_it(script: Callable[..., int], tmp_p
     SMALL.save(tmp_path / "a.png")
     assert script(tmp_path / "a.png", "--width", 128, "--prompt", "a flag") == 0
     assert files(tmp_path / "out") == ["a_128x96.png"]
+    written = (tmp_path / "out" / "a_128x96.png").read_bytes()
+    (tmp_path / "other").mkdir()
+    SMALL.rotate(180).save(tmp_path / "other" / "a.png")
+    with pytest.raises(ValueError, match="a_128x96.png is there already, and not made from it"):
+        script(tmp_path / "other" / "a.png", "--width", 128)
+    assert (tmp_path / "out" / "a_128x96.png").read_bytes() == written
+    (tmp_path / "out" / "a_96x72.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match="a_96x72.png is there already"):
+        script(tmp_path / "a.png", "--width", 96)
+    (tmp_path / "out" / "a_96x72.png").unlink()
+    with pytest.raises(SystemExit, match="^2$"):
+        script("")
+    with pytest.raises(ValueError, match="http://there/a.png: fetch the picture first"):
+        script("http://there/a.png")
     with pytest.raises(FileNotFoundError, match="absent.png: this picture or folder does not exist"):
         script(tmp_path / "absent.png")
     Image.new("RGB", (15, 64)).save(tmp_path / "low.png")

@@ -122,8 +122,19 @@ def given_controls(arguments: argparse.Namespace) -> list[GivenControl]:
         if getattr(arguments, flag) and not there:
             raise ValueError(f"--{flag} needs a control: add --control {kind}:PICTURE")
     controls = [_with_flags(given, arguments) for given in controls]
+    _check_heard(controls, arguments)
     check_hr(controls, arguments.reuse, arguments.region is not None)
     return controls
+
+
+def _check_heard(controls: Sequence[GivenControl], arguments: argparse.Namespace) -> None:
+    """ValueError for controls of passes that are not made."""
+    if controls and arguments.from_latents is not None:
+        raise ValueError("--from_latents runs Stages B and A alone, which no control steers: leave it out")
+    if controls and arguments.from_lr is not None and not any(given.hr for given in controls):
+        raise ValueError(
+            "--from_lr leaves out the pass that controls steer: add --control_hr, or leave it out"
+        )
 
 
 def _from_picture(stored: Mapping[str, Any]) -> GivenControl:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from core.config.latents import read_stored
 from core.config.yaml import load_stage_c
 from core.launch import is_main
+from core.pictures.files import format_of_file
 from core.pictures.images import read_image_metadata
 from core.pipeline.resolution import same_aspect
 from core.printable import say
@@ -61,6 +63,8 @@ def stored_defaults(arguments: argparse.Namespace) -> dict[str, Any] | None:
         )
     ((name, path),) = given.items()
     stored = read_image_metadata(path) if name == "from_image" else dict(read_stored(path).settings)
+    if name == "from_image":
+        stored = {"format": format_of_file(Path(path)), **stored}
     others = [other for other in stored if stored[other] and not hasattr(arguments, other)]
     if foreign := sorted({*others} - {*FACTS}):
         raise ValueError(

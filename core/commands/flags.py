@@ -127,6 +127,8 @@ class Parser(argparse.ArgumentParser):
 
 def home_path(text: str) -> str:
     """A path of the command line, in which no shell may have replaced the ~."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty: name a file or a folder")
     try:
         return at_home(text)
     except ValueError as error:

@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from core.config.arguments import DRAW_SEED, first_seed, number, text, whole_number
+from core.config.arguments import DRAW_SEED, check_count, first_seed, number, text, whole_number
 from core.config.settings import Job, Settings
 from core.config.wildcards import Wildcards
 from core.launch import is_main, processes
@@ -50,8 +50,7 @@ class Line:
 
 def lines_of(arguments: argparse.Namespace) -> list[Line]:
     """The prompts that the flags name, none with --loop; ValueError if they name none, or no picture."""
-    if arguments.num_image < 1:
-        raise ValueError(f"--num_image must be at least 1, not {arguments.num_image}")
+    check_count("--num_image", arguments.num_image)
     if getattr(arguments, "loop", False):
         return []
     if arguments.prompt_file is not None:
@@ -129,7 +128,7 @@ def read_lines(path: str | Path) -> list[Line]:
     if suffix in CSV_SUFFIXES:
         lines = list(_csv_lines(content, path))
     elif suffix in JSON_SUFFIXES:
-        rows = enumerate(content.splitlines(), 1)
+        rows = enumerate(content.split("\n"), 1)  # JSON may hold what else ends a line
         lines = [json_line(row, f"{path}, line {place}") for place, row in rows if row.strip()]
     else:
         lines = [Line(prompt) for prompt in _paragraphs(content)]
@@ -155,7 +154,7 @@ def _paragraphs(content: str) -> list[str]:
 
 
 def _csv_lines(content: str, path: str | Path) -> Iterator[Line]:
-    header = next(filter(str.strip, content.splitlines()), "")
+    header = next(filter(str.strip, content.split("\n")), "")
     delimiter = max(DELIMITERS, key=header.count)
     rows = csv.reader(io.StringIO(content.lstrip(), newline=""), delimiter=delimiter, strict=True)
     above = content[: len(content) - len(content.lstrip())].count("\n")
@@ -182,7 +181,7 @@ def json_line(row: str, place: str) -> Line:
     """The prompt of a line of JSON, an object or a text; ValueError names the place."""
     try:
         values = json.loads(row, object_pairs_hook=_once)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: this is no line of JSON ({error})") from None
     if isinstance(values, str):
         values = {"prompt": values}
@@ -218,13 +217,13 @@ def _check_columns(names: Iterable[str], place: str, whole: bool = True) -> None
     if whole and "prompt" not in names:
         raise ValueError(f"{place}: the first line names the columns, and prompt must be one of them")
     if whole:
-        _check_once(list(names))
+        _check_once(list(names), f"{place}: ")
 
 
-def _check_once(names: Sequence[str]) -> None:
+def _check_once(names: Sequence[str], place: str = "") -> None:
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise ValueError(f"{twice[0]} comes twice")
+        raise ValueError(f"{place}{twice[0]} comes twice")
 
 
 def _value(name: str, value: Any) -> Any:
@@ -234,7 +233,9 @@ def _value(name: str, value: Any) -> Any:
     if isinstance(value, str):
         value = _number(name, value)
     value = number(name, value) if name == "cfg" else whole_number(name, value)
-    if name in ("width", "height", "number") and value < 1:
+    if name == "number":
+        return check_count(name, value)
+    if name in ("width", "height") and value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}")
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections import Counter
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -20,7 +22,7 @@ from core.commands.flags import MODEL_FLAGS, check_weights, make_pipeline, usage
 from core.config.arguments import text
 from core.config.settings import Job, Settings
 from core.pictures.alike import write_alike
-from core.pictures.images import picture_suffixes, prepare_folder
+from core.pictures.images import picture_suffixes, prepare_folder, read_image_metadata
 from core.pipeline.given import Original, original, size_of
 from core.pipeline.made import Picture, Record
 from core.pipeline.pipeline import UltraPixelPipeline
@@ -31,6 +33,7 @@ from core.printable import say
 
 # What pictures are told to be made with, besides the models.
 UPSCALING_FLAGS = (*MODEL_FLAGS, "strength", "no_colour_match", "keep_profile")
+SOURCE_KEY = "picture_sha256"  # in what is made: of the file that it was made from
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ def upscale_all(arguments: argparse.Namespace, settings: Settings) -> int:
         box, arguments.asked_height, arguments.asked_width, arguments.factor, arguments.strength,
         not arguments.no_colour_match,
     )  # fmt: skip
+    if "://" in arguments.picture:
+        raise ValueError(f"{arguments.picture}: fetch the picture first, and name its file or folder")
     place, folder = Path(arguments.picture), Path(arguments.output_dir)
     found, broken = find_pictures(place, folder), Broken(place.is_file())
     pipeline = make_pipeline(arguments)
@@ -132,7 +137,8 @@ def _tasks(
                 prompt_of(each.path, arguments.prompt), height, width, arguments.seed + number, negative
             )
             target = folder / f"{each.name}_{width}x{height}.png"
-            if target.exists():
+            if os.path.lexists(target):
+                _check_made_of(target, each.path)
                 there += 1
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +148,22 @@ def _tasks(
         yield Task(each.path, target, job)
     if there:
         say(f"{there} of {len(found)} pictures are there already: {folder}", sys.stderr)
+
+
+def _check_made_of(target: Path, path: Path) -> None:
+    """ValueError where a file is there already that was not made from this picture."""
+    try:
+        made_of = read_image_metadata(target).get(SOURCE_KEY)
+    except (OSError, ValueError):
+        made_of = None
+    if made_of != _sha256(path):
+        raise ValueError(
+            f"{path}: {target} is there already, and not made from it: name another --output_dir"
+        )
+
+
+def _sha256(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
 
 
 def prompt_of(path: Path, prompt: str | None) -> str:
@@ -175,7 +197,7 @@ def _make(
             how_sampled = without_idle_cfg(settings, jobs)
             made = pipeline.pictures(jobs, how_sampled, bars, (), sources) if group else ()
             for (task, one), picture in zip(group, made, strict=False):  # fewer if it was ended
-                path = _save(task.target, one, picture, record, arguments.keep_profile)
+                path = _save(task.path, task.target, one, picture, record, arguments.keep_profile)
                 bars.say(f"{task.path}: {path}")
 
 
@@ -187,18 +209,22 @@ def _read(tasks: Sequence[Task], broken: Broken) -> Iterator[tuple[Task, Origina
             broken.add(task.path, error)
 
 
-def _save(target: Path, given: Original, made: Picture, record: Record, keep_profile: bool) -> Path:
+def _save(
+    path: Path, target: Path, given: Original, made: Picture, record: Record, keep_profile: bool
+) -> Path:
     """Save a picture where it belongs, or, if that fails, where files can always lie."""
     pixels = made.pixels.permute(1, 2, 0).numpy()
     write = partial(
         write_alike, colours=pixels[..., :3], given=given.file,
         alpha=None if given.alpha is None else pixels[..., 3], keep_profile=keep_profile,
-        metadata={**record.metadata(made.job), "picture": Path(given.file.name).name},
+        metadata={**record.metadata(made.job), "picture": path.name, SOURCE_KEY: _sha256(path)},
         text=record.text(made.job),
     )  # fmt: skip
     try:
         return write(target)
     except OSError as error:
-        path = write(Path(gettempdir(), target.name))
-        warnings.warn(f"{path}: the picture lies here, it could not be saved as asked: {error}", stacklevel=2)
-        return path
+        saved = write(Path(gettempdir(), target.name))
+        warnings.warn(
+            f"{saved}: the picture lies here, it could not be saved as asked: {error}", stacklevel=2
+        )
+        return saved

@@ -15,6 +15,7 @@ FLOAT16_NAMES = ("fp16", "float16", "half")
 FLOAT16_REFUSED = "float16 gives black pictures or NaN in Stage B and C"
 DRAW_SEED = -1
 SEEDS = 2**31  # the drawn ones are below it
+MOST_PICTURES = 100_000  # of a prompt
 
 
 def whole_number(name: str, value: object) -> int:
@@ -90,9 +91,17 @@ def picture_count(num_images: object, num_image: object) -> int:
     if len({*counts.values()}) > 1:
         raise ValueError(f"num_images is {num_images} and num_image {num_image}: give one of them")
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, not {count}")
+        check_count(name, count)
     return next(iter(counts.values()), 1)
+
+
+def check_count(name: str, count: int) -> int:
+    """A number of pictures of a prompt; ValueError for none and for more than anybody can mean."""
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, not {count}")
+    if count > MOST_PICTURES:
+        raise ValueError(f"{name} must be at most {MOST_PICTURES}, not {count}")
+    return count
 
 
 def first_seed(seed: object) -> int:

@@ -43,7 +43,7 @@ def read_stored(path: str | Path) -> StoredLatents:
         stored = StoredLatents(texts[METADATA_KEY], texts)
         assert all(isinstance(side, int) for side in (*stored.size, *stored.lr_size))
         return stored
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AssertionError):
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AssertionError, RecursionError):
         raise ValueError(
             f"{path}: this is no file of latents, as --save_latents writes it, or it is damaged"
         ) from None

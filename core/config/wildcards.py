@@ -66,6 +66,8 @@ def _manager(folder: Path) -> WildcardManager:
         """Names a wildcard without values, which would stay in the prompt as it is."""
 
         def get_values(self, wildcard: str) -> object:
+            if ".." in wildcard:  # which it logs with a traceback
+                raise ValueError(f"the wildcard {wildcard} lies outside of {folder}: name a file in it")
             values = super().get_values(wildcard)
             if not values:
                 raise ValueError(_unknown(wildcard, self.get_collection_names(), folder))
@@ -79,6 +81,7 @@ def _manager(folder: Path) -> WildcardManager:
 def _unknown(wildcard: str, names: set[str], folder: Path) -> str:
     near = get_close_matches(wildcard, sorted(names), n=1, cutoff=0)
     hint = f"the nearest of its files is {near[0]}" if near else "it has no files with any"
+    hint = "its file is empty" if near == [wildcard] else hint
     return f"the wildcard {wildcard} has no values in {folder}; {hint}"
 
 

@@ -47,6 +47,7 @@ JPEG_LIMITS = {"exif": 65533, "xmp": 65504}  # bytes of a JPEG's segment, that o
 METADATA_KEY = "ultrapixel"  # of the settings: a PNG's text chunk
 TEXT_KEY = "parameters"  # of what other programs read: a PNG's text chunk
 XMP_CHUNK = "XML:com.adobe.xmp"  # of XMP: a PNG's text chunk
+PNG_START, PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # where a PNG tells its bits a colour
 PROFILE_NAME = b"ICC Profile\0\0"  # and how it is packed
 
 
@@ -101,6 +102,17 @@ def format_of(path: Path, bits: int | None = None, lossless: bool = False) -> st
         having = " or ".join(str(n) for n, some in ((8, plain), (16, deep)) if some)
         raise ValueError(f"{path}: a {suffix} picture has {having} bits a colour, not {bits}")
     return found[-1] if lossless and suffix == "webp" else found[0]
+
+
+def format_of_file(path: Path) -> str:
+    """The format that a picture file has, so that one like it can be written; png where there is none."""
+    with path.open("rb") as file:
+        head = file.read(4096)  # its start, with a profile
+    deep = head.startswith(PNG_START) and head[PNG_DEPTH] == 16
+    try:
+        return format_of(path, 16 if deep else None, lossless=b"VP8L" in head)
+    except ValueError:
+        return FORMATS[0]
 
 
 def learn_formats() -> None:

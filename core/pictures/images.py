@@ -102,7 +102,10 @@ def to_levels(pixels: Tensor) -> Levels:
 
 def _refuse_nan(pixels: Tensor) -> None:
     if pixels.isnan().any():
-        raise ValueError("the decoded picture holds NaN; check the weight files and use bfloat16 or float32")
+        raise ValueError(
+            "the decoded picture holds NaN; check the weight files, use bfloat16 or float32, and weights of "
+            "prompts, LoRAs and controls, and a cfg, of a usual size"
+        )
 
 
 def load_image(path: str | Path, ground: str = "white") -> Image.Image:
@@ -173,10 +176,17 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     return ImageCms.applyTransform(plain, transform) if transform else plain.convert("RGB")
 
 
+def _is_kept(path: str | Path) -> bool:
+    """Whether a path is a file or a folder: what else there is may wait forever for someone to write."""
+    return os.path.isfile(path) or os.path.isdir(path)
+
+
 def open_image(path: str | Path) -> Image.Image:
     """Open a picture without decoding it; errors as in `load_image`, and the caller closes it."""
     too_large = f"{path}: the picture has more than {MAX_PIXELS} pixels, the most that is read"
     picture_suffixes()  # Pillow learns all its formats
+    if isinstance(path, str | Path) and os.path.exists(path) and not _is_kept(path):
+        raise ValueError(f"{path}: this is a pipe or a device: save the picture in a file first")
     try:
         image = Image.open(path, formats=[format for format in Image.OPEN if format not in NOT_DRAWN])
     except FileNotFoundError:
@@ -326,7 +336,7 @@ def read_image_metadata(path: str | Path) -> dict[str, Any]:
                 image.info.get(METADATA_KEY) or settings_in_xmp(stored_xmp(image)) or _user_comment(image)
             )
             metadata = json.loads(stored)
-        except (OSError, ValueError, SyntaxError):
+        except (OSError, ValueError, SyntaxError, RecursionError):
             metadata = None
     if not isinstance(metadata, dict):
         raise ValueError(

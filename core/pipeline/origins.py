@@ -85,6 +85,9 @@ def origin(
             raise ValueError(f"a region has four numbers, x, y, width and height, not {list(region)}")
         found = Region(*(whole_number("region", value) for value in region))
         found.check(picture.size)
+    for _, weight in prompts:
+        if not 0 <= weight <= 1:
+            raise ValueError(f"the weight of an image prompt must be from 0 to 1, not {weight:g}")
     flags = {
         "init_image": str(init_image) if isinstance(init_image, str | Path) else None,
         "strength": None if init_image is None else strength,
