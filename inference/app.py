@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import os
+import signal
 import socket
 import sys
 from dataclasses import fields
@@ -26,7 +27,12 @@ from core.printable import say
 from core.server.limits import Limits
 
 if TYPE_CHECKING:
+    from types import FrameType
+
+    from starlette.types import ASGIApp
+
     from core.server.models import Models
+    from core.server.service import Service
 
 PORT = 7860
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -85,8 +91,6 @@ def main(given: list[str] | None = None) -> int:
     if find_spec("gradio") is None:
         raise ValueError("the page needs the package gradio: pip install -e '.[app]', or make app")
     # These load torch and gradio, once the flags are read.
-    import uvicorn
-
     from core.server.accounts import Accounts, Keys
     from core.server.outputs import Outputs
     from core.server.service import Service
@@ -101,15 +105,32 @@ def main(given: list[str] | None = None) -> int:
     service = Service(models, Outputs(arguments.output_dir), limits, preset)
     for sentence in warnings_of(arguments):
         say(f"warning: {sentence}", sys.stderr)
+    # uvicorn raises the signal once more when it has ended, and what was sent must go then.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with TemporaryDirectory(prefix="ultrapixel-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # else all users of the machine share one folder
         site = build_site(service, arguments.host, arguments.allow_host, accounts, keys)
         say(f"{address(listening)} makes pictures with {preset}; the API: /docs; Ctrl-C ends it", sys.stdout)
-        config = uvicorn.Config(
-            site, log_level="warning", proxy_headers=False, server_header=False, timeout_graceful_shutdown=3
-        )
-        uvicorn.Server(config).run(sockets=[listening])
+        serve(site, listening, service)
     return 0
+
+
+def serve(site: ASGIApp, listening: socket.socket, service: Service) -> None:
+    """Serve until a signal ends it; clients are told before they are let go."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        site, log_level="warning", proxy_headers=False, server_header=False, timeout_graceful_shutdown=3
+    )
+    server = uvicorn.Server(config)
+    end = server.handle_exit
+
+    def close(number: int, frame: FrameType | None) -> None:
+        service.jobs.close()
+        end(number, frame)
+
+    server.handle_exit = close
+    server.run(sockets=[listening])
 
 
 def add_a_user(name: str, file: str) -> int:
@@ -145,7 +166,8 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{host} port {port} cannot be listened at ({reason}): use another --port") from None
+        way = "--host" if isinstance(error, socket.gaierror) and 0 <= port < 65536 else "--port"
+        raise ValueError(f"{host} port {port} cannot be listened at ({reason}): use another {way}") from None
 
 
 def address(listening: socket.socket) -> str:

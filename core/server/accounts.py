@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 COST, BLOCK, PARALLEL = 1 << 15, 8, 1  # of scrypt: 32 MiB, about 0.1 s
+COSTS = [1 << n for n in range(10, 17)]  # that are taken from a file
 MEMORY = 1 << 27  # bytes that a hash may take
 SALT_BYTES, HASH_BYTES = 16, 32
 LEAST_PASSWORD = 8  # letters
@@ -41,9 +42,11 @@ class Hashed:
     def read(cls, text: str) -> Hashed:
         """From what `str` gives; ValueError for other texts."""
         kind, cost, salt, value = text.split("$")
-        if kind != "scrypt":
-            raise ValueError(kind)
-        return cls(int(cost), base64.b64decode(salt), base64.b64decode(value))
+        read = cls(int(cost), base64.b64decode(salt, validate=True), base64.b64decode(value, validate=True))
+        usable = read.cost in COSTS and read.salt and len(read.value) == HASH_BYTES
+        if kind != "scrypt" or not usable:
+            raise ValueError(text)
+        return read
 
     def __str__(self) -> str:
         return "$".join(["scrypt", str(self.cost), *(_text(part) for part in (self.salt, self.value))])

@@ -130,6 +130,11 @@ class Jobs:
             self._running.update(state="running")
             return self._running
 
+    @property
+    def closed(self) -> bool:
+        """Whether the server is being stopped."""
+        return self._closed
+
     def close(self) -> None:
         """Cancel all jobs, and let the worker end."""
         with self._changed:
