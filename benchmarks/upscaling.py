@@ -144,6 +144,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first scene")
     parser.add_argument("--prompts", choices=("none", "own"), default="none", help="of the first part")
+    parser.add_argument("--strength", type=float, nargs="+", default=[1.0, 0.5], help="of the first part")
     parser.add_argument("--output_dir", default="outputs/upscaling", help="folder for the sheet")
     add_settings_flags(parser)
     add_model_flags(parser)
@@ -167,7 +168,7 @@ def main() -> int:
     ways = {
         "bicubic": resampled(Image.Resampling.BICUBIC),
         "Lanczos": resampled(Image.Resampling.LANCZOS),
-        "made large": upscaled(pipeline, settings, own, 1.0),
+        **{f"made large, strength {s:g}": upscaled(pipeline, settings, own, s) for s in arguments.strength},
         "large drawing decoded": decoded(pipeline, settings),
     }
     rows, shown = zip(*(measure(name, way, cases, judge) for name, way in ways.items()), strict=True)

@@ -34,8 +34,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--prompt", help="what the pictures show (default: a .txt file beside each, if any)")
     group.add_argument("--negative_prompt", default="", help="what they should not show (default: nothing)")
     group.add_argument(
-        "--strength", type=float, default=1.0,
-        help="above 0 to 1: how much is made anew; below 1 the high-resolution pass begins at the picture",
+        "--strength", dest="upscale_strength", type=float, default=DEFAULT.upscale_strength,
+        help="above 0 to 1: how much is made anew; below 1 the high-resolution pass begins at the picture "
+        "(default: the preset's, else %(default)s)",
     )  # fmt: skip
     group.add_argument("--no_colour_match", action="store_true", help="leave the colours as they are made")
     group.add_argument(
@@ -48,7 +49,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_settings_flags(parser)
     add_model_flags(parser)
     parser.set_defaults(height=DEFAULT.height, width=DEFAULT.width)
-    return parse_with_preset(parser, arguments)
+    parsed = parse_with_preset(parser, arguments)
+    parsed.strength = parsed.upscale_strength
+    return parsed
 
 
 def main(given: list[str] | None = None) -> int:

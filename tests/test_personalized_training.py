@@ -428,6 +428,10 @@ def test_the_example_pictures_are_those_that_are_drawn(tmp_path: Path) -> None:
         caption = json.loads(path.with_suffix(".json").read_text())["caption"]
         assert "[stripes] balloon" in caption
         assert caption == json.loads((tmp_path / path.name).with_suffix(".json").read_text())["caption"]
+    draw_examples.draw_boat(tmp_path)
+    for name in ("boat.png", "mask.png"):
+        pair = (np.asarray(Image.open(p / name), float) for p in (folder.parent / "example_given", tmp_path))
+        assert abs(next(pair) - next(pair)).mean() < 1
 
 
 MEMORY_JOB = Job(

@@ -137,7 +137,7 @@ def split(command: str) -> tuple[list[str], str, list[str]]:
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the commands name and a reader would have by then: pictures, weights, what earlier ones wrote."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in ("example_dataset", "example_personalized", "example_control"):
+    for name in ("example_dataset", "example_personalized", "example_control", "example_given"):
         shutil.copytree(ROOT / "figures" / name, folder / "figures" / name)
     for name in ("prompt_list.txt", "docs/make_keys.py", "models/tiny/lora_striped_balloon.safetensors"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

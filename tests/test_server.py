@@ -157,7 +157,8 @@ def test_keys_open_the_api_alone(users: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content, told", [
     ("anna", "line 1: this is no user"), ("anna:plain", "line 1: this is no user"),
-    ("anna:scrypt$x$$", "line 1"), ("anna:scrypt$3$AAAA$AAAA", "line 1"), ("", "holds no user"), (None, "cannot be read"),
+    ("anna:scrypt$x$$", "line 1"), ("anna:scrypt$3$AAAA$AAAA", "line 1"), ("", "holds no user"),
+    (None, "cannot be read"),
 ])  # fmt: skip
 def test_a_wrong_file_of_users_is_named(content: str | None, told: str, tmp_path: Path) -> None:
     file = tmp_path / "users.txt"

@@ -21,6 +21,7 @@ class Preset:
     width: int = 2048
     cfg: float = Settings.cfg
     control_weight: float = 0.7
+    upscale_strength: float = 1.0
     lora: tuple[str, ...] = ()  # of test_personalized
 
 
@@ -34,7 +35,7 @@ PRESETS = {
     "tiny": Preset(
         "configs/tiny/stage_c.yaml", "configs/tiny/stage_b.yaml", "models/tiny/ultrapixel_t2i.safetensors",
         control_file="models/tiny/controlnet_{control}.safetensors", height=512, width=512, cfg=2.0,
-        control_weight=1.3, lora=("models/tiny/lora_striped_balloon.safetensors:1.4",),
+        control_weight=1.3, upscale_strength=0.5, lora=("models/tiny/lora_striped_balloon.safetensors:1.4",),
     ),
 }  # fmt: skip
 DEFAULT = PRESETS["small-big"]

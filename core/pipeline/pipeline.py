@@ -247,7 +247,7 @@ class UltraPixelPipeline(Stages):
         prompt: str = "",
         seed: int = 0,
         negative_prompt: str = "",
-        strength: float = 1.0,
+        strength: float | None = None,
         match_colours: bool = True,
         settings: Settings | None = None,
         observer: Observer | None = None,
@@ -257,12 +257,13 @@ class UltraPixelPipeline(Stages):
         """A picture, or each of several, as a whole made large, in its shape; the i-th has seed `seed + i`.
 
         It gets `factor` times its size, or a height, a width, or what lies within both (by default the
-        preset's). `prompt` says what it shows. With a `strength` below 1 more of it stays as it is. The
-        rest is as in a call.
+        preset's). `prompt` says what it shows. With a `strength` below 1 more of it stays as it is; None is
+        the preset's. The rest is as in a call.
         """
         settings = changed(settings, Settings(cfg=self.preset.cfg), changes)
         box = self.preset.height, self.preset.width
-        how = Upscaling(box, height, width, factor, number("strength", strength), match_colours)
+        strength = self.preset.upscale_strength if strength is None else number("strength", strength)
+        how = Upscaling(box, height, width, factor, strength, match_colours)
         first, texts = first_seed(seed), (text("prompt", prompt), text("negative_prompt", negative_prompt))
         given = [original("image", one) for one in (image if isinstance(image, list | tuple) else [image])]
         jobs = [Job(texts[0], *how.size(one.size), first + i, texts[1]) for i, one in enumerate(given)]
