@@ -17,6 +17,7 @@ from core.family.evaluation import held_out_cases, real_picture
 from core.pictures.images import read_image_metadata, to_image
 from core.pipeline.control import Source as ControlSource
 from core.pipeline.control import hole_control, outpainted
+from core.pipeline.going_on import go_on
 from core.pipeline.origins import middle, origin
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.region import MARGIN, span_of
@@ -139,6 +140,20 @@ def test_image_prompts_add_up(pipeline: UltraPixelPipeline, given: Image.Image, 
     assert not torch.equal(made([given, other]), alone)
     assert torch.equal(made([f"{place}:0.5", (other, 0.25)]), made([(given, 0.5), (other, 0.25)]))
     assert torch.equal(made((given, 0.0)), made(None))
+
+
+def test_what_was_no_file_is_not_forgotten_silently(pipeline: UltraPixelPipeline, given: Image.Image) -> None:
+    made = [
+        pipeline("a house", 64, 64, image_prompt=(given, 0.5), **QUICK)[0],
+        pipeline("a house", 64, 64, init_image=given, **QUICK)[0],
+        pipeline.upscale(given, factor=1, **QUICK)[0],
+    ]
+    for one in made:
+        with pytest.raises(ValueError, match="was made with"):
+            go_on(pipeline, one)
+    prompts = made[0].record.metadata(made[0].job)["image_prompt"]
+    with pytest.raises(ValueError, match="was no file"):
+        pipeline("a house", 64, 64, image_prompt=prompts, **QUICK)
 
 
 def test_an_image_prompt_needs_its_encoder(family_folder: Path, given: Image.Image, tmp_path: Path) -> None:

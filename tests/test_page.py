@@ -129,6 +129,21 @@ def test_a_prompt_becomes_a_picture_and_its_file_fills_the_form(page: Page) -> N
     expect(page.locator("dd", has_text=PROMPT)).to_be_visible()
 
 
+def test_small_pictures_come_first_and_one_is_rendered_high(page: Page) -> None:
+    fill(page)
+    page.get_by_role("button", name="Small pictures first").click()
+    ones = page.get_by_role("button", name="Render this one high")
+    expect(ones).to_have_count(4)
+    expect(page.get_by_role("button", name="Make", exact=True)).to_be_enabled()
+    page.get_by_role("button", name="Render this one high, seed 6").click()
+    expect(page.locator("#up-results img")).to_be_visible()
+    stored = read_image_metadata(io.BytesIO(finished(page)))
+    assert (stored["seed"], stored["width"], stored["lr_only"]) == (6, 96, False)
+    expect(ones).to_have_count(4)
+    page.get_by_role("tab", name="Upscale").click()
+    expect(page.get_by_role("button", name="Small pictures first")).to_be_hidden()
+
+
 def test_a_job_outlives_a_reload_and_is_cancelled(page: Page) -> None:
     fill(page, steps=50)
     for name in ("Width", "Height"):  # so that it takes longer than a reload

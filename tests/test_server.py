@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from fastapi import FastAPI, Request
@@ -27,15 +29,17 @@ from core.pipeline import UltraPixelPipeline
 from core.pipeline.made import picture_metadata
 from core.server import shown
 from core.server.accounts import Accounts, Keys, add_user
-from core.server.form import TEXT, Filled, from_settings, whole
+from core.server.form import TEXT, Filled, whole
 from core.server.guard import CLIENT, Guard, Hosts
-from core.server.jobs import Job, Jobs, StageBar, TooMany
+from core.server.jobs import KEPT_GIVEN, Job, Jobs, StageBar, TooMany
 from core.server.limits import Limits
 from core.server.models import Models
-from core.server.orders import Beginning, ControlOrder, Order, check_order
+from core.server.orders import Beginning, ControlOrder, Order, check_order, going_on
 from core.server.outputs import Outputs
 from core.server.service import Service
+from core.server.stored import from_settings
 from core.server.uploads import from_base64, hole_of, read_upload
+from core.server.worker import STAGES
 
 LIMITS = Limits()
 PASSWORD = "a long password"
@@ -195,6 +199,7 @@ def test_users_with_wrong_names_or_short_passwords_are_refused(
     ({"begin": Beginning(Image.new("RGB", (64, 2049)), None, True, 2)}, "at most 4096"),
     ({"begin": Beginning(Image.new("RGB", (64, 64)), None, True, 0.5)}, "factor must be"),
     ({"begin": Beginning(Image.new("RGB", (64, 64)), 1.5)}, "strength"),
+    ({"begin": Beginning(Image.new("RGB", (64, 64)), None, True), "changes": {"lr_only": True}}, "lr_only"),
 ])  # fmt: skip
 def test_orders_beyond_the_limits_are_refused(values: dict, told: str) -> None:
     order = Order(**{"prompt": "a house", "preset": "tiny", **values})
@@ -300,6 +305,58 @@ def test_a_job_ends_within_one_step_and_the_next_one_runs(service: Service) -> N
     assert service.models.seconds("tiny", (64, 64), short.order.settings) > 0
 
 
+def pixels(service: Service, job: Job) -> list[np.ndarray]:
+    wait(lambda: job.status.over)
+    assert job.status.state == "done", job.status.error
+    return [np.array(Image.open(service.outputs.path(name))) for name in job.status.pictures]
+
+
+def small(service: Service, **given: object) -> Job:
+    changes = {"steps": 2, "steps_b": 1, "cfg": 3.0, "lr_only": True}
+    job = service.submit(Order("a house", "tiny", 64, 96, 2, 5, changes=changes, **given), "a")
+    assert [shape for one in pixels(service, job) for shape in one.shape[:2]] != [64, 96] * 2
+    return job
+
+
+def high(service: Service, order: Order) -> np.ndarray:
+    (made,) = pixels(service, service.submit(order, "a"))
+    return made
+
+
+def test_a_small_picture_is_rendered_high(service: Service) -> None:
+    with service.running():
+        explored = small(service)
+        assert [bar.name for bar in explored.status.stages] == [STAGES[0], *STAGES[2:]]
+        assert all(bar.done == bar.steps for bar in explored.status.stages)
+        assert service.models.seconds("tiny", (64, 96), explored.order.settings) is None
+        earlier = service.earlier(explored.status.pictures[1])
+        once = replace(explored.order, count=1, seed=6, changes={"steps": 2, "steps_b": 1, "cfg": 3.0})
+        order = going_on(earlier, None, None, {})
+        assert order == replace(order, seed=6, height=64, width=96, preset="tiny")
+        np.testing.assert_array_equal(high(service, order), high(service, once))
+        assert high(service, going_on(earlier, 128, 192, {})).shape == (128, 192, 3)
+        assert service.outputs.settings(service.outputs.names()[0])["lr_size"] == [64, 96]
+        with pytest.raises(ValueError, match="cannot go on from the low-resolution pass"):
+            service.submit(going_on(earlier, 128, 128, {}), "a")
+
+
+def test_a_small_picture_of_a_picture_is_rendered_high_while_that_is_kept(service: Service) -> None:
+    given = {"begin": Beginning(Image.new("RGB", (96, 64), "red"), 0.9)}
+    with service.running():
+        explored = small(service, **given)
+        name = explored.status.pictures[0]
+        once = replace(explored.order, count=1, changes={"steps": 2, "steps_b": 1, "cfg": 3.0})
+        order = going_on(service.earlier(name), None, None, {})
+        np.testing.assert_array_equal(high(service, order), high(service, once))
+        for _ in range(KEPT_GIVEN + 1):
+            over = Job(explored.order, "b", 1)
+            service.jobs.add(over)
+            over.update(pictures=("x",))
+            service.jobs.cancel(over)
+        with pytest.raises(ValueError, match="no longer kept"):
+            service.earlier(name)
+
+
 def test_an_error_is_a_sentence_and_ends_its_job_alone(
     service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -348,12 +405,14 @@ def test_without_downloads_the_embedded_family_is_the_first() -> None:
 @pytest.mark.parametrize("name", [
     "../secret.png", "secret.png", "/etc/passwd", "20260101-000000-0123456789abcdef.txt", "", ".",
     "20260101-000000-0123456789abcdef.png/../secret.png", "20260101-000000-0123456789abcde0.png",
+    "../20260101-000000-0123456789abcdef.png",
 ])  # fmt: skip
 def test_no_other_file_is_reached_by_a_name(name: str, tmp_path: Path) -> None:
     outputs = Outputs(tmp_path / "out")
     for file in (tmp_path / "secret.png", tmp_path / "out" / "secret.png"):
         save_image(Image.new("RGB", (8, 8)), file, "png", {})
     (tmp_path / "out" / "20260101-000000-0123456789abcde0.png").symlink_to(tmp_path / "secret.png")
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "20260101-000000-0123456789abcdef.png", "png", {})
     for reach in (outputs.path, outputs.small, outputs.settings):
         with pytest.raises(FileNotFoundError, match="no such picture"):
             reach(name)

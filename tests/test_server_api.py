@@ -99,12 +99,32 @@ def test_openai_begins_at_a_picture_and_makes_it_large(client: openai.OpenAI) ->
     assert np.abs(pixels.mean(axis=(0, 1)) - (255, 0, 0)).max() < 30
 
 
+def test_a_small_picture_is_gone_on_from_by_its_name(web: httpx.Client) -> None:
+    body = {**OURS, "prompt": PROMPT, "size": "96x64", "negative_prompt": "rain"}
+    once = web.post("/v1/images/generations", json=body).json()["data"][0]["url"]
+    low = web.post("/v1/images/generations", json={**body, "lr_only": True}).json()["data"][0]["url"]
+    assert opened(web.get(low).content).shape != (64, 96, 3)
+    name = {"from_picture": low.rsplit("/")[-1]}
+    high = web.post("/v1/images/generations", json=name).json()["data"][0]["url"]
+    np.testing.assert_array_equal(opened(web.get(high).content), opened(web.get(once).content))
+    job = web.post("/v1/jobs", json={**name, "size": "192x128", "steps_b": 2}).json()
+    assert "event: done" in web.get(f"/v1/jobs/{job['id']}/events").text
+    large = web.get(web.get(f"/v1/jobs/{job['id']}").json()["pictures"][0]).content
+    stored = read_image_metadata(io.BytesIO(large))
+    assert (stored["lr_size"], stored["steps_b"], stored["seed"]) == ([64, 96], 2, 5)
+    for more in ({"prompt": PROMPT}, {"seed": 9}, {"steps": 4}, {"loras": {"lora_random": 1}}, {"n": 2}):
+        answer = web.post("/v1/images/generations", json={**name, **more})
+        assert "has its own " + next(iter(more)) in answer.json()["error"]["message"]
+    for other in ("x", "../" + name["from_picture"], "/etc/passwd", low):
+        assert web.post("/v1/jobs", json={"from_picture": other}).status_code == 404
+
+
 @pytest.mark.parametrize("body, told", [
     ({"prompt": PROMPT, "stepz": 4}, "'stepz' is not known: did you mean steps?"),
     ({"prompt": PROMPT, "size": "64 x 64"}, "size must be WIDTHxHEIGHT"),
     ({"prompt": PROMPT, "size": "8192x64"}, "at most 4096"), ({"prompt": PROMPT, "n": 99}, "1 to 4"),
     ({"prompt": PROMPT, "model": "dall-e-3"}, "is not known here: there is tiny"),
-    ({"prompt": PROMPT, "sampler": "euler"}, "sampler"), ({"size": "64x64"}, "prompt is missing"),
+    ({"prompt": PROMPT, "sampler": "euler"}, "sampler"), ({"size": "64x64"}, "prompt is empty"),
     ({"prompt": 5}, "prompt: "), ({"prompt": PROMPT, "loras": {"/etc/passwd": 1}}, "is not known here"),
     ({"prompt": PROMPT, "size": "16x16"}, "64"), ([], "body must be JSON"),
 ])  # fmt: skip
@@ -126,7 +146,8 @@ def test_what_is_wrong_is_told_in_a_sentence(web: httpx.Client, body: object, to
     ({"image": png()}, {"upscale": "true", "control": "canny"}, "neither a mask nor a control"),
     ({"image": png()}, {"control": "canny", "strength": "0.5"}, "strength is for"),
     ({"image": png()}, {"strength": "2"}, "strength"),
-], ids="none text factor name size mask key nan weights both control strength".split())  # fmt: skip
+    ({"image": png()}, {"from_picture": "x"}, "'from_picture' is not known here"),
+], ids="none text factor name size mask key nan weights both control strength further".split())  # fmt: skip
 def test_what_is_wrong_with_an_edit_is_told(
     web: httpx.Client, files: dict[str, bytes], more: dict[str, str], told: str
 ) -> None:

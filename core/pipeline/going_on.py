@@ -17,7 +17,8 @@ from core.pipeline.progress import Observer
 from core.pipeline.resolution import plan_for
 from core.pipeline.sources import Source
 
-GIVEN = ("init_image", "image_prompt")  # flags of what a pipeline no longer knows, once a call is over
+# Flags of what a pipeline no longer knows, once a call is over; of a picture that is no file, the strength.
+GIVEN = ("init_image", "strength", "image_prompt")
 
 
 def go_on(

@@ -72,7 +72,7 @@ def origin(
     """
     if init_image is None and (strength is not None or region is not None):
         raise ValueError("a strength or a region is of a picture: give that as init_image")
-    prompts = _prompts(image_prompt)
+    prompts = [] if image_prompt is None else _prompts(image_prompt)
     if init_image is None and not prompts:
         return None
     if strength is None:
@@ -92,7 +92,9 @@ def origin(
         "init_image": str(init_image) if isinstance(init_image, str | Path) else None,
         "strength": None if init_image is None else strength,
         "region": None if region is None else list(region),
-        "image_prompt": [f"{given}:{weight:g}" for given, weight in prompts if isinstance(given, str | Path)],
+        "image_prompt": [
+            f"{given}:{weight:g}" if isinstance(given, str | Path) else None for given, weight in prompts
+        ],
     }
     seen = tuple((shown("image_prompt", given), weight) for given, weight in prompts)
     return Origin(picture, strength, found, seen, flags)
@@ -101,7 +103,7 @@ def origin(
 def _prompts(given: object) -> list[tuple[Given, float]]:
     """Image prompts with their weights."""
     if given is None:
-        return []
+        raise ValueError("an image prompt was no file, so that its picture is not known: give it again")
     if isinstance(given, str | Path):
         return [split_weight(str(given))]
     if isinstance(given, Image.Image):

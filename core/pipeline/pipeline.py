@@ -270,7 +270,7 @@ class UltraPixelPipeline(Stages):
         _check_callable(observer)
         self.check_files(self.upscaling_files())
         sources, settings = self.upscaling_sources(jobs, given, how), without_idle_cfg(settings, jobs)
-        return self.in_groups(jobs, settings, observer, None, progress, sources)
+        return self.in_groups(jobs, settings, observer, None, progress, sources, {"strength": how.strength})
 
     def upscaling_files(self) -> dict[str, str]:
         """The weight file that upscaling needs besides, by path; ValueError where there is no guidance."""

@@ -66,7 +66,7 @@ def _openai_routes(service: Service) -> APIRouter:
     @router.post("/images/generations")
     async def generations(body: Generation, request: Request) -> dict[str, Any]:
         """Make pictures from text."""
-        order = body.order(service.preset, loras=body.loras)
+        order = await asyncio.to_thread(_generation_order, body, service)
         return await _made(service, order, request, body.response_format)
 
     @router.post("/images/edits")
@@ -145,6 +145,12 @@ def _file_routes(service: Service) -> APIRouter:
 # --- orders ---------------------------------------------------------------------------------------
 
 
+def _generation_order(body: Generation, service: Service) -> Order:
+    if body.from_picture is not None:
+        return body.further(service.earlier(body.from_picture))
+    return body.order(service.preset, loras=body.loras)
+
+
 def _edit_order(body: Editing, content: bytes, hole: bytes | None, service: Service, **given: Any) -> Order:
     image = read_upload(content, "the image", service.limits)
     mask = None if hole is None else read_upload(hole, "the mask", service.limits)
@@ -162,6 +168,8 @@ def _edit_order(body: Editing, content: bytes, hole: bytes | None, service: Serv
 
 
 def _job_order(body: JobBody, service: Service) -> Order:
+    if body.from_picture is not None:
+        return _generation_order(body, service)
     if body.image is None:
         if body.mask or body.control or body.upscale or body.strength is not None:
             raise ValueError("a mask, a control, a strength and upscale need an image")
@@ -299,7 +307,7 @@ def _told_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     key = ".".join(keys)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, JobBody.model_fields, n=1)
-        hint = f": did you mean {near[0]}?" if near else "; /docs has the known ones"
+        hint = f": did you mean {near[0]}?" if near and near[0] != key else " here; /docs has the known ones"
         return _refused(400, f"the key {key[:80]!r} is not known{hint}", key)
     if first["type"] == "missing":
         return _refused(400, f"{key} is missing", key)

@@ -10,10 +10,12 @@ from fastapi import UploadFile
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model
 
 from core.config.settings import Settings
-from core.server.orders import Order
+from core.server.orders import Order, going_on
 
 SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 SETTINGS = tuple(field.name for field in fields(Settings) if field.default is not MISSING)
+
+LATE = ("cfg_hr", "reuse", "steps_b", "cfg_b", "sampler_b", "stage_a_tiled")  # low passes do not know them
 
 
 class Ignored(BaseModel):
@@ -37,7 +39,7 @@ def _settings_keys() -> dict[str, Any]:
 class _Own(Ignored):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    prompt: str = Field(description="what the picture shows")
+    prompt: str = Field("", description="what the picture shows; it may stay empty where one is made large")
     model: str | None = Field(
         None, validation_alias=AliasChoices("model", "preset"), description="a preset of GET /v1/models"
     )
@@ -68,19 +70,36 @@ def _sides(size: str | None) -> tuple[int | None, int | None]:
     return int(found[1]), int(found[2])
 
 
+BESIDE = (*LATE, *Ignored.model_fields, "from_picture", "size", "response_format")  # when going on
+
+
 Wanted = create_model("Wanted", __base__=_Own, **_settings_keys())
 
 
 class Generation(Wanted):
-    """Pictures from text."""
+    """Pictures from text, or one from a small one of the server."""
 
     loras: dict[str, float] = Field(default_factory=dict, description="weights of LoRAs, by name")
+    from_picture: str | None = Field(
+        None,
+        description="the name of a picture that the server made: its low-resolution pass is gone on from, at "
+        "the size; everything else is the picture's",
+    )
+
+    def further(self, earlier: Order) -> Order:
+        """The order that goes on from an earlier one; ValueError for keys that would change its picture."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name not in BESIDE and value != field.get_default(call_default_factory=True):
+                raise ValueError(f"the picture that is gone on from has its own {name}: leave it out")
+        width, height = _sides(self.size)
+        changes = {name: value for name in LATE if (value := getattr(self, name)) is not None}
+        return going_on(earlier, height, width, changes)
 
 
 class Editing(Wanted):
     """Pictures from text and a picture, which is sent beside it."""
 
-    prompt: str = Field("", description="what the picture shows; upscaling needs none")
     control: str | None = Field(None, description="by what the picture controls: canny, inpainting, …")
     control_weight: float | None = None
     ready: bool = Field(False, description="the picture shows what is seen, such as edges")
@@ -100,6 +119,5 @@ class EditForm(Editing):
 class JobBody(Generation, Editing):
     """Pictures from text, or also from a picture, as base64."""
 
-    prompt: str = Field("", description="what the picture shows; upscaling needs none")
     image: str | None = Field(None, description="a picture, as base64; no URL is fetched")
     mask: str | None = Field(None, description="its mask, as base64")

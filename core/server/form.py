@@ -1,10 +1,10 @@
-"""What a user of the page fills in, and the order that it makes; and back, from a picture's settings."""
+"""What a user of the page fills in, and the order that it makes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from PIL import Image
 
 from core.config.presets import PRESETS
 from core.config.settings import FAST, Settings
-from core.pipeline.steering import SUFFIX
+from core.pipeline.resolution import same_aspect
 from core.server.api import control_of
 from core.server.orders import Beginning, Order
 from core.server.service import Service
+from core.server.stored import SHOWN
 from core.server.uploads import from_base64, read_upload
-from core.weights.lora.merging import split_weight
 
 LORAS = 3  # rows of the page
 TEXT, LARGE, CONTROL = "Text to image", "Upscale", "Control"
@@ -25,8 +25,8 @@ LORA, HISTORY = "Personalised", "History"
 SIDES = {  # height and width, in the preset's own size
     "square": (1, 1), "landscape": (0.75, 1), "portrait": (1, 0.75), "wide": (9 / 16, 1), "tall": (1, 9 / 16),
 }  # fmt: skip
+FEW = 4  # small pictures, where no other number is asked for
 STEP = 32  # px that sizes are rounded to
-SHOWN = ("steps", "cfg", "sampler")  # settings that have a field of their own
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,31 @@ class Filled:
         shown = {name: getattr(self, name) for name in SHOWN if getattr(self, name) not in (None, "")}
         if "steps" in shown:
             shown["steps"] = whole("steps", shown["steps"])
-        changes = {**(FAST if self.fast else {}), **self.others, **({} if self.fast else shown)}
         loras = {name: weight for name, weight in self.loras if name} if self.tab == LORA else {}
         large = self.tab == LARGE
         sides = (None, None) if large else (whole("height", self.height), whole("width", self.width))
+        others = self._others(sides, service)
+        changes = {**(FAST if self.fast else {}), **others, **({} if self.fast else shown)}
         return Order(
             self.prompt or "", self.preset, *sides,
             whole("pictures", self.count) or 1, -1 if self.seed is None else whole("seed", self.seed),
             self.negative_prompt or "", changes, loras,
             self._control(service) if self.tab == CONTROL else None, self._begin(service),
         )  # fmt: skip
+
+    def explored(self, service: Service) -> Order:
+        """The order of small pictures, of which one can be rendered high; errors as in `order`."""
+        order = self.order(service)
+        count = order.count if order.count > 1 else min(FEW, service.limits.pictures)
+        return replace(order, count=count, changes={**order.changes, "lr_only": True})
+
+    def _others(self, sides: tuple[int | None, int | None], service: Service) -> Mapping[str, Any]:
+        """The settings that have no field; a low-resolution pass of another shape is not among them."""
+        if (lr_size := self.others.get("lr_size")) is None:
+            return self.others
+        if None not in sides and same_aspect(sides, lr_size, service.models.geometry(self.preset)):
+            return self.others
+        return {name: value for name, value in self.others.items() if name != "lr_size"}
 
     def _begin(self, service: Service) -> Beginning | None:
         if self.tab == LARGE:
@@ -120,48 +135,6 @@ def whole(name: str, value: float | None) -> int | None:
     if not math.isfinite(value) or value != int(value):
         raise ValueError(f"{name} must be a whole number, not {value}")
     return int(value)
-
-
-# --- from a picture's settings --------------------------------------------------------------------
-
-
-def from_settings(stored: Mapping[str, Any], presets: Sequence[str]) -> dict[str, Any]:
-    """The form's values, by field, that make a picture again, with that one of the presets that made it."""
-    known = {field.name: field.default for field in fields(Settings)}
-    others = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in stored.items()
-        if name in known and name not in SHOWN and value != known[name] and list_of(known[name]) != value
-    }
-    found = {name: stored[name] for name in ("height", "width", "seed", *SHOWN) if name in stored}
-    for name in ("prompt", "negative_prompt"):
-        found[name] = str(stored.get(name, ""))
-    if stored.get("control"):
-        found["prompt"] = found["prompt"].removesuffix(SUFFIX)
-    preset = next((name for name in presets if _made_it(name, stored)), None)
-    loras = [split_name(text) for text in stored.get("lora") or () if isinstance(text, str)]
-    return {**found, "others": others, "count": 1, "fast": False, "loras": loras,
-            **({} if preset is None else {"preset": preset})}  # fmt: skip
-
-
-def list_of(value: Any) -> Any:
-    """A tuple as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def split_name(text: str) -> tuple[str, float]:
-    """The name and weight of a LoRA as pictures name it; the weight is 1 where it is none."""
-    try:
-        path, weight = split_weight(text)
-    except ValueError:
-        path, weight = text, 1.0
-    return Path(path).stem, weight
-
-
-def _made_it(preset: str, stored: Mapping[str, Any]) -> bool:
-    named = PRESETS[preset]
-    own = {"config_b": named.config_b, "pretrained_path": named.pretrained_path}
-    return all(Path(str(stored.get(key))).name == Path(value).name for key, value in own.items())
 
 
 # --- sizes ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Literal
 from core.server.orders import Order
 
 KEPT = 200  # jobs that are over and can still be asked for
+KEPT_GIVEN = 8  # of those that made small pictures, with what they were given, to go on from
 MOST_WAITING = 100  # jobs of all clients
 
 State = Literal["waiting", "running", "done", "cancelled", "failed"]
@@ -64,9 +65,14 @@ class Job:
         self.status = replace(self.status, **values)
 
     def finish(self, state: State, error: str = "") -> None:
-        """End it, and let go of the pictures that it was given."""
-        self.order = replace(self.order, control=None, begin=None)
+        """End it, and let go of the pictures that it was given, unless there is something to go on from."""
+        if not (self.order.changes.get("lr_only") and self.status.pictures):
+            self.let_go()
         self.update(state=state, error=error, preview=None, doing="")
+
+    def let_go(self) -> None:
+        """Let go of the pictures that it was given."""
+        self.order = self.order.without_pictures()
 
 
 class Jobs:
@@ -96,6 +102,8 @@ class Jobs:
             self._known[job.id] = job
             for old in [j.id for j in self._known.values() if j.status.over][:-KEPT]:
                 del self._known[old]
+            for old in [j for j in self._known.values() if j.status.over and j.order.given][:-KEPT_GIVEN]:
+                old.let_go()
             self._changed.notify()
 
     def _open(self) -> Sequence[Job]:
@@ -104,6 +112,11 @@ class Jobs:
     def find(self, name: str) -> Job | None:
         """The job of an id, unless it is long over."""
         return self._known.get(name)
+
+    def made(self, picture: str) -> Job | None:
+        """The job that made the picture of a name, unless it is long over."""
+        with self._changed:
+            return next((job for job in self._known.values() if picture in job.status.pictures), None)
 
     def place(self, job: Job) -> int:
         """How many jobs are before it; 0 once it runs, or is over."""

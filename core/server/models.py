@@ -13,6 +13,7 @@ import torch
 from core.commands.pictures import Previewing
 from core.config.control_types import CONTROL_TYPES
 from core.config.presets import DEFAULT, EMBEDDED, PRESETS, of_project
+from core.config.schema import LatentGeometry
 from core.config.settings import Settings
 from core.paths import located
 from core.pipeline.estimate import GIB
@@ -41,6 +42,10 @@ class Models:
         if preset not in self._described:
             self._described[preset] = UltraPixelPipeline.from_preset(preset, **self.options)
         return self._described[preset]
+
+    def geometry(self, preset: str) -> LatentGeometry:
+        """How pixels relate to its latents."""
+        return self.described(preset).config_c.geometry
 
     def available(self) -> list[str]:
         """The presets whose weights are there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
@@ -64,6 +64,19 @@ class Order:
         return self.begin is not None and self.begin.large
 
     @property
+    def given(self) -> bool:
+        """Whether pictures came with it."""
+        return self.control is not None or self.begin is not None
+
+    def without_pictures(self) -> Order:
+        """The same without pictures that came with it."""
+        return replace(self, control=None, begin=None)
+
+    def with_pictures_of(self, other: Order) -> Order:
+        """The same with those that came with another one."""
+        return replace(self, control=other.control, begin=other.begin)
+
+    @property
     def settings(self) -> Settings:
         """All settings; ValueError or TypeError for a wrong one."""
         default = Settings(cfg=PRESETS[self.preset].cfg) if self.control is None else CONTROLLED
@@ -81,6 +94,15 @@ class Order:
         if self.control is not None and self.control.kind == "inpainting":
             height, width = self.control.picture.height, self.control.picture.width
         return self.height or height, self.width or width
+
+
+def going_on(order: Order, height: int | None, width: int | None, changes: Mapping[str, Any]) -> Order:
+    """The order of a picture, at a size or at its own, after the low-resolution pass of this order's."""
+    own, before = (order.height, order.width), order.settings
+    size = height or own[0], width or own[1]
+    lr_size = before.lr_size or (None if size == own else own)
+    changes = {**order.changes, "lr_only": False, "lr_size": lr_size, **changes}
+    return replace(order, height=size[0], width=size[1], changes=changes)
 
 
 def check_order(order: Order, limits: Limits, presets: Collection[str], loras: Collection[str]) -> None:
@@ -107,6 +129,8 @@ def check_order(order: Order, limits: Limits, presets: Collection[str], loras: C
     if not -1 <= whole_number("seed", order.seed) <= MAX_SEED:
         raise ValueError(f"seed must be -1, which draws one, or a number from 0 up, not {order.seed}")
     _check_steps(order.settings, limits)
+    if order.large and order.settings.lr_only:
+        raise ValueError("no small picture comes before one that is made large: leave lr_only out")
     if order.begin is not None and order.begin.strength is not None:
         check_strength(number("strength", order.begin.strength))
     for name, weight in order.loras.items():

@@ -44,7 +44,7 @@ class Outputs:
     def path(self, name: str) -> Path:
         """The file of a name; FileNotFoundError where there is none."""
         path = self.folder / name
-        if not self._is_own(path):
+        if path.name != name or not self._is_own(path):
             raise FileNotFoundError("there is no such picture")
         return path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,16 +31,17 @@ from core.server.form import (
     LORAS,
     TEXT,
     Filled,
-    from_settings,
     opened,
     sizes,
     told_size,
+    whole,
 )
 from core.server.guard import CLIENT
 from core.server.jobs import Job
 from core.server.limits import MEGA
-from core.server.orders import Order
+from core.server.orders import Order, going_on
 from core.server.service import Service
+from core.server.stored import from_settings
 from core.server.uploads_only import UploadsOnly
 from core.server.worker import sentence
 from gdf.names import SAMPLER_NAMES
@@ -53,7 +54,8 @@ HERE = Path(__file__).parent
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none is fetched
 PICK = """element.addEventListener('click', (event) => {
   const picked = event.target.closest('[data-name]');
-  if (picked) trigger('pick', { name: picked.dataset.name });
+  const busy = picked?.matches('.up-high') && document.querySelector('#up-make').disabled;
+  if (picked && !busy) trigger('pick', { name: picked.dataset.name });
 });"""
 MASK = """<div class="up-mask" hidden>
 <canvas tabindex="0" role="application" aria-label="Mask: draw what is to be filled. Arrow keys
@@ -91,12 +93,19 @@ class Outcome:
     job: gr.Textbox
     progress: gr.HTML
     results: gr.HTML
+    low: gr.HTML  # small pictures, which stay while one of them is rendered high
     make: gr.Button
+    explore: gr.Button
     cancel: gr.Button
 
     @property
     def all(self) -> list[Any]:
-        return [self.job, self.progress, self.results, self.make, self.cancel]
+        return [self.job, self.progress, self.results, self.low, self.make, self.explore, self.cancel]
+
+    @property
+    def makers(self) -> list[gr.Button]:
+        """The buttons that start a job."""
+        return [self.make, self.explore]
 
 
 class Page:
@@ -127,7 +136,8 @@ class Page:
             self._events(page)
             for name, tab in tabs.items():
                 tab.select(
-                    partial(self._opened, name), self._preset, [self._tab, form, outcome, self._cfg],
+                    partial(self._opened, name), self._preset,
+                    [self._tab, form, outcome, self._cfg, self._outcome.explore],
                     api_visibility="private", show_progress="hidden",
                 )  # fmt: skip
             tabs[HISTORY].select(self._listed, None, self._history, api_visibility="private")
@@ -232,10 +242,12 @@ class Page:
 
     def _course(self) -> Outcome:
         with gr.Row():
-            make = gr.Button("Make", variant="primary", elem_id="up-make")
-            cancel = gr.Button("Cancel", interactive=False, elem_id="up-cancel")
+            make = gr.Button("Make", variant="primary", elem_id="up-make", scale=2, min_width=90)
+            explore = gr.Button("Small pictures first", elem_id="up-explore", scale=3, min_width=200)
+            cancel = gr.Button("Cancel", interactive=False, elem_id="up-cancel", scale=2, min_width=90)
         progress, results = gr.HTML(elem_id="up-progress"), gr.HTML(elem_id="up-results")
-        return Outcome(gr.Textbox("", elem_classes="up-hidden"), progress, results, make, cancel)
+        low, job = gr.HTML(js_on_load=PICK, elem_id="up-low"), gr.Textbox("", elem_classes="up-hidden")
+        return Outcome(job, progress, results, low, make, explore, cancel)
 
     @property
     def _fields(self) -> list[Any]:
@@ -255,16 +267,21 @@ class Page:
         sized = [self._preset, *sides, self._steps]
         mask = self._fields.index(self._mask)
         drawn = f"(...values) => {{ values[{mask}] = window.upMask.data(); return values; }}"
-        for start in (out.make.click, self._prompt.submit):
-            done = start(self._make, self._fields, out.all, js=drawn, **quiet)
+        fields = {"inputs": self._fields, "outputs": out.all, "js": drawn}
+        for done in (
+            out.make.click(self._make, **fields, **quiet),
+            self._prompt.submit(self._make, **fields, **quiet),
+            out.explore.click(self._explore, **fields, **quiet),
+            out.low.pick(self._render_high, sides, out.all, **quiet),
+        ):
             done.then(self._told, sized, self._takes, **quiet)
-            done.then(_usable, None, out.make, **quiet)
+            done.then(_usable, None, out.makers, **quiet)
         out.cancel.click(self._cancel, out.job, None, **quiet)
         page.load(_kept_open, None, None, **quiet)
         went_on = page.load(
             self._resume, out.job, [*out.all, self._prompt], js="() => [window.upJob.kept()]", **quiet
         )
-        went_on.then(_usable, None, out.make, **quiet)
+        went_on.then(_usable, None, out.makers, **quiet)
         self._dice.click(lambda: secrets.randbelow(SEEDS), None, self._seed, **quiet)
         self._size.input(lambda size: size or (gr.skip(), gr.skip()), self._size, sides, **quiet)
         for part in sized:
@@ -290,35 +307,62 @@ class Page:
 
     @staticmethod
     def _opened(tab: str, preset: str) -> tuple[Any, ...]:
-        """What changes with the tab: the history needs no form, and control another cfg."""
+        """What changes with the tab: the history needs no form, control another cfg, and what is made large
+        has no small picture before it."""
         seen = gr.update(visible=tab != HISTORY)
         cfg = CONTROLLED.cfg if tab == CONTROL else PRESETS[preset].cfg
-        return tab, seen, seen, gr.skip() if tab == HISTORY else cfg
+        return tab, seen, seen, gr.skip() if tab == HISTORY else cfg, gr.update(visible=tab != LARGE)
 
     async def _make(self, request: gr.Request, *values: Any) -> AsyncIterator[Any]:
-        """Submit the form, and show how its job gets on."""
+        async for seen in self._ordered(Filled.of(values).order, request):
+            yield seen
+
+    async def _explore(self, request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        async for seen in self._ordered(Filled.of(values).explored, request):
+            yield seen
+
+    async def _render_high(
+        self, event: gr.EventData, request: gr.Request, height: float | None, width: float | None
+    ) -> AsyncIterator[Any]:
+        name = str(event._data.get("name", ""))
+
+        def order(service: Service) -> Order:
+            return going_on(service.earlier(name), whole("height", height), whole("width", width), {})
+
+        async for seen in self._ordered(order, request):
+            yield seen
+
+    async def _ordered(self, order: Callable[[Service], Order], request: gr.Request) -> AsyncIterator[Any]:
+        """Submit an order, and show how its job gets on."""
         try:
-            order = await asyncio.to_thread(Filled.of(values).order, self._service)
-            job = await asyncio.to_thread(self._service.submit, order, _client(request))
+            wanted = await asyncio.to_thread(order, self._service)
+            job = await asyncio.to_thread(self._service.submit, wanted, _client(request))
         except Exception as error:
-            yield gr.skip(), shown.mistake(sentence(error)), gr.skip(), gr.skip(), gr.skip()
+            told = {self._outcome.progress: shown.mistake(sentence(error))}
+            yield tuple(told.get(part, gr.skip()) for part in self._outcome.all)
             return
         async for seen in self._followed(job):
             yield seen
 
     async def _followed(self, job: Job) -> AsyncIterator[Any]:
-        last, first = None, True
+        last, first, low = None, True, job.order.settings.lr_only
+        busy = gr.update(interactive=False)  # until gradio hears clicks again, which is after the end
         while True:
             now = job.status, self._service.jobs.place(job)
             if now != last:
                 status, place = last = now
+                made = gr.skip()
+                if status.pictures:
+                    show = shown.small_ones if low else shown.results
+                    made = show(status.pictures, job.seed, job.order.prompt)
+                empty = "" if first else gr.skip()
                 yield (
                     job.id if first else gr.skip(),
                     shown.progress(job, place),
-                    shown.results(status.pictures, job.seed, job.order.prompt)
-                    if status.pictures
-                    else ("" if first else gr.skip()),
-                    gr.update(interactive=False),  # until gradio hears clicks again, which is after the end
+                    empty if low or not status.pictures else made,
+                    made if low else gr.skip(),
+                    busy,
+                    busy,
                     gr.update(interactive=not status.over),
                 )
                 first = False
@@ -334,7 +378,7 @@ class Page:
         """Show the job that this window had before it was loaded again."""
         job = self._service.jobs.find(name)
         if job is None:
-            yield tuple(gr.skip() for _ in range(6))
+            yield tuple(gr.skip() for _ in (*self._outcome.all, self._prompt))
             return
         prompt = job.order.prompt
         async for seen in self._followed(job):
@@ -367,7 +411,7 @@ class Page:
             if path is None:
                 raise ValueError("add the picture that controls")
             picture = opened(path, "the picture", self._service).convert("RGB")
-            geometry = self._service.models.described(self._service.preset).config_c.geometry
+            geometry = self._service.models.geometry(self._service.preset)
             shape = int(height or picture.height), int(width or picture.width)
             seen = edge_control(Source(picture), shape, geometry, CONTROL_SIZE).shown
         except Exception as error:
@@ -449,9 +493,9 @@ async def _kept_open() -> AsyncIterator[None]:
         await asyncio.sleep(KEPT_OPEN)
 
 
-def _usable() -> Any:
-    """A button that works again."""
-    return gr.update(interactive=True)
+def _usable() -> tuple[Any, Any]:
+    """Buttons that work again."""
+    return gr.update(interactive=True), gr.update(interactive=True)
 
 
 def _fields_of(kind: str | None) -> tuple[Any, ...]:

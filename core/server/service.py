@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from core.config.arguments import first_seed
-from core.pipeline.resolution import plan_for
+from core.pipeline.resolution import low_picture, plan_for
 from core.server.jobs import Job, Jobs
 from core.server.limits import Limits
 from core.server.models import Models
 from core.server.orders import Order, check_order
 from core.server.outputs import Outputs
+from core.server.stored import made_of_pictures, order_from
 from core.server.worker import Worker
 
 PATIENCE = 60.0  # seconds that the worker gets to end, and to save what is computed
@@ -41,7 +42,27 @@ class Service:
         presets = self.models.available()
         loras = self.models.loras(order.preset) if order.preset in presets else {}
         check_order(order, self.limits, presets, loras)
-        plan_for(self.models.described(order.preset).config_c, *order.size)
+        config, settings = self.models.described(order.preset).config_c, order.settings
+        sizes = plan_for(config, *order.size, settings.lr_size)
+        if settings.lr_only:
+            low_picture(sizes, config.geometry)
         job = Job(order, client, first_seed(order.seed))
         self.jobs.add(job)
         return job
+
+    def earlier(self, name: str) -> Order:
+        """The order that makes a picture of the output folder again.
+
+        FileNotFoundError where there is none of this name. ValueError where its models are not here, or what
+        it was made of is no longer kept.
+        """
+        stored = self.outputs.settings(name)
+        order = order_from(stored, self.models.available())
+        if not made_of_pictures(stored):
+            return order
+        job = self.jobs.made(name)
+        if job is None or not job.order.given:
+            raise ValueError(
+                "the pictures that this one was made of are no longer kept: make small ones of them anew"
+            )
+        return order.with_pictures_of(job.order)

@@ -62,11 +62,24 @@ def results(names: Sequence[str], seed: int, prompt: str) -> str:
     return f'<div class="up-results">{"".join(cards)}</div>' if cards else ""
 
 
-def _card(name: str, caption: str, alt: str) -> str:
+def small_ones(names: Sequence[str], seed: int, prompt: str) -> str:
+    """Small pictures, each with a button that asks for the large one."""
+    cards = [_card(name, f"seed {seed + i}", prompt, _high(name, seed + i)) for i, name in enumerate(names)]
+    return f'<h3>Small pictures</h3><div class="up-results up-low">{"".join(cards)}</div>'
+
+
+def _high(name: str, seed: int) -> str:
+    return (
+        f'<button type="button" class="up-high" data-name="{escape(name)}" '
+        f'aria-label="Render this one high, seed {seed}">Render this one high</button>'
+    )
+
+
+def _card(name: str, caption: str, alt: str, button: str = "") -> str:
     where = f"pictures/{escape(name)}"
     picture = f'<a href="{where}" target="_blank"><img src="{where}" alt="{escape(alt)}"></a>'
     link = f'<a href="{where}" download="{escape(name)}">Download PNG</a>'
-    return f"<figure>{picture}<figcaption>{escape(caption)} · {link}</figcaption></figure>"
+    return f"<figure>{picture}<figcaption>{escape(caption)} · {link}</figcaption>{button}</figure>"
 
 
 def history(names: Sequence[str]) -> str:

@@ -56,7 +56,7 @@ class Worker(threading.Thread):
             raise
         finally:
             pipeline.set_control(None)
-        if made and not job.stop.is_set():
+        if made and not job.stop.is_set() and not order.settings.lr_only:
             size = made[0].job.height, made[0].job.width
             self._models.learn(order.preset, size, order.settings, telling.seconds / len(made))
         self._save(job, made)
@@ -127,6 +127,8 @@ def _bars(order: Order) -> tuple[StageBar, ...]:
     steps = dict(zip(STAGES, (settings.steps_low, settings.steps, settings.steps_b, 1), strict=True))
     if order.large:
         del steps[STAGES[0]]
+    if settings.lr_only:
+        del steps[STAGES[1]]
     return tuple(StageBar(name, count * order.count) for name, count in steps.items())
 
 
