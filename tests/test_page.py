@@ -192,6 +192,26 @@ def test_a_hole_is_drawn_and_filled(page: Page) -> None:
     assert made.getpixel((2, 2)) == (128, 128, 128) and made.getpixel((48, 32)) != (128, 128, 128)
 
 
+def test_a_region_is_made_anew_beside_a_picture_that_says_what_to_show(page: Page) -> None:
+    fill(page)
+    page.get_by_role("button", name="Start from a picture").click()
+    page.locator("#up-start input[type=file]").set_input_files(picture("red"))
+    expect(page.locator("#up-start img")).to_be_visible()
+    for name, value in (("x", 32), ("y", 16), ("Region's width", 32)):
+        page.get_by_label(name, exact=True).fill(str(value))
+    make(page)
+    expect(page.get_by_role("alert")).to_contain_text("a width and a height")
+    page.get_by_label("Region's height", exact=True).fill("32")
+    page.get_by_role("button", name="Show a picture beside the prompt").click()
+    page.locator("#up-beside input[type=file]").set_input_files(picture("blue"))
+    expect(page.locator("#up-beside img")).to_be_visible()
+    make(page)
+    content = finished(page)
+    stored, made = read_image_metadata(io.BytesIO(content)), Image.open(io.BytesIO(content))
+    assert (stored["region"], stored["strength"], len(stored["image_prompt"])) == ([32, 16, 32, 32], 1, 1)
+    assert made.getpixel((2, 2)) == (255, 0, 0) and made.getpixel((48, 32)) != (255, 0, 0)
+
+
 def test_a_picture_is_uploaded_and_made_large(page: Page) -> None:
     fill(page, prompt="")
     page.get_by_role("tab", name="Upscale").click()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from core.config.given_control import GivenControl
 from core.config.settings import Job as Wanted
 from core.pictures.images import save_image
 from core.pipeline import UltraPixelPipeline
@@ -34,7 +35,7 @@ from core.server.guard import CLIENT, Guard, Hosts
 from core.server.jobs import KEPT_GIVEN, Job, Jobs, StageBar, TooMany
 from core.server.limits import Limits
 from core.server.models import Models
-from core.server.orders import Beginning, ControlOrder, Order, check_order, going_on
+from core.server.orders import Beginning, Order, check_order, going_on
 from core.server.outputs import Outputs
 from core.server.service import Service
 from core.server.stored import from_settings
@@ -195,7 +196,10 @@ def test_users_with_wrong_names_or_short_passwords_are_refused(
     ({"changes": {"sampler": "/etc/passwd"}}, "sampler"),
     ({"loras": {"../../etc/passwd": 1}}, "not known here"),
     ({"loras": {"cat": "much"}}, "must be a number"),
-    ({"control": ControlOrder("inpainting", Image.new("RGB", (8, 5000)))}, "at most 4096"),
+    ({"controls": (GivenControl("inpainting", Image.new("RGB", (8, 5000))),)}, "at most 4096"),
+    ({"begin": Beginning(Image.new("RGB", (64, 64)), region=(60, 0, 5, 5))}, "does not lie within"),
+    ({"begin": Beginning(Image.new("RGB", (64, 64)), region=(0, 0, 5, 5)), "height": 96}, "own size"),
+    ({"prompts": ((Image.new("RGB", (64, 64)), "much"),)}, "must be a number"),
     ({"begin": Beginning(Image.new("RGB", (64, 2049)), None, True, 2)}, "at most 4096"),
     ({"begin": Beginning(Image.new("RGB", (64, 64)), None, True, 0.5)}, "factor must be"),
     ({"begin": Beginning(Image.new("RGB", (64, 64)), 1.5)}, "strength"),
@@ -434,6 +438,12 @@ def test_what_clients_write_is_escaped() -> None:
     assert not any("<img src=x" in text or "'\"" in text for text in texts)
 
 
+def filled(**given: object) -> Filled:
+    """A form of which the rest is empty."""
+    own = {"prompt": "a house", "preset": "tiny", "tab": TEXT, "count": 1, "others": {}, "loras": ()}
+    return Filled(**{**dict.fromkeys(field.name for field in fields(Filled)), **own, **given})
+
+
 def test_a_pictures_settings_make_the_form_that_makes_it_again() -> None:
     made = Order(
         "a house", "tiny", 64, 96, seed=7, changes={"steps": 3, "shift": 2.0, "cfg_interval": (0.1, 1)}
@@ -446,10 +456,40 @@ def test_a_pictures_settings_make_the_form_that_makes_it_again() -> None:
     assert found["preset"] == "tiny" and found["loras"] == [("lora_cat", 0.5)]
     assert found["others"] == {"shift": 2.0, "cfg_interval": (0.1, 1)}
     names = "prompt negative_prompt preset height width count seed steps cfg sampler fast others".split()
-    values = [found[name] for name in names]
-    filled = Filled.of([*values, TEXT, "canny", None, "", None, False, 1.0, *[None, 1.0] * 2, 1.0, "", 1.0])
-    order = filled.order(SimpleNamespace(limits=LIMITS))
+    values = {name: found[name] for name in names}
+    order = filled(**values).order(SimpleNamespace(limits=LIMITS))
     assert order.settings == made.settings and (order.seed, order.negative_prompt) == (7, "rain")
+
+
+def test_the_form_of_a_small_picture_makes_the_large_one(service: Service) -> None:
+    stored = {
+        **vars(Order("a house", "tiny").settings),
+        "lr_only": True,
+        "seed": 5,
+        "height": 64,
+        "width": 96,
+    }
+    others = from_settings(json.loads(json.dumps(stored)), ["tiny"])["others"]
+    once = filled(others=others, height=128, width=192, count=3)
+    assert (once.order(service).settings.lr_only, once.order(service).settings.lr_size) == (False, (64, 96))
+    assert filled(others=others, height=128, width=128).order(service).settings.lr_size is None
+    for count, few in ((3, 3), (1, 4)):
+        explored = filled(others=others, height=64, width=96, count=count).explored(service)
+        assert (explored.count, explored.settings.lr_only) == (few, True)
+
+
+def test_the_form_takes_a_region_and_a_picture_beside_the_prompt(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(96, 64))
+    place = str(tmp_path / "a.png")
+    region = {"x": 8, "y": 16, "region_width": 32, "region_height": 24}
+    order = filled(start=place, start_strength=1.0, height=512, width=512, **region).order(service)
+    assert order.begin.region == (8, 16, 32, 24) and order.size == (64, 96)
+    ((picture, weight),) = filled(beside=place, beside_weight=0.5).order(service).prompts
+    assert (picture.size, weight) == ((96, 64), 0.5)
+    with pytest.raises(ValueError, match="a width and a height"):
+        filled(start=place, start_strength=1.0, x=8).order(service)
+    with pytest.raises(ValueError, match="add the picture of which a region"):
+        filled(**region).order(service)
 
 
 @pytest.mark.parametrize("value", [1.5, float("nan"), float("inf")])

@@ -119,6 +119,24 @@ def test_a_small_picture_is_gone_on_from_by_its_name(web: httpx.Client) -> None:
         assert web.post("/v1/jobs", json={"from_picture": other}).status_code == 404
 
 
+def test_openai_mends_a_region_and_shows_a_picture_beside_the_prompt(client: openai.OpenAI) -> None:
+    asked = {"image": ("a.png", png("red")), "prompt": PROMPT, "response_format": "b64_json"}
+    (mended,) = decoded(client.images.edit(**asked, extra_body={**OURS, "region": "16,16,24,40"}))
+    same = (opened(mended) == (255, 0, 0)).all(axis=2)
+    assert same[:16].all() and same[:, 40:].all() and not same[16:56, 16:40].all()
+    beside = {"image_prompt": ("b.png", png("blue"))}
+    more = {**OURS, "image_prompt_weight": 0.5}
+    shown = client.post(
+        "/images/edits", body={"prompt": PROMPT, "size": "64x64", "response_format": "b64_json", **more},
+        files=beside, options={"headers": {"Content-Type": "multipart/form-data"}},
+        cast_to=openai.types.ImagesResponse,
+    )  # fmt: skip
+    pipeline, blue = UltraPixelPipeline.from_preset("tiny", device="cpu"), Image.new("RGB", (64, 64), "blue")
+    quick = {"seed": 5, "steps": 1, "steps_b": 1, "progress": False}
+    expected = pipeline(PROMPT, 64, 64, image_prompt=(blue, 0.5), **quick)[0].image
+    np.testing.assert_allclose(opened(decoded(shown)[0]).astype(int), np.array(expected).astype(int), atol=1)
+
+
 @pytest.mark.parametrize("body, told", [
     ({"prompt": PROMPT, "stepz": 4}, "'stepz' is not known: did you mean steps?"),
     ({"prompt": PROMPT, "size": "64 x 64"}, "size must be WIDTHxHEIGHT"),
@@ -147,7 +165,15 @@ def test_what_is_wrong_is_told_in_a_sentence(web: httpx.Client, body: object, to
     ({"image": png()}, {"control": "canny", "strength": "0.5"}, "strength is for"),
     ({"image": png()}, {"strength": "2"}, "strength"),
     ({"image": png()}, {"from_picture": "x"}, "'from_picture' is not known here"),
-], ids="none text factor name size mask key nan weights both control strength further".split())  # fmt: skip
+    ({"image": png()}, {"region": "a"}, "region must be X,Y,WIDTH,HEIGHT"),
+    ({"image": png()}, {"region": "1,1,64,64"}, "does not lie within"),
+    ({"image": png(size=(64, 96))}, {"region": "1,1,9,9"}, "own size"),
+    ({"image": png(), "mask": png()}, {"region": "1,1,9,9"}, "a region takes neither a mask nor a control"),
+    ({"image": png(), "image_prompt": png()}, {"upscale": "true", "size": "auto"}, "takes neither a control"),
+    ({"image": png()}, {"image_prompt_weight": "0.5"}, "send one"),
+    ({"image_prompt": b"no picture"}, {}, "not a picture"),
+    ({"image_prompt": png()}, {"strength": "0.5"}, "need an image"),
+], ids=str)  # fmt: skip
 def test_what_is_wrong_with_an_edit_is_told(
     web: httpx.Client, files: dict[str, bytes], more: dict[str, str], told: str
 ) -> None:
@@ -199,6 +225,24 @@ def test_a_job_takes_a_picture_as_base64_alone(web: httpx.Client) -> None:
         answer = web.post("/v1/jobs", json={**body, "image": place})
         assert answer.status_code == 400, place
     assert "need an image" in web.post("/v1/jobs", json=body).json()["error"]["message"]
+
+
+def test_a_job_takes_several_controls_and_a_picture_beside_the_prompt(web: httpx.Client) -> None:
+    image = base64.b64encode(png()).decode()
+    canny = {"control": "canny", "image": image, "weight": 0.5}
+    body = {**QUICK, "prompt": PROMPT, "image_prompt": image, "controls": [canny, {**canny, "weight": 0.2}]}
+    job = web.post("/v1/jobs", json=body).json()
+    assert "event: done" in web.get(f"/v1/jobs/{job['id']}/events").text
+    made = web.get(web.get(f"/v1/jobs/{job['id']}").json()["pictures"][0]).content
+    stored = read_image_metadata(io.BytesIO(made))
+    assert [one["weight"] for one in stored["controls"]] == [0.5, 0.2] and len(stored["image_prompt"]) == 1
+    for wrong, told in (
+        ([{**canny, "image": "/etc/passwd"}], "no base64"),
+        ([{**canny, "heft": 1}], "controls.0.heft"),
+        ([{**canny, "control": "cany"}], "canny"),
+    ):
+        answer = web.post("/v1/jobs", json={**body, "controls": wrong})
+        assert answer.status_code == 400 and told in answer.json()["error"]["message"]
 
 
 def test_gradios_client(server: str, web: httpx.Client) -> None:

@@ -49,15 +49,17 @@ class Origin:
 
     def size(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
         """The asked size; where a region is mended, the picture's own. ValueError for another one."""
-        if self.region is None:
-            return height, width
-        own = self.picture.size
-        if (height or own[0], width or own[1]) != own:
-            raise ValueError(
-                f"a region is mended at the picture's own size, {own[0]} x {own[1]} (height x width): "
-                "ask for no other"
-            )
-        return own
+        return (height, width) if self.region is None else mended_size(self.picture.size, height, width)
+
+
+def mended_size(own: Size, height: int | None, width: int | None) -> Size:
+    """That of a picture of which a region is mended, its own; ValueError where another one is asked for."""
+    if (height or own[0], width or own[1]) != own:
+        raise ValueError(
+            f"a region is mended at the picture's own size, {own[0]} x {own[1]} (height x width): "
+            "ask for no other"
+        )
+    return own
 
 
 def origin(

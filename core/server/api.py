@@ -9,7 +9,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Form, HTTPException, Request
@@ -18,11 +18,12 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from PIL import Image
 
 from core.config.control_types import control_type
+from core.config.given_control import GivenControl
 from core.printable import say
-from core.server.bodies import EditForm, Editing, Generation, JobBody
+from core.server.bodies import ControlBody, EditForm, Editing, Generation, JobBody
 from core.server.guard import CLIENT, error_body
 from core.server.jobs import Job, Status, TooMany
-from core.server.orders import Beginning, ControlOrder, Order
+from core.server.orders import HOLE, Beginning, Order
 from core.server.service import Service
 from core.server.uploads import from_base64, hole_of, read_upload
 from core.server.worker import UNEXPECTED
@@ -30,6 +31,7 @@ from core.server.worker import UNEXPECTED
 LOOK = 0.1  # seconds between two looks at a job
 KEEP_ALIVE = 15.0  # seconds after which a silent stream says that it is alive
 PICTURES = "/pictures/"
+SENT = ("image", "mask", "image_prompt")  # keys of pictures
 
 
 def add_api(app: FastAPI, service: Service) -> None:
@@ -73,11 +75,11 @@ def _openai_routes(service: Service) -> APIRouter:
     async def edits(body: Annotated[EditForm, Form()], request: Request) -> dict[str, Any]:
         """Make pictures of a picture: fill its hole, be controlled by it, begin at it, or make it large."""
         sent = [*body.image, *body.images]
-        if len(sent) != 1:
+        if len(sent) > 1 or (not sent and body.image_prompt is None):
             raise ValueError(f"send one image, not {len(sent)}")
-        content = await sent[0].read()
-        hole = None if body.mask is None else await body.mask.read()
-        order = await asyncio.to_thread(_edit_order, body, content, hole, service)
+        files = {"image": sent[0] if sent else None, "mask": body.mask, "image_prompt": body.image_prompt}
+        contents = {name: await file.read() for name, file in files.items() if file is not None}
+        order = await asyncio.to_thread(_edit_order, body, contents, service)
         return await _made(service, order, request, body.response_format)
 
     return router
@@ -151,50 +153,74 @@ def _generation_order(body: Generation, service: Service) -> Order:
     return body.order(service.preset, loras=body.loras)
 
 
-def _edit_order(body: Editing, content: bytes, hole: bytes | None, service: Service, **given: Any) -> Order:
-    image = read_upload(content, "the image", service.limits)
-    mask = None if hole is None else read_upload(hole, "the mask", service.limits)
-    if body.factor is not None and not body.upscale:
-        raise ValueError("a factor is for upscale=true")
-    if body.upscale or (body.control is None and mask is None and image.mode != "RGBA"):
-        if body.upscale and (body.control is not None or mask is not None):
-            raise ValueError("upscale takes neither a mask nor a control")
-        begin = Beginning(image, body.strength, body.upscale, body.factor)
+def _edit_order(body: Editing, sent: Mapping[str, bytes], service: Service, **given: Any) -> Order:
+    """The order with the pictures that were sent, by the keys of `SENT`."""
+    pictures = {name: read_upload(content, f"the {name}", service.limits) for name, content in sent.items()}
+    image, mask, beside = (pictures.get(name) for name in SENT)
+    _check_keys(body, image, mask, beside)
+    if beside is not None:
+        weight = 1.0 if body.image_prompt_weight is None else body.image_prompt_weight
+        given["prompts"] = ((beside, weight),)
+    if image is None:
+        return body.order(service.preset, **given)
+    hole = mask is not None or image.mode == "RGBA"
+    if body.upscale or body.region is not None or (body.control is None and not hole):
+        begin = Beginning(image, body.strength, body.upscale, body.factor, body.pixels)
         return body.order(service.preset, begin=begin, **given)
     if body.strength is not None:
         raise ValueError("strength is for image to image and upscale, without a mask, a hole or a control")
     control = control_of(body.control, image, mask, body.control_weight, body.ready)
-    return body.order(service.preset, control=control, **given)
+    return body.order(service.preset, **{**given, "controls": (control, *given.get("controls", ()))})
+
+
+def _check_keys(
+    body: Editing, image: Image.Image | None, mask: Image.Image | None, beside: Image.Image | None
+) -> None:
+    """ValueError for keys that do not go together."""
+    of_image = mask, body.control, body.upscale or None, body.strength, body.region
+    if image is None and any(value is not None for value in of_image):
+        raise ValueError("a mask, a control, a strength, a region and upscale need an image")
+    if body.factor is not None and not body.upscale:
+        raise ValueError("a factor is for upscale=true")
+    if body.image_prompt_weight is not None and beside is None:
+        raise ValueError("image_prompt_weight is the weight of an image_prompt: send one")
+    if (body.upscale or body.region is not None) and (body.control is not None or mask is not None):
+        what = "upscale" if body.upscale else "a region"
+        raise ValueError(f"{what} takes neither a mask nor a control")
 
 
 def _job_order(body: JobBody, service: Service) -> Order:
     if body.from_picture is not None:
         return _generation_order(body, service)
-    if body.image is None:
-        if body.mask or body.control or body.upscale or body.strength is not None:
-            raise ValueError("a mask, a control, a strength and upscale need an image")
-        return body.order(service.preset, loras=body.loras)
-    content = from_base64(body.image, "image")
-    hole = None if body.mask is None else from_base64(body.mask, "mask")
-    return _edit_order(body, content, hole, service, loras=body.loras)
+    sent = {name: from_base64(text, name) for name in SENT if (text := getattr(body, name)) is not None}
+    controls = tuple(_control_order(control, service) for control in body.controls)
+    return _edit_order(body, sent, service, loras=body.loras, controls=controls)
+
+
+def _control_order(body: ControlBody, service: Service) -> GivenControl:
+    image, mask = (
+        None if text is None else read_upload(from_base64(text, name), f"the {name}", service.limits)
+        for name, text in (("image", body.image), ("mask", body.mask))
+    )
+    return control_of(body.control, image, mask, body.weight, body.ready)
 
 
 def control_of(
     kind: str | None, image: Image.Image, mask: Image.Image | None, weight: float | None, ready: bool
-) -> ControlOrder:
+) -> GivenControl:
     """The control by a picture; of one with a mask or transparent parts that is inpainting, if none is named.
 
     ValueError for an unknown kind, and for what does not fit.
     """
     if kind is None:
-        kind = "inpainting"
+        kind = HOLE
     control_type(kind)
-    if kind == "inpainting":
-        return ControlOrder(kind, image.convert("RGB"), hole_of(image, mask), weight)
+    if kind == HOLE:
+        return GivenControl(kind, image.convert("RGB"), hole_of(image, mask), weight)
     if mask is not None:
         raise ValueError(f"a mask is for inpainting, not for {kind}")
     ready = ready or control_type(kind).inference == "ready"
-    return ControlOrder(kind, image.convert("RGB"), weight=weight, ready=ready)
+    return GivenControl(kind, image.convert("RGB"), weight=weight, ready=ready)
 
 
 # --- answers --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from core.config.settings import Settings
 from core.server.orders import Order, going_on
 
 SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
+REGION = re.compile(",".join([r" *(\d{1,6}) *"] * 4))
 SETTINGS = tuple(field.name for field in fields(Settings) if field.default is not MISSING)
 
 LATE = ("cfg_hr", "reuse", "steps_b", "cfg_b", "sampler_b", "stage_a_tiled")  # low passes do not know them
@@ -106,6 +107,17 @@ class Editing(Wanted):
     strength: float | None = Field(None, description="how much of the picture is made anew, 0 to 1")
     upscale: bool = Field(False, description="make the picture itself large, as a whole")
     factor: float | None = Field(None, description="how much larger; or size gives a box that it fits into")
+    region: str | None = Field(None, description="X,Y,WIDTH,HEIGHT: these pixels alone are made anew")
+    image_prompt_weight: float | None = Field(None, description="how much image_prompt counts; 1 if left out")
+
+    @property
+    def pixels(self) -> tuple[int, int, int, int] | None:
+        """The region; ValueError for a wrong one."""
+        if self.region is None:
+            return None
+        if not (found := REGION.fullmatch(self.region)):
+            raise ValueError(f"region must be X,Y,WIDTH,HEIGHT, as in 20,20,40,40, not {self.region[:80]!r}")
+        return tuple(map(int, found.groups()))
 
 
 class EditForm(Editing):
@@ -114,6 +126,19 @@ class EditForm(Editing):
     image: list[UploadFile] = Field(default_factory=list, description="a picture")
     images: list[UploadFile] = Field(default_factory=list, alias="image[]", description="the same, as a list")
     mask: UploadFile | None = Field(None, description="white, or transparent, where it is filled")
+    image_prompt: UploadFile | None = Field(None, description="a picture that says what to show")
+
+
+class ControlBody(BaseModel):
+    """One of several pictures that control."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    control: str = Field(description="by what it controls: canny, inpainting, …")
+    image: str = Field(description="the picture, as base64")
+    mask: str | None = Field(None, description="of inpainting, as base64")
+    weight: float | None = None
+    ready: bool = Field(False, description="the picture shows what is seen, such as edges")
 
 
 class JobBody(Generation, Editing):
@@ -121,3 +146,5 @@ class JobBody(Generation, Editing):
 
     image: str | None = Field(None, description="a picture, as base64; no URL is fetched")
     mask: str | None = Field(None, description="its mask, as base64")
+    image_prompt: str | None = Field(None, description="a picture that says what to show, as base64")
+    controls: list[ControlBody] = Field(default_factory=list, description="pictures that control together")

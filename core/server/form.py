@@ -10,11 +10,12 @@ from typing import Any
 
 from PIL import Image
 
+from core.config.given_control import GivenControl
 from core.config.presets import PRESETS
 from core.config.settings import FAST, Settings
 from core.pipeline.resolution import same_aspect
 from core.server.api import control_of
-from core.server.orders import Beginning, Order
+from core.server.orders import HOLE, Beginning, Order
 from core.server.service import Service
 from core.server.stored import SHOWN
 from core.server.uploads import from_base64, read_upload
@@ -54,6 +55,12 @@ class Filled:
     weight: float | None
     start: str | None  # path of an upload that is gone out from
     start_strength: float
+    x: float | None  # of the region that is made anew
+    y: float | None
+    region_width: float | None
+    region_height: float | None
+    beside: str | None  # path of an upload that says what to show
+    beside_weight: float
     small: str | None  # path of an upload that is made large
     factor: float
     large_strength: float
@@ -72,15 +79,16 @@ class Filled:
         if "steps" in shown:
             shown["steps"] = whole("steps", shown["steps"])
         loras = {name: weight for name, weight in self.loras if name} if self.tab == LORA else {}
-        large = self.tab == LARGE
-        sides = (None, None) if large else (whole("height", self.height), whole("width", self.width))
+        begin, beside = self._begin(service), self._beside(service)
+        own = begin is not None and (begin.large or begin.region is not None)
+        sides = (None, None) if own else (whole("height", self.height), whole("width", self.width))
         others = self._others(sides, service)
         changes = {**(FAST if self.fast else {}), **others, **({} if self.fast else shown)}
         return Order(
             self.prompt or "", self.preset, *sides,
             whole("pictures", self.count) or 1, -1 if self.seed is None else whole("seed", self.seed),
             self.negative_prompt or "", changes, loras,
-            self._control(service) if self.tab == CONTROL else None, self._begin(service),
+            (self._control(service),) if self.tab == CONTROL else (), begin, beside,
         )  # fmt: skip
 
     def explored(self, service: Service) -> Order:
@@ -103,18 +111,36 @@ class Filled:
                 raise ValueError("add the picture that is to be made large")
             picture = opened(self.small, "the picture", service)
             return Beginning(picture, self.large_strength, True, self.factor)
+        region = self._region() if self.tab == TEXT else None
         if self.tab != TEXT or self.start is None:
             return None
-        return Beginning(opened(self.start, "the picture", service).convert("RGB"), self.start_strength)
+        picture = opened(self.start, "the picture", service)
+        return Beginning(picture, self.start_strength, region=region)
 
-    def _control(self, service: Service) -> Any:
+    def _region(self) -> tuple[int, int, int, int] | None:
+        given = {"x": self.x, "y": self.y, "width": self.region_width, "height": self.region_height}
+        x, y, width, height = (whole(f"the region's {name}", value) or 0 for name, value in given.items())
+        if not any((x, y, width, height)):
+            return None
+        if self.start is None:
+            raise ValueError("add the picture of which a region is made anew, or set the region to 0")
+        if 0 in (width, height):
+            raise ValueError("a region has a width and a height: fill in both, or set all four numbers to 0")
+        return x, y, width, height
+
+    def _beside(self, service: Service) -> tuple[tuple[Image.Image, float], ...]:
+        if self.tab != TEXT or self.beside is None:
+            return ()
+        return ((opened(self.beside, "the picture beside the prompt", service), self.beside_weight),)
+
+    def _control(self, service: Service) -> GivenControl:
         if not self.kind:
             raise ValueError("no ControlNet is here for these models")
         if self.picture is None:
             raise ValueError("add the picture that controls")
         picture = opened(self.picture, "the picture", service)
         mask = None
-        if self.kind == "inpainting":
+        if self.kind == HOLE:
             if self.mask_file is not None:
                 mask = opened(self.mask_file, "the mask", service)
             elif self.mask:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 MAX_PROMPT = 4000  # letters
 MEGA = 1_000_000
+MOST_SENT = 4  # pictures of full size in one request
 
 
 @dataclass(frozen=True)
@@ -26,5 +27,5 @@ class Limits:
 
     @property
     def request_bytes(self) -> int:
-        """The largest request: a picture and a mask, both as base64, and text around them."""
-        return 2 * self.upload_mb * MEGA * 4 // 3 + MEGA
+        """The largest request: its pictures as base64, and text around them."""
+        return MOST_SENT * self.upload_mb * MEGA * 4 // 3 + MEGA

@@ -10,26 +10,19 @@ from typing import Any
 from PIL import Image
 
 from core.config.arguments import number, text, whole_number
+from core.config.given_control import GivenControl
 from core.config.presets import PRESETS, Preset
 from core.config.settings import Settings, changed
+from core.pipeline.origins import mended_size
 from core.pipeline.passes import check_strength
+from core.pipeline.region import Region
 from core.pipeline.steering import CONTROLLED
 from core.pipeline.upscaling import Upscaling
 from core.server.limits import MAX_PROMPT, Limits
 
 MAX_SEED = 2**63 - 1
+HOLE = "inpainting"  # the control that fills one
 STEPS = ("steps", "steps_lr", "steps_b")
-
-
-@dataclass(frozen=True)
-class ControlOrder:
-    """A picture that controls, as `UltraPixelPipeline.set_control` takes it."""
-
-    kind: str
-    picture: Image.Image
-    mask: Image.Image | None = None
-    weight: float | None = None
-    ready: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +33,12 @@ class Beginning:
     strength: float | None = None
     large: bool = False
     factor: float | None = None  # of its own size, where it is made large
+    region: tuple[int, int, int, int] | None = None  # x, y, width, height: these pixels alone are made anew
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The picture's height and width."""
+        return self.picture.height, self.picture.width
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,9 @@ class Order:
     negative_prompt: str = ""
     changes: Mapping[str, Any] = field(default_factory=dict)  # of Settings
     loras: Mapping[str, float] = field(default_factory=dict)  # weights, by the names that the server lists
-    control: ControlOrder | None = None
+    controls: tuple[GivenControl, ...] = ()
     begin: Beginning | None = None
+    prompts: tuple[tuple[Image.Image, float], ...] = ()  # pictures beside the prompt, with their weights
 
     @property
     def large(self) -> bool:
@@ -64,35 +64,44 @@ class Order:
         return self.begin is not None and self.begin.large
 
     @property
+    def mends(self) -> bool:
+        """Whether a region of a picture is made anew."""
+        return self.begin is not None and self.begin.region is not None
+
+    @property
     def given(self) -> bool:
         """Whether pictures came with it."""
-        return self.control is not None or self.begin is not None
+        return bool(self.controls or self.begin or self.prompts)
 
     def without_pictures(self) -> Order:
         """The same without pictures that came with it."""
-        return replace(self, control=None, begin=None)
+        return replace(self, controls=(), begin=None, prompts=())
 
     def with_pictures_of(self, other: Order) -> Order:
         """The same with those that came with another one."""
-        return replace(self, control=other.control, begin=other.begin)
+        return replace(self, controls=other.controls, begin=other.begin, prompts=other.prompts)
 
     @property
     def settings(self) -> Settings:
         """All settings; ValueError or TypeError for a wrong one."""
-        default = Settings(cfg=PRESETS[self.preset].cfg) if self.control is None else CONTROLLED
+        default = Settings(cfg=PRESETS[self.preset].cfg) if not self.controls else CONTROLLED
         return changed(None, default, self.changes)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width; a picture with a hole has its own, and one that is made large its shape."""
+        """Height and width; a picture with a hole or a region has its own, and one made large its shape."""
         preset: Preset = PRESETS[self.preset]
         height, width = preset.height, preset.width
         if self.large:
-            own = self.begin.picture.height, self.begin.picture.width
             sides = self.height, self.width, self.begin.factor
-            return Upscaling((height, width), *sides, strength=self.begin.strength or 1.0).size(own)
-        if self.control is not None and self.control.kind == "inpainting":
-            height, width = self.control.picture.height, self.control.picture.width
+            return Upscaling((height, width), *sides, strength=self.begin.strength or 1.0).size(
+                self.begin.size
+            )
+        if self.mends:
+            return mended_size(self.begin.size, self.height, self.width)
+        for control in self.controls:
+            if control.control == HOLE:
+                height, width = control.picture.height, control.picture.width
         return self.height or height, self.width or width
 
 
@@ -113,7 +122,7 @@ def check_order(order: Order, limits: Limits, presets: Collection[str], loras: C
     for name in ("prompt", "negative_prompt"):
         if len(text(name, getattr(order, name))) > MAX_PROMPT:
             raise ValueError(f"{name} has more than {MAX_PROMPT} letters, the most that is taken")
-    if not order.prompt.strip() and not order.large:
+    if not order.prompt.strip() and not order.large and not order.prompts:
         raise ValueError("prompt is empty: say what the picture shows")
     check_known("preset", order.preset, presets)
     for name in ("height", "width"):
@@ -129,13 +138,24 @@ def check_order(order: Order, limits: Limits, presets: Collection[str], loras: C
     if not -1 <= whole_number("seed", order.seed) <= MAX_SEED:
         raise ValueError(f"seed must be -1, which draws one, or a number from 0 up, not {order.seed}")
     _check_steps(order.settings, limits)
-    if order.large and order.settings.lr_only:
-        raise ValueError("no small picture comes before one that is made large: leave lr_only out")
-    if order.begin is not None and order.begin.strength is not None:
-        check_strength(number("strength", order.begin.strength))
+    if order.begin is not None:
+        _check_begin(order, order.begin)
+    for _, weight in order.prompts:
+        number("the weight of the image prompt", weight)
     for name, weight in order.loras.items():
         check_known("LoRA", name, loras)
         number(f"the weight of {name}", weight)
+
+
+def _check_begin(order: Order, begin: Beginning) -> None:
+    if order.large and order.settings.lr_only:
+        raise ValueError("no small picture comes before one that is made large: leave lr_only out")
+    if order.large and (order.controls or order.prompts or order.mends):
+        raise ValueError("what is made large takes neither a control, nor an image prompt, nor a region")
+    if begin.strength is not None:
+        check_strength(number("strength", begin.strength))
+    if begin.region is not None:
+        Region(*begin.region).check(begin.size)
 
 
 def _check_steps(settings: Settings, limits: Limits) -> None:

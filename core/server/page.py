@@ -162,9 +162,24 @@ class Page:
 
     def _start_fields(self) -> None:
         with gr.Accordion("Start from a picture", open=False):
-            self._start = upload("Picture to start from", sources=["upload", "clipboard"], height=200)
+            self._start = upload(
+                "Picture to start from", elem_id="up-start", sources=["upload", "clipboard"], height=200
+            )
             label = "How much is made anew: 0 nothing, 1 everything"
             self._start_strength = gr.Slider(0.05, 1, STRENGTH, step=0.05, label=label)
+            gr.Markdown(
+                "Make only a region anew, in the picture's pixels from its upper left corner (0: all of it). "
+                "The picture then keeps its size."
+            )
+            with gr.Row():
+                self._region = [
+                    gr.Number(0, label=label, precision=0, min_width=110)
+                    for label in ("x", "y", "Region's width", "Region's height")
+                ]
+        with gr.Accordion("Show a picture beside the prompt", open=False):
+            label = "Picture that says what to show: its content and mood, not its places"
+            self._beside = upload(label, elem_id="up-beside", sources=["upload", "clipboard"], height=200)
+            self._beside_weight = gr.Slider(0, 1, 1, step=0.05, label="How much it counts")
 
     def _large_fields(self) -> None:
         self._small = upload("Picture to make large", elem_id="up-small", sources=["upload", "clipboard"])
@@ -256,7 +271,8 @@ class Page:
             self._prompt, self._negative, self._preset, self._height, self._width, self._count, self._seed,
             self._steps, self._cfg, self._sampler, self._fast, self._others, self._tab, self._kind,
             self._picture, self._mask, self._mask_file, self._ready, self._weight,
-            self._start, self._start_strength, self._small, self._factor, self._large_strength, *self._loras,
+            self._start, self._start_strength, *self._region, self._beside, self._beside_weight,
+            self._small, self._factor, self._large_strength, *self._loras,
         ]  # fmt: skip
 
     # --- what happens ---------------------------------------------------------------------------------
@@ -288,6 +304,9 @@ class Page:
             part.change(self._told, sized, self._takes, **quiet)
         changed = [*sides, self._size, self._cfg, self._kind, self._weight]
         self._preset.input(self._with_preset, self._preset, changed, **quiet)
+        whole_region = f"(strength) => strength === {STRENGTH} ? 1 : strength"
+        for side in self._region:
+            side.input(None, self._start_strength, self._start_strength, js=whole_region, **quiet)
         self._control_events(quiet)
         filled = [
             self._prompt, self._negative, self._preset, *sides, self._count, self._seed, self._steps,
@@ -327,7 +346,9 @@ class Page:
         name = str(event._data.get("name", ""))
 
         def order(service: Service) -> Order:
-            return going_on(service.earlier(name), whole("height", height), whole("width", width), {})
+            earlier = service.earlier(name)
+            own = (None, None) if earlier.mends else (whole("height", height), whole("width", width))
+            return going_on(earlier, *own, {})
 
         async for seen in self._ordered(order, request):
             yield seen

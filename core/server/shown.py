@@ -13,6 +13,7 @@ HEADINGS = {"done": "Done", "cancelled": "Cancelled", "failed": "It did not work
 TOLD = {
     "prompt": "Prompt", "negative_prompt": "Not in it", "seed": "Seed", "steps": "Steps", "cfg": "cfg",
     "sampler": "Sampler", "control": "Control", "lora": "LoRA", "pretrained_path": "Guidance",
+    "strength": "Made anew", "region": "Region",
 }  # fmt: skip
 
 
@@ -97,7 +98,8 @@ def history(names: Sequence[str]) -> str:
 def details(name: str, settings: Mapping[str, Any]) -> str:
     """A picture of the history with what it was made with."""
     told = {name: settings[key] for key, name in TOLD.items() if settings.get(key) not in (None, "", [])}
-    told["Size"] = f"{settings.get('width')} × {settings.get('height')}"
+    small = "a small one for " if settings.get("lr_only") else ""
+    told["Size"] = f"{small}{settings.get('width')} × {settings.get('height')}"
     rows = (f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in told.items())
     card = _card(name, name, str(settings.get("prompt", "")))
     return f'<div class="up-results">{card}</div><dl>{"".join(rows)}</dl>'

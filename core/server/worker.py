@@ -56,7 +56,7 @@ class Worker(threading.Thread):
             raise
         finally:
             pipeline.set_control(None)
-        if made and not job.stop.is_set() and not order.settings.lr_only:
+        if made and not (job.stop.is_set() or order.settings.lr_only or order.mends):
             size = made[0].job.height, made[0].job.width
             self._models.learn(order.preset, size, order.settings, telling.seconds / len(made))
         self._save(job, made)
@@ -69,10 +69,8 @@ class Worker(threading.Thread):
             [f"{paths[name]}:{weight}" for name, weight in order.loras.items()], pipeline.config_c
         )
         pipeline.set_loras(loras)
-        if (control := order.control) is not None:
-            pipeline.set_control(
-                control.kind, control.picture, control.mask, weight=control.weight, ready=control.ready
-            )
+        if order.controls:
+            pipeline.set_controls(order.controls)
         wanted = Wanted(order.prompt, *order.size, job.seed, order.negative_prompt)
         doubts = pipeline.doubts([wanted], order.settings)
         job.update(notes=(*doubts, *uncalled(loras, [order.prompt])))
@@ -87,7 +85,9 @@ class Worker(threading.Thread):
             sides = {"factor": begin.factor, "height": order.height, "width": order.width}
             return pipeline.upscale([begin.picture] * order.count, prompt=order.prompt, **sides, **asked)
         if begin is not None:
-            asked |= {"init_image": begin.picture, "strength": begin.strength}
+            asked |= {"init_image": begin.picture, "strength": begin.strength, "region": begin.region}
+        if order.prompts:
+            asked["image_prompt"] = order.prompts
         return pipeline(order.prompt, *order.size, num_images=order.count, **asked)
 
     def _save(self, job: Job, made: Pictures) -> None:
