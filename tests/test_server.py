@@ -338,14 +338,25 @@ def test_a_small_picture_is_rendered_high(service: Service) -> None:
         order = going_on(earlier, None, None, {})
         assert order == replace(order, seed=6, height=64, width=96, preset="tiny")
         np.testing.assert_array_equal(high(service, order), high(service, once))
-        assert high(service, going_on(earlier, 128, 192, {})).shape == (128, 192, 3)
-        assert service.outputs.settings(service.outputs.names()[0])["lr_size"] == [64, 96]
+        large = service.submit(going_on(earlier, 128, 192, {}), "a")
+        assert pixels(service, large)[0].shape == (128, 192, 3)
+        assert service.outputs.settings(large.status.pictures[0])["lr_size"] == [64, 96]
         with pytest.raises(ValueError, match="cannot go on from the low-resolution pass"):
             service.submit(going_on(earlier, 128, 128, {}), "a")
 
 
-def test_a_small_picture_of_a_picture_is_rendered_high_while_that_is_kept(service: Service) -> None:
-    given = {"begin": Beginning(Image.new("RGB", (96, 64), "red"), 0.9)}
+RED, HOLE = Image.new("RGB", (96, 64), "red"), Image.new("L", (96, 64))
+HOLE.paste(255, (30, 20, 60, 50))
+
+
+@pytest.mark.parametrize("given", [
+    {"begin": Beginning(RED, 0.9)},
+    {"begin": Beginning(RED, region=(8, 8, 40, 40)), "prompts": ((RED, 0.5),)},
+    {"controls": (GivenControl("inpainting", RED, HOLE),)}, {"controls": (GivenControl("canny", RED),) * 2},
+], ids=["begin", "region", "hole", "controls"])  # fmt: skip
+def test_a_small_picture_of_a_picture_is_rendered_high_while_that_is_kept(
+    given: dict[str, object], service: Service
+) -> None:
     with service.running():
         explored = small(service, **given)
         name = explored.status.pictures[0]
