@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,29 +35,34 @@ def write_models(folder: Path) -> Path:
 
 
 @contextmanager
-def served(folder: Path, *flags: str) -> Iterator[str]:
-    """The address of a server whose pictures go to `folder`; at the end it stops as by Ctrl-C.
+def started(
+    folder: Path, *flags: str, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server whose pictures go to `folder`, and its address; what it says may hold no traceback.
 
-    What it says goes to a file: a pipe that nobody reads would fill up, and the server wait for it forever.
+    That goes to a file: a pipe that nobody reads would fill up, and the server wait for it forever.
     """
-    command = [
-        sys.executable,
-        str(ROOT / "inference/app.py"),
-        "--port",
-        "0",
-        "--output_dir",
-        str(folder),
-        *flags,
-    ]
+    app = str(ROOT / "inference/app.py")
+    command = [sys.executable, app, "--port", "0", "--output_dir", str(folder), *flags]
     heard = folder.parent / f"{folder.name}.txt"
     with heard.open("w") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
     try:
         line = process.stdout.readline()
         assert line.startswith("http"), heard.read_text()
-        yield line.split()[0]
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        yield process, line.split()[0]
     finally:
         process.kill()
     assert "Traceback" not in heard.read_text(), heard.read_text()
+
+
+@contextmanager
+def served(folder: Path, *flags: str) -> Iterator[str]:
+    """The address of such a server; at the end it stops as by Ctrl-C."""
+    with started(folder, *flags) as (process, address):
+        yield address
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)

@@ -6,8 +6,12 @@ import base64
 import io
 import json
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import gradio_client
 import httpx
@@ -15,7 +19,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving import QUICK, served, write_models
+from serving import QUICK, served, started, write_models
 
 from core.pictures.images import read_image_metadata
 from core.pipeline import UltraPixelPipeline
@@ -153,6 +157,26 @@ def test_what_is_wrong_is_told_in_a_sentence(web: httpx.Client, body: object, to
     assert told in message and "\n" not in message
 
 
+@pytest.mark.parametrize(("body", "told"), [
+    (b"{", "must be JSON"), (b"", "must be JSON"), (b"[" * 100_000, "body"), (b"\xff\xfe", "body"),
+    (b'{"prompt": "a", "size": "0x0"}', "at least one pixel"),
+    (b'{"prompt": "a", "loras": {"lora_random": NaN}}', "the weight of lora_random"),
+    (b'{"prompt": "a", "loras": {"lora_random": 1e999}}', "the weight of lora_random"),
+])  # fmt: skip
+def test_bodies_that_are_none_are_told_in_openai_s_shape(web: httpx.Client, body: bytes, told: str) -> None:
+    answer = web.post("/v1/images/generations", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert told in message and "/" not in message.replace("application/json", "")
+
+
+def test_unknown_routes_and_texts_for_files_are_told_in_openai_s_shape(web: httpx.Client) -> None:
+    answer = web.get("/v1/nothing")
+    assert answer.status_code == 404 and "no /v1/nothing" in answer.json()["error"]["message"]
+    answer = web.post("/v1/images/edits", data={"prompt": "a", "image": "hello"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "image must be sent as a file")
+
+
 @pytest.mark.parametrize("files, more, told", [
     ({}, {}, "send one image, not 0"), ({"image": b"no picture"}, {}, "not a picture"),
     ({"image": png()}, {"factor": "2"}, "upscale=true"), ({"image": png()}, {"control": "cany"}, "canny"),
@@ -160,7 +184,7 @@ def test_what_is_wrong_is_told_in_a_sentence(web: httpx.Client, body: object, to
     ({"image": png(), "mask": png()}, {"control": "canny"}, "a mask is for inpainting"),
     ({"image": png()}, {"control": "canny", "stepz": "5"}, "did you mean steps"),
     ({"image": png()}, {"control": "canny", "control_weight": "nan"}, "finite"),
-    ({"image": png()}, {"control": "depth"}, "depth"),
+    ({"image": png()}, {"control": "depth"}, "ControlNet 'depth' is not known here"),
     ({"image": png()}, {"upscale": "true", "control": "canny"}, "neither a mask nor a control"),
     ({"image": png()}, {"control": "canny", "strength": "0.5"}, "strength is for"),
     ({"image": png()}, {"strength": "2"}, "strength"),
@@ -294,3 +318,22 @@ def test_curl(server: str) -> None:
 
 def curl(*words: str) -> bytes:
     return subprocess.run(["curl", "-sS", *words], capture_output=True, check=True, timeout=60).stdout
+
+
+def test_a_signal_to_end_tells_who_waits_and_leaves_no_uploads(tmp_path: Path) -> None:
+    uploads, out = tmp_path / "tmp", tmp_path / "out"
+    uploads.mkdir()
+    flags = "--preset", "tiny", "--device", "cpu"
+    with started(out, *flags, environment={"TMPDIR": str(uploads)}) as (process, address):
+        body = {"prompt": PROMPT, "size": "512x512", "steps": 50}
+        job = httpx.post(f"{address}/v1/jobs", json=body).json()["id"]
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(httpx.post, f"{address}/v1/images/generations", json=body, timeout=60)
+            while httpx.get(f"{address}/v1/jobs/{job}").json()["state"] == "waiting":
+                time.sleep(0.1)
+            time.sleep(0.5)  # so that the other one waits too
+            process.terminate()
+            answer = waiting.result()
+        process.wait(90)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "the server is being stopped")
+    assert not list(uploads.glob("ultrapixel-*")) and process.returncode == 128 + signal.SIGTERM

@@ -16,6 +16,7 @@ from fastapi import APIRouter, FastAPI, Form, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from PIL import Image
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from core.config.control_types import control_type
 from core.config.given_control import GivenControl
@@ -39,8 +40,9 @@ def add_api(app: FastAPI, service: Service) -> None:
     app.include_router(_openai_routes(service))
     app.include_router(_job_routes(service))
     app.include_router(_file_routes(service))
+    app.add_api_route("/v1/{rest:path}", _unknown, methods=["GET", "POST"], include_in_schema=False)
     app.add_exception_handler(RequestValidationError, _told_invalid)
-    app.add_exception_handler(HTTPException, _told_http)
+    app.add_exception_handler(StarletteHTTPException, _told_http)  # of unknown routes too
     app.add_exception_handler(ValueError, _told_mistake)
     app.add_exception_handler(TypeError, _told_mistake)
     app.add_exception_handler(FileNotFoundError, _told_missing)
@@ -83,6 +85,11 @@ def _openai_routes(service: Service) -> APIRouter:
         return await _made(service, order, request, body.response_format)
 
     return router
+
+
+def _unknown(rest: str) -> None:
+    """What the page's server, which has all other addresses, would tell in a shape of its own."""
+    raise HTTPException(404, f"there is no /v1/{rest[:80]}; /docs shows what there is")
 
 
 def _job_routes(service: Service) -> APIRouter:
@@ -230,13 +237,15 @@ async def _made(service: Service, order: Order, request: Request, form: str) -> 
     """The pictures of an order, once they are made; where nobody waits any more, it is cancelled."""
     job = await asyncio.to_thread(service.submit, order, request.scope[CLIENT])
     try:
-        while not job.status.over:
+        while not job.status.over and not service.jobs.closed:
             await asyncio.sleep(LOOK)
             if await request.is_disconnected():
                 break
     finally:
         if not job.status.over:
             service.jobs.cancel(job)
+    if service.jobs.closed and job.status.state != "done":
+        raise HTTPException(503, "the server is being stopped")
     if job.status.state == "failed":
         raise HTTPException(500 if job.status.error == UNEXPECTED else 400, job.status.error)
     if job.status.state != "done":
@@ -317,7 +326,7 @@ def _told_missing(_: Request, error: Exception) -> JSONResponse:
     return _refused(404, str(error))
 
 
-def _told_http(_: Request, error: HTTPException) -> JSONResponse:
+def _told_http(_: Request, error: StarletteHTTPException) -> JSONResponse:
     return _refused(error.status_code, str(error.detail))
 
 
@@ -335,8 +344,10 @@ def _told_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         near = difflib.get_close_matches(key, JobBody.model_fields, n=1)
         hint = f": did you mean {near[0]}?" if near and near[0] != key else " here; /docs has the known ones"
         return _refused(400, f"the key {key[:80]!r} is not known{hint}", key)
+    if not key or first["type"] == "json_invalid":
+        return _refused(400, "the body must be JSON with Content-Type: application/json")
+    if "UploadFile" in first["msg"]:
+        return _refused(400, f"{keys[0]} must be sent as a file", keys[0])
     if first["type"] == "missing":
         return _refused(400, f"{key} is missing", key)
-    if not key:
-        return _refused(400, "the body must be JSON with Content-Type: application/json")
     return _refused(400, f"{key}: {first['msg']}", key)

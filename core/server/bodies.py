@@ -68,7 +68,10 @@ def _sides(size: str | None) -> tuple[int | None, int | None]:
         return None, None
     if not (found := SIZE.fullmatch(size)):
         raise ValueError(f"size must be WIDTHxHEIGHT, as in 1024x768, or auto, not {size[:80]!r}")
-    return int(found[1]), int(found[2])
+    width, height = int(found[1]), int(found[2])
+    if not width or not height:
+        raise ValueError(f"size must have at least one pixel a side, not {size}")
+    return width, height
 
 
 BESIDE = (*LATE, *Ignored.model_fields, "from_picture", "size", "response_format")  # when going on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -144,7 +145,8 @@ def check_order(order: Order, limits: Limits, presets: Collection[str], loras: C
         number("the weight of the image prompt", weight)
     for name, weight in order.loras.items():
         check_known("LoRA", name, loras)
-        number(f"the weight of {name}", weight)
+        if not math.isfinite(number(f"the weight of {name}", weight)):
+            raise ValueError(f"the weight of {name} must be a number, not {weight}")
 
 
 def _check_begin(order: Order, begin: Beginning) -> None:

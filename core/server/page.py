@@ -185,7 +185,8 @@ class Page:
         self._small = upload("Picture to make large", elem_id="up-small", sources=["upload", "clipboard"])
         self._factor = gr.Slider(1, 8, 2, step=0.25, label="So many times as wide and as high")
         label = "How much is made anew: 1 all details, less keeps more"
-        self._large_strength = gr.Slider(0.05, 1, 1, step=0.05, label=label)
+        own = PRESETS[self._service.preset].upscale_strength
+        self._large_strength = gr.Slider(0.05, 1, own, step=0.05, label=label)
         gr.Markdown("The prompt may stay empty. Width and height do not count here.")
 
     def _control_fields(self) -> None:
@@ -302,7 +303,7 @@ class Page:
         self._size.input(lambda size: size or (gr.skip(), gr.skip()), self._size, sides, **quiet)
         for part in sized:
             part.change(self._told, sized, self._takes, **quiet)
-        changed = [*sides, self._size, self._cfg, self._kind, self._weight]
+        changed = [*sides, self._size, self._cfg, self._kind, self._weight, self._large_strength]
         self._preset.input(self._with_preset, self._preset, changed, **quiet)
         whole_region = f"(strength) => strength === {STRENGTH} ? 1 : strength"
         for side in self._region:
@@ -424,7 +425,7 @@ class Page:
         choices = gr.update(choices=self._size_choices(preset), value=None)
         kinds = self._service.models.controls(preset)
         kind = gr.update(choices=kinds, value=next(iter(kinds), None))
-        return own.height, own.width, choices, own.cfg, kind, own.control_weight
+        return own.height, own.width, choices, own.cfg, kind, own.control_weight, own.upscale_strength
 
     def _edges_of(self, path: str | None, height: float | None, width: float | None) -> Any:
         """What a ControlNet would see of the edges."""

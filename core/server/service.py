@@ -10,7 +10,7 @@ from core.pipeline.resolution import low_picture, plan_for
 from core.server.jobs import Job, Jobs
 from core.server.limits import Limits
 from core.server.models import Models
-from core.server.orders import Order, check_order
+from core.server.orders import Order, check_known, check_order
 from core.server.outputs import Outputs
 from core.server.stored import made_of_pictures, order_from
 from core.server.worker import Worker
@@ -42,6 +42,8 @@ class Service:
         presets = self.models.available()
         loras = self.models.loras(order.preset) if order.preset in presets else {}
         check_order(order, self.limits, presets, loras)
+        for control in order.controls:
+            check_known("ControlNet", control.control, self.models.controls(order.preset))
         config, settings = self.models.described(order.preset).config_c, order.settings
         sizes = plan_for(config, *order.size, settings.lr_size)
         if settings.lr_only:
