@@ -125,6 +125,9 @@ def check_order(order: Order, limits: Limits, presets: Collection[str], loras: C
             raise ValueError(f"{name} has more than {MAX_PROMPT} letters, the most that is taken")
     if not order.prompt.strip() and not order.large and not order.prompts:
         raise ValueError("prompt is empty: say what the picture shows")
+    if order.preset in PRESETS and order.preset not in presets:
+        way = f"python models/download.py --preset {order.preset}"
+        raise ValueError(f"the weights of the preset {order.preset} are not here: {way} fetches them")
     check_known("preset", order.preset, presets)
     for name in ("height", "width"):
         if getattr(order, name) is not None:

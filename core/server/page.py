@@ -137,7 +137,7 @@ class Page:
             for name, tab in tabs.items():
                 tab.select(
                     partial(self._opened, name), self._preset,
-                    [self._tab, form, outcome, self._cfg, self._outcome.explore],
+                    [self._tab, form, outcome, self._cfg, self._outcome.explore, self._sizes],
                     api_visibility="private", show_progress="hidden",
                 )  # fmt: skip
             tabs[HISTORY].select(self._listed, None, self._history, api_visibility="private")
@@ -187,7 +187,7 @@ class Page:
         label = "How much is made anew: 1 all details, less keeps more"
         own = PRESETS[self._service.preset].upscale_strength
         self._large_strength = gr.Slider(0.05, 1, own, step=0.05, label=label)
-        gr.Markdown("The prompt may stay empty. Width and height do not count here.")
+        gr.Markdown("The prompt may stay empty.")
 
     def _control_fields(self) -> None:
         own = PRESETS[self._service.preset]
@@ -234,12 +234,15 @@ class Page:
         own = PRESETS[first]
         self._prompt = gr.Textbox("", label="Prompt", lines=3, elem_id="up-prompt", autofocus=True)
         self._preset = gr.Dropdown(self._presets, value=first, label="Models", visible=len(self._presets) > 1)
-        self._size = gr.Dropdown(self._size_choices(first), value=None, label="Size (width × height)",
-                                 info="or any size below")  # fmt: skip
-        with gr.Row():
-            self._width = gr.Number(own.width, label="Width", precision=0, min_width=110)
-            self._height = gr.Number(own.height, label="Height", precision=0, min_width=110)
-        self._takes = gr.HTML(self._told(first, own.height, own.width, None))
+        with gr.Column() as self._sizes:
+            self._size = gr.Dropdown(
+                self._size_choices(first), value=None, label="Usual sizes (width × height)",
+                info="choose one, or write any size below",
+            )  # fmt: skip
+            with gr.Row():
+                self._width = gr.Number(own.width, label="Width", precision=0, min_width=110)
+                self._height = gr.Number(own.height, label="Height", precision=0, min_width=110)
+            self._takes = gr.HTML(self._told(first, own.height, own.width, None))
         with gr.Row():
             self._seed = gr.Number(-1, label="Seed", info="-1 draws one", precision=0, min_width=140)
             self._dice = gr.Button("Roll", min_width=90, scale=0)
@@ -328,10 +331,11 @@ class Page:
     @staticmethod
     def _opened(tab: str, preset: str) -> tuple[Any, ...]:
         """What changes with the tab: the history needs no form, control another cfg, and what is made large
-        has no small picture before it."""
+        has its own size, and no small picture before it."""
         seen = gr.update(visible=tab != HISTORY)
         cfg = CONTROLLED.cfg if tab == CONTROL else PRESETS[preset].cfg
-        return tab, seen, seen, gr.skip() if tab == HISTORY else cfg, gr.update(visible=tab != LARGE)
+        others = gr.update(visible=tab != LARGE)
+        return tab, seen, seen, gr.skip() if tab == HISTORY else cfg, others, others
 
     async def _make(self, request: gr.Request, *values: Any) -> AsyncIterator[Any]:
         async for seen in self._ordered(Filled.of(values).order, request):
