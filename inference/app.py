@@ -126,7 +126,7 @@ def serve(site: ASGIApp, listening: socket.socket, service: Service) -> None:
     end = server.handle_exit
 
     def close(number: int, frame: FrameType | None) -> None:
-        service.jobs.close()
+        service.close()
         end(number, frame)
 
     server.handle_exit = close

@@ -214,13 +214,19 @@ def run(family_folder: Path, files: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """Runs test_t2i, or another script, on the random family; the picture, of which there is one."""
     monkeypatch.chdir(files)
 
-    def called(*flags: object, script=test_t2i, out: str = "out", repeats: Path | None = None) -> Path:
+    def called(
+        *flags: object,
+        script=test_t2i,
+        out: str = "out",
+        repeats: Path | None = None,
+        way: str = "from_image",
+    ) -> Path:
         values = {"prompt": "a fox", "steps": 2, "steps_b": 1, "seed": 3, "height": 96, "width": 128,
                   "config_c": family_folder / "stage_c.yaml", "config_b": family_folder / "stage_b.yaml",
                   "pretrained_path": family_folder / "ultrapixel_t2i.safetensors",
                   "control_file": files / "{control}.safetensors"}  # fmt: skip
         if repeats is not None:
-            values = {"from_image": repeats}
+            values = {way: repeats}
         elif not {"--control", "--control_image", "--control_source"} & {*flags}:
             del values["control_file"]
         named = [part for name, value in values.items() for part in (f"--{name}", value)]
@@ -286,6 +292,13 @@ def test_a_picture_with_several_controls_from_python_is_repeated(
     assert np.array_equal(pixels(again), np.asarray(picture.image))
     pipeline.set_controls([])
     assert pipeline.controls_for((96, 128)) == ()
+
+
+def test_latents_that_were_controlled_are_gone_on_from(run: Run) -> None:
+    first = run("--control", "canny:0.png:2", "--save_latents")
+    for way in ("from_lr", "from_latents"):
+        again = run(out=way, repeats=first.with_suffix(".safetensors"), way=way)
+        assert np.array_equal(pixels(again), pixels(first))
 
 
 def test_a_preset_turns_no_lora_on() -> None:

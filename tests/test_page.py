@@ -260,6 +260,14 @@ def test_a_phone_in_the_dark_with_the_keyboard_alone(open_page: Callable[..., Pa
     assert page.evaluate("window.upMask.data()").startswith("data:image/png")
 
 
+def test_the_server_ends_while_a_window_is_open(browser: Browser, tmp_path: Path) -> None:
+    with served(tmp_path / "out", "--preset", "tiny", "--device", "cpu") as address:
+        page = browser.new_context().new_page()
+        page.goto(address)
+        expect(page.get_by_label("Prompt", exact=True)).to_be_visible()
+    page.context.close()  # after the end, which may leave no traceback
+
+
 FETCH = """async ([url, body, kind]) => {
     const mode = kind == "text/plain" ? "no-cors" : "cors", headers = {"Content-Type": kind};
     try {

@@ -9,12 +9,11 @@ from typing import Any
 
 from core.commands.flags import home_path, parse_with_preset
 from core.commands.parsing import Gather, leave_size_open
-from core.config.control_types import CONTROL_TYPES, control_type
+from core.config.control_types import CONTROL_TYPES, HOLE, control_type
 from core.config.given_control import FORM, GivenControl, check_hr, read_control
 from core.config.presets import DEFAULT, PRESETS
 from core.launch import told_once
 
-HOLE = "inpainting"
 SHARED, HOLE_FLAGS = ("control_file", "control_size", "keep_aspect", "control_hr"), ("mask", "outpaint")
 OWN = ("lora", "control_file", "control_weight")  # which a preset does not turn on, or each control has
 
@@ -122,16 +121,17 @@ def given_controls(arguments: argparse.Namespace) -> list[GivenControl]:
         if getattr(arguments, flag) and not there:
             raise ValueError(f"--{flag} needs a control: add --control {kind}:PICTURE")
     controls = [_with_flags(given, arguments) for given in controls]
-    _check_heard(controls, arguments)
+    _check_heard(arguments)
     check_hr(controls, arguments.reuse, arguments.region is not None)
     return controls
 
 
-def _check_heard(controls: Sequence[GivenControl], arguments: argparse.Namespace) -> None:
-    """ValueError for controls of passes that are not made."""
-    if controls and arguments.from_latents is not None:
+def _check_heard(arguments: argparse.Namespace) -> None:
+    """ValueError for controls of passes that are not made, but for those with which the others were made."""
+    asked = any(isinstance(given, GivenControl) for given in arguments.controls)
+    if asked and arguments.from_latents is not None:
         raise ValueError("--from_latents runs Stages B and A alone, which no control steers: leave it out")
-    if controls and arguments.from_lr is not None and not any(given.hr for given in controls):
+    if asked and arguments.from_lr is not None and not arguments.control_hr:
         raise ValueError(
             "--from_lr leaves out the pass that controls steer: add --control_hr, or leave it out"
         )

@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -51,6 +51,7 @@ class Task:
     path: Path
     target: Path
     job: Job
+    sha256: str = ""  # of the picture's file, once it is read
 
 
 class Broken:
@@ -197,34 +198,30 @@ def _make(
             how_sampled = without_idle_cfg(settings, jobs)
             made = pipeline.pictures(jobs, how_sampled, bars, (), sources) if group else ()
             for (task, one), picture in zip(group, made, strict=False):  # fewer if it was ended
-                path = _save(task.path, task.target, one, picture, record, arguments.keep_profile)
+                path = _save(task, one, picture, record, arguments.keep_profile)
                 bars.say(f"{task.path}: {path}")
 
 
 def _read(tasks: Sequence[Task], broken: Broken) -> Iterator[tuple[Task, Original]]:
     for task in tasks:
         try:
-            yield task, original("picture", task.path)
+            yield replace(task, sha256=_sha256(task.path)), original("picture", task.path)
         except (OSError, ValueError) as error:
             broken.add(task.path, error)
 
 
-def _save(
-    path: Path, target: Path, given: Original, made: Picture, record: Record, keep_profile: bool
-) -> Path:
+def _save(task: Task, given: Original, made: Picture, record: Record, keep_profile: bool) -> Path:
     """Save a picture where it belongs, or, if that fails, where files can always lie."""
     pixels = made.pixels.permute(1, 2, 0).numpy()
     write = partial(
         write_alike, colours=pixels[..., :3], given=given.file,
         alpha=None if given.alpha is None else pixels[..., 3], keep_profile=keep_profile,
-        metadata={**record.metadata(made.job), "picture": path.name, SOURCE_KEY: _sha256(path)},
+        metadata={**record.metadata(made.job), "picture": task.path.name, SOURCE_KEY: task.sha256},
         text=record.text(made.job),
     )  # fmt: skip
     try:
-        return write(target)
+        return write(task.target)
     except OSError as error:
-        saved = write(Path(gettempdir(), target.name))
-        warnings.warn(
-            f"{saved}: the picture lies here, it could not be saved as asked: {error}", stacklevel=2
-        )
-        return saved
+        path = write(Path(gettempdir(), task.target.name))
+        warnings.warn(f"{path}: the picture lies here, it could not be saved as asked: {error}", stacklevel=2)
+        return path

@@ -24,6 +24,7 @@ class ControlType:
     file: str | None  # of the published weights; None: there are none
 
 
+HOLE = "inpainting"  # the control that fills one
 CONTROL_TYPES: dict[str, ControlType] = {  # by name, as flags, configurations and weight files spell it
     "canny": ControlType(ControlNetSizes(c_in=1), "edges", "edges", "models/controlnet/canny.safetensors"),
     "inpainting": ControlType(

@@ -176,16 +176,12 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     return ImageCms.applyTransform(plain, transform) if transform else plain.convert("RGB")
 
 
-def _is_kept(path: str | Path) -> bool:
-    """Whether a path is a file or a folder: what else there is may wait forever for someone to write."""
-    return os.path.isfile(path) or os.path.isdir(path)
-
-
 def open_image(path: str | Path) -> Image.Image:
     """Open a picture without decoding it; errors as in `load_image`, and the caller closes it."""
     too_large = f"{path}: the picture has more than {MAX_PIXELS} pixels, the most that is read"
     picture_suffixes()  # Pillow learns all its formats
-    if isinstance(path, str | Path) and os.path.exists(path) and not _is_kept(path):
+    named = isinstance(path, str | Path) and os.path.exists(path)
+    if named and not (os.path.isfile(path) or os.path.isdir(path)):  # it may wait forever for a writer
         raise ValueError(f"{path}: this is a pipe or a device: save the picture in a file first")
     try:
         image = Image.open(path, formats=[format for format in Image.OPEN if format not in NOT_DRAWN])

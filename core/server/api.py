@@ -18,13 +18,13 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from PIL import Image
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from core.config.control_types import control_type
+from core.config.control_types import HOLE, control_type
 from core.config.given_control import GivenControl
 from core.printable import say
 from core.server.bodies import ControlBody, EditForm, Editing, Generation, JobBody
 from core.server.guard import CLIENT, error_body
 from core.server.jobs import Job, Status, TooMany
-from core.server.orders import HOLE, Beginning, Order
+from core.server.orders import Beginning, Order
 from core.server.service import Service
 from core.server.uploads import from_base64, hole_of, read_upload
 from core.server.worker import UNEXPECTED
@@ -297,7 +297,7 @@ async def _events(service: Service, job: Job, request: Request) -> AsyncIterator
                 yield _event("preview", {"b64_png": base64.b64encode(now[0].preview).decode()})
             yield _event(now[0].state if now[0].over else "progress", _told_job(service, job, request))
             last, silent = now, 0.0
-        if now[0].over:
+        if now[0].over or service.jobs.closed:
             return
         if silent >= KEEP_ALIVE:
             yield ": still here\n\n"

@@ -10,12 +10,13 @@ from typing import Any
 
 from PIL import Image
 
+from core.config.control_types import HOLE
 from core.config.given_control import GivenControl
 from core.config.presets import PRESETS
 from core.config.settings import FAST, Settings
 from core.pipeline.resolution import same_aspect
 from core.server.api import control_of
-from core.server.orders import HOLE, Beginning, Order
+from core.server.orders import Beginning, Order
 from core.server.service import Service
 from core.server.stored import SHOWN
 from core.server.uploads import from_base64, read_upload

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from core.config.arguments import number, text, whole_number
+from core.config.control_types import HOLE
 from core.config.given_control import GivenControl
 from core.config.presets import PRESETS, Preset
 from core.config.settings import Settings, changed
@@ -22,7 +23,6 @@ from core.pipeline.upscaling import Upscaling
 from core.server.limits import MAX_PROMPT, Limits
 
 MAX_SEED = 2**63 - 1
-HOLE = "inpainting"  # the control that fills one
 STEPS = ("steps", "steps_lr", "steps_b")
 
 

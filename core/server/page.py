@@ -82,6 +82,9 @@ def add_page(app: FastAPI, service: Service) -> ASGIApp:
         max_file_size=service.limits.upload_mb * MEGA, css=(HERE / "page.css").read_text("utf-8"),
         head=f"<script>{(HERE / 'page.js').read_text('utf-8')}</script>",
     )  # fmt: skip
+    apps = (getattr(route, "app", None) for route in app.routes)
+    mounted = next(one for one in apps if isinstance(one, gr.routes.App))
+    service.ending.append(mounted.stop_event.set)  # ends the stream by which a window sees that it lives
     page.has_launched = True  # gradio looks at paths only then
     return UploadsOnly(app, Path(gr.utils.get_upload_folder()))
 
@@ -297,7 +300,7 @@ class Page:
             done.then(self._told, sized, self._takes, **quiet)
             done.then(_usable, None, out.makers, **quiet)
         out.cancel.click(self._cancel, out.job, None, **quiet)
-        page.load(_kept_open, None, None, **quiet)
+        page.load(self._kept_open, None, None, **quiet)
         went_on = page.load(
             self._resume, out.job, [*out.all, self._prompt], js="() => [window.upJob.kept()]", **quiet
         )
@@ -392,9 +395,21 @@ class Page:
                     gr.update(interactive=not status.over),
                 )
                 first = False
-            if now[0].over:
+            if now[0].over or self._service.jobs.closed:
                 return
             await asyncio.sleep(LOOK)
+
+    async def _kept_open(self) -> AsyncIterator[None]:
+        """Have something to tell a window as long as it is there.
+
+        Gradio closes a window's stream when nothing is left to tell, and what is asked before the window has
+        heard of that gets no answer.
+        """
+        while not self._service.jobs.closed:
+            yield
+            for _ in range(KEPT_OPEN):
+                if not self._service.jobs.closed:
+                    await asyncio.sleep(1)
 
     def _cancel(self, name: str) -> None:
         if (job := self._service.jobs.find(name)) is not None:
@@ -506,17 +521,6 @@ class Page:
 
 def _client(request: gr.Request) -> str:
     return request.request.scope[CLIENT]
-
-
-async def _kept_open() -> AsyncIterator[None]:
-    """Have something to tell a window as long as it is there.
-
-    Gradio closes a window's stream when nothing is left to tell, and what is asked before the window has
-    heard of that gets no answer.
-    """
-    while True:
-        yield
-        await asyncio.sleep(KEPT_OPEN)
 
 
 def _usable() -> tuple[Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from core.config.arguments import first_seed
@@ -26,6 +26,7 @@ class Service:
         self.preset = preset  # of an order that names none
         self.jobs = Jobs(limits.jobs)
         self._worker = Worker(self.jobs, models, outputs)
+        self.ending: list[Callable[[], None]] = []  # called where the server is about to end
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -34,8 +35,14 @@ class Service:
         try:
             yield
         finally:
-            self.jobs.close()
+            self.close()
             self._worker.join(PATIENCE)
+
+    def close(self) -> None:
+        """Cancel all jobs and take no more; who waits for something is let go."""
+        self.jobs.close()
+        for end in self.ending:
+            end()
 
     def submit(self, order: Order, client: str) -> Job:
         """Check an order and queue it; ValueError or TypeError for what is wrong with it."""
