@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -75,12 +76,37 @@ def fail(message: str, code: int, patience: float = 0.0) -> NoReturn:
     """
     if not is_first():
         if patience:  # the first one waits for this one
-            sys.exit(code)
+            leave(code)
         _leave_it_to_the_first(code)
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
     end_launch(patience)
-    sys.exit(code)
+    leave(code)
+
+
+def part() -> None:
+    """Part from the processes of one's group, which is over; gloo's stays until `leave`."""
+    import torch.distributed as dist  # here, so that a wrong flag is told before torch is loaded
+
+    if dist.is_initialized() and dist.get_backend() != "gloo":
+        dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    In a group of gloo's it ends at once, without Python's own end. Threads of gloo drop the tensors of the last
+    sum late, and need Python's lock for it: one that does so while the group is destroyed waits for it forever,
+    and one that does so while Python ends aborts the process.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        sys.exit(code)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any longer
+            stream.flush()
+    os._exit(code)
 
 
 @contextmanager
@@ -130,7 +156,7 @@ def _leave_it_to_the_first(code: int) -> None:
     launcher, patient_until = os.getppid(), time.monotonic() + PATIENCE
     while time.monotonic() < patient_until:
         if os.getppid() != launcher:
-            sys.exit(code)
+            leave(code)
         time.sleep(0.05)
 
 

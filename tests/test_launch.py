@@ -219,3 +219,24 @@ def test_what_argparse_tells_is_told_once_too(launched: Launch) -> None:
 def test_a_parent_that_is_no_launcher_goes_on(launched: Launch) -> None:
     done = launched("60", "all", name="notebook")
     assert (done.stdout, done.returncode) == ("a table of torch's\n", 1)
+
+
+# --- how a process ends ---------------------------------------------------------------------------
+
+LEAVING = """
+import atexit, sys
+import torch.distributed as dist
+from core import launch
+if sys.argv[1] != "alone":
+    dist.init_process_group(sys.argv[1], store=dist.HashStore(), rank=0, world_size=1)
+atexit.register(print, "Python's own end")
+print("done", end="")
+launch.part()
+launch.leave(3)
+"""
+
+
+@pytest.mark.parametrize(("group", "printed"), [("gloo", "done"), ("alone", "donePython's own end\n")])
+def test_a_process_in_a_group_of_gloo_ends_at_once(group: str, printed: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVING, group], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, printed, "")

@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 from torch.distributed import TCPStore
 from core.config.settings import Job, Settings
+from core.launch import leave, part
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan
 from core.pipeline.split import Split
@@ -70,7 +71,8 @@ for name, values in cases.items():
     for one, several in zip(alone, latents(settings)):
         assert (one - several).abs().max() <= 1e-5 * one.abs().max(), (name, one - several)
         assert several.std() > 0.1
-split.close()
+part()
+leave(0)
 """
 
 

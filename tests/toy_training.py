@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from core.launch import leave
 from core.training.guidance import draw_noise
 from core.training.log import RunLog
 from core.training.trainer import Recipe, StepLoss, Trainer, TrainSettings
@@ -96,3 +97,4 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]), int(sys.argv[2]), dies_at=int(sys.argv[3]) if len(sys.argv) > 3 else None)
+    leave(0)

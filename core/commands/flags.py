@@ -33,7 +33,7 @@ from core.config.settings import (
     settings_from,
 )
 from core.devices import KINDS, own_device
-from core.launch import fail, processes, told_once
+from core.launch import fail, leave, processes, told_once
 from core.paths import at_home, located
 from core.pictures.files import FORMATS
 from core.pictures.images import prepare_folder
@@ -59,7 +59,7 @@ def run(main: Callable[[], int | None]) -> None:
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        sys.exit(main() or 0)
+        leave(main() or 0)
     except KeyboardInterrupt:
         fail("interrupted", 130, patience=INTERRUPTED)
     except ImportError as error:

@@ -100,7 +100,7 @@ def on_its_own(told: Callable[[Exception], tuple[str, int]]) -> Iterator[None]:
         say(f"{sentence} (process {launch.rank() + 1} of {launch.processes()})", sys.stderr)
         _end(lambda: _count(ENDED) < launch.processes() and launch.neighbours() > 0)
         launch.end_launch()
-        sys.exit(code)
+        launch.leave(code)
     # The first process may hold the store, of which others need what was agreed on.
     _end(lambda: launch.is_main() and _count(STARTED) < launch.processes())
 
@@ -128,8 +128,8 @@ def on_one_picture(
         way = "the same command makes what is missing"
         raise ValueError(f"another process of --split was lost: {way}") from None
     finally:
-        pipeline.split.close()
         pipeline.split = None
+        launch.part()
 
 
 @cache

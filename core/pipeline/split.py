@@ -97,10 +97,6 @@ class Split:
         members = (range(count // 2), range(count // 2, count)) if count % 2 == 0 else ()
         self._halves = [dist.new_group(list(ranks)) for ranks in members]
 
-    def close(self) -> None:
-        """Part from the others."""
-        dist.destroy_process_group()
-
     def shares(self, network: StageB | StageC, height: int | None) -> Shares:
         """What this process makes of predictions for latents of a height; None: their rows stay together.
 

@@ -282,7 +282,9 @@ def train(
     if accelerator.is_main_process:
         for sentence in outcome(config.updates, done, trainer.step, exports.files, recipe.use):
             log.info("%s", sentence)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    launch.part()
     if trainer.step < config.updates and launch.is_first():
         launch.end_launch()  # it was stopped, and would print a traceback over what was just told
     return 0
