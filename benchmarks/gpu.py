@@ -36,28 +36,29 @@ import modules.torchvision_operators  # noqa: F401  before diffusers
 from core.config.schema import LatentGeometry
 from core.config.settings import Settings
 from core.config.sizes import STAGE_B_VERSIONS, GuidanceSizes, StageASizes, StageBSizes, StageCSizes
-from core.pipeline.graphs import LowPassGraphs
+from core.pipeline.graphs import Outputs, PassRecordings, Recordings
 from core.pipeline.passes import (
     NoiseSource,
     decode_picture,
     high_resolution_pass,
     low_resolution_pass,
+    of_short_steps,
     stage_b_pass,
 )
 from core.pipeline.resolution import Plan, plan
 from gdf.targets import EPSILON
 from modules import blocks
-from modules.guidance import Guidance
+from modules.guidance import Guidance, PreparedGuidance
 from modules.operators import operators_for
 from modules.stage_a import StageA
-from modules.stage_b import StageB
-from modules.stage_c import StageC
+from modules.stage_b import StageB, StageBConditions
+from modules.stage_c import StageC, StageCConditions
 
 for folder in ("models", "tests"):
     sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 from random_family import Family
 
-RUNS = 3  # of a step, after one to warm up
+RUNS, WARM_UPS = 3, 2  # of a step
 GIB = 2**30
 TEXT_TOKENS = 77
 SIDES = (4096, 2048, 1024, 3072, 6144)  # of the pictures, the first two also whole; by importance
@@ -109,8 +110,9 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:
-    """The median of several calls' seconds, after one to warm up."""
-    function()
+    """The median of several calls' seconds, after those that warm up and record."""
+    for _ in range(WARM_UPS):
+        function()
     return statistics.median(seconds(function, device) for _ in range(RUNS))
 
 
@@ -203,6 +205,16 @@ class Networks:
 Step = Callable[[], object]
 
 
+def recordings_on(device: torch.device) -> PassRecordings:
+    """New recordings, of which there are none on a CPU."""
+    return PassRecordings.of_all() if device.type == "cuda" else PassRecordings()
+
+
+def step_of(recordings: Recordings | None, function: Callable[..., Outputs], *inputs: object) -> Step:
+    """The function of the inputs, by its recording where there are any."""
+    return partial(function, *inputs) if recordings is None else partial(recordings.run, function, *inputs)
+
+
 def our_steps(networks: Networks, side: int, plain: bool = False) -> Iterator[tuple[str, Step, tuple]]:
     """A step of each stage for a picture of this side, with the networks that it uses."""
     sizes = plan(side, side, networks.sizes.geometry)
@@ -212,15 +224,21 @@ def our_steps(networks: Networks, side: int, plain: bool = False) -> Iterator[tu
     held, time_c = stage_c.prepare(*networks.text()), stage_c.pass_times(r).at(0)
     low = networks.normal(2, 16, *sizes.lr_latent)
     features = stage_c.predict_with_features(low, time_c, held)[1].first(1)
-    used = (stage_c, guidance)
-    if networks.device.type == "cuda" and not plain:
-        graphs = LowPassGraphs().for_pass(stage_c, low.device)
-        yield STAGES[0], lambda: graphs.step(stage_c, low, time_c, held, None), used
-    else:
-        yield STAGES[0], lambda: stage_c.predict(low, time_c, held), used
+    used, kept = (stage_c, guidance), PassRecordings() if plain else recordings_on(networks.device)
+
+    def low_step(step: tuple, held: StageCConditions) -> Outputs:
+        prediction, features = stage_c.predict_with_features(*step, held)
+        return prediction, *features.maps
+
+    yield STAGES[0], step_of(kept.low, low_step, (low, time_c), held), used
     prepared = guidance.prepare(features, stage_c.site_sizes(sizes.hr_latent))
     high = networks.normal(2, 16, *sizes.hr_latent)
-    yield STAGES[1], lambda: stage_c.predict(high, time_c, held, guidance=prepared), used
+
+    def high_step(step: tuple, held: tuple[StageCConditions, PreparedGuidance]) -> Outputs:
+        return (stage_c.predict(*step, held[0], guidance=held[1]),)
+
+    own = of_short_steps(kept.high, sizes, Settings(), networks.device, used)
+    yield STAGES[1], step_of(own, high_step, (high, time_c), (held, prepared)), used
     stage_b = networks.stage_b
     stage_b.plain = plain
     effnet, pooled = (
@@ -229,7 +247,12 @@ def our_steps(networks: Networks, side: int, plain: bool = False) -> Iterator[tu
     )
     held_b, time_b = stage_b.prepare(sizes.stage_b_latent, effnet, pooled), stage_b.pass_times(r).at(0)
     noisy = networks.normal(2, 4, *sizes.stage_b_latent)
-    yield STAGES[2], lambda: stage_b.predict(noisy, time_b, held_b), (stage_b,)
+    own = of_short_steps(kept.stage_b, sizes, Settings(), networks.device, (stage_b,))
+
+    def step_b(step: tuple, held: StageBConditions) -> Outputs:
+        return (stage_b.predict(*step, held),)
+
+    yield STAGES[2], step_of(own, step_b, (noisy, time_b), held_b), (stage_b,)
     latent = networks.normal(1, 4, *sizes.stage_b_latent, dtype=torch.float32)
     yield STAGES[3], lambda: _decoded(networks, latent, sizes, plain), (networks.stage_a,)
 
@@ -335,15 +358,15 @@ def measure_steps(run: Run, side: int, way: str) -> None:
 def measure_picture(run: Run, side: int) -> None:
     """All passes of one picture, the second of two; its stages, and their memory."""
     networks = run.networks
-    graphs = LowPassGraphs() if run.device.type == "cuda" else None
+    recordings = recordings_on(run.device)
     for last in (False, True):
-        for stage, took, memory in picture_stages(networks, side, run.settings, graphs):
+        for stage, took, memory in picture_stages(networks, side, run.settings, recordings):
             if last:
                 run.figures.add("pictures", side=side, stage=stage, seconds=took, **memory)
 
 
 def picture_stages(
-    networks: Networks, side: int, settings: Settings, graphs: LowPassGraphs | None
+    networks: Networks, side: int, settings: Settings, kept: PassRecordings
 ) -> Iterator[tuple[str, float, dict[str, float]]]:
     """Name, seconds and memory of each stage of a picture, as each is done."""
     device, sizes = networks.device, plan(side, side, networks.sizes.geometry)
@@ -355,18 +378,22 @@ def picture_stages(
         made["held"] = stage_c.prepare(*text)
         noise = NoiseSource.of(0, 0, device)
         made["features"] = low_resolution_pass(
-            stage_c, made["held"], EPSILON, sizes, settings, noise, graphs=graphs
+            stage_c, made["held"], EPSILON, sizes, settings, noise, recordings=kept.low
         )[1]
 
     def high() -> None:
         prepared = guidance.prepare(made["features"], stage_c.site_sizes(sizes.hr_latent))
         noise = NoiseSource.of(0, 1, device)
-        found = high_resolution_pass(stage_c, made["held"], prepared, EPSILON, sizes, settings, noise)
+        found = high_resolution_pass(
+            stage_c, made["held"], prepared, EPSILON, sizes, settings, noise, recordings=kept.high
+        )
         made["latent"] = found.x0
 
     def b() -> None:
         pooled, noise = networks.normal(2, 1, networks.sizes.stage_b.c_clip), NoiseSource.of(0, 2, device)
-        found = stage_b_pass(stage_b, made["latent"], pooled, EPSILON, sizes, settings, noise)
+        found = stage_b_pass(
+            stage_b, made["latent"], pooled, EPSILON, sizes, settings, noise, recordings=kept.stage_b
+        )
         made["latent"] = found.x0
 
     def a() -> None:

@@ -95,9 +95,9 @@ def part() -> None:
 def leave(code: int) -> NoReturn:
     """End this process with an exit code.
 
-    In a group of gloo's it ends at once, without Python's own end. Threads of gloo drop the tensors of the last
-    sum late, and need Python's lock for it: one that does so while the group is destroyed waits for it forever,
-    and one that does so while Python ends aborts the process.
+    In a group of gloo's it ends at once, without Python's own end. Threads of gloo drop the tensors of the
+    last sum late, and need Python's lock for it: one that does so while the group is destroyed waits for it
+    forever, and one that does so while Python ends aborts the process.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized():

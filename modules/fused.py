@@ -21,7 +21,7 @@ TILE = 8192  # values that a program of the norms holds at once
 MAX_PIXELS = 8  # neighbours that one program convolves, as their windows overlap
 GELU_ROWS, GELU_COLUMNS, GELU_STEPS = 16, 128, 16  # of a program: rows at a time, columns, and times
 WEIGHT_ROWS, WEIGHT_COLUMNS = 8, 1024  # of a weight that a program scales, and as many columns at a time
-QUERIES = 128  # of one head that a program adds the condition to
+QUERIES = 64  # of one head that a program adds the condition to
 SMALLEST_DOT = 16  # keys that tl.dot takes at least
 
 
@@ -296,7 +296,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, condition: KeysValues) -> Tensor:
     with _on_device(q):
         add_condition_kernel[(triton.cdiv(rows, QUERIES), heads, batch)](
             q, keys, values, y, sums, y, rows, tokens, *strides, width**-0.5,
-            HEADS=heads, WIDTH=width, ROWS=QUERIES, TOKENS=block, num_warps=8,
+            HEADS=heads, WIDTH=width, ROWS=QUERIES, TOKENS=block, num_warps=4,
         )  # fmt: skip
     return y.flatten(2)
 

@@ -14,7 +14,7 @@ from conftest import ROOT, random_pipeline
 from peers import random_stage_c
 from PIL import Image
 from test_control import GEOMETRY, SIZES, noise_picture, write_controlnet
-from test_graphs import Recorder, inputs
+from test_graphs import Recorder, inputs, low_step
 from test_loras import make_lora, new_token
 
 from core.commands.flags import run as run_script
@@ -24,7 +24,7 @@ from core.pictures.images import read_image_metadata
 from core.pipeline.control import Control, edge_control
 from core.pipeline.control import Source as Given
 from core.pipeline.entries import Entries, PassEntries
-from core.pipeline.graphs import LowPassGraphs
+from core.pipeline.graphs import Recordings
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan
 from core.pipeline.sources import Part, Source
@@ -88,10 +88,10 @@ def test_entries_add_up_at_the_sizes_of_their_maps() -> None:
 @torch.no_grad()
 def test_recordings_take_other_entries_within_a_picture() -> None:
     stage_c, recorder = random_stage_c(c=32, heads=2, blocks=((1, 1), (1, 1))), Recorder()
-    graphs, times = LowPassGraphs(recorder), stage_c.pass_times(torch.tensor([0.9, 0.5, 0.1]))
+    kept, times = Recordings(9, recorder), stage_c.pass_times(torch.tensor([0.9, 0.5, 0.1]))
     x, held = inputs(stage_c, 1)
-    for entry in (torch.randn(1, 32, 4, 4), torch.randn(1, 32, 4, 4)):
-        made = graphs.step(stage_c, x, times.at(0), held, [entry])[0]
+    for entry in torch.randn(3, 1, 32, 4, 4):
+        made = kept.run(low_step(stage_c), (x, times.at(0)), (held, [entry]))[0]
         assert torch.equal(made, stage_c.predict(x, times.at(0), held, control=[entry]))
     assert recorder.recorded == 1
 

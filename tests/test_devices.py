@@ -12,6 +12,7 @@ from fake_device import fake_device
 
 from core.devices import device_named
 from core.pipeline import offload
+from core.pipeline.graphs import PassRecordings
 from core.pipeline.passes import tensor_float32
 from core.pipeline.pipeline import UltraPixelPipeline
 from modules.blocks import PLAIN
@@ -87,7 +88,7 @@ def test_amds_cards_get_nothing_that_is_for_nvidias(monkeypatch: pytest.MonkeyPa
     assert operators_for(x) is PLAIN
     pipeline = UltraPixelPipeline.from_preset("tiny", "cpu")
     pipeline.device = CUDA
-    with pipeline._recordings() as graphs:
-        assert graphs is None
+    with pipeline._recordings() as recordings:
+        assert recordings == PassRecordings()
     with tensor_float32(of_nvidia(CUDA)):
         assert torch.backends.cuda.matmul.fp32_precision != "tf32"

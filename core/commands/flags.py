@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -13,7 +13,7 @@ from core.config.arguments import whole_number
 from core.config.settings import Job, Settings
 from core.pipeline.conditioning import Conditions
 from core.pipeline.entries import Entries
-from core.pipeline.graphs import LowPassGraphs
+from core.pipeline.graphs import FIRST_REPLAYED, PassRecordings, Recordings
 from core.pipeline.passes import (
     NOISE_STREAMS,
     LowEnd,
@@ -145,9 +145,9 @@ class StageCRun:
     target: Target
     settings: Settings
     observer: Observer | None = None
-    graphs: LowPassGraphs | None = None
+    recordings: PassRecordings = PassRecordings()
     split: Split | None = None
-    between: Callable[[], None] = lambda: None  # called after the low-resolution pass
+    load_ahead: Callable[[], None] = lambda: None  # called once no steps are recorded any longer
 
     def latents(self, batch: Batch) -> Iterator[tuple[Tensor, LowEnd | None]]:
         """Each picture's latent (1, 16, h, w), and the end of its low-resolution pass, on the CPU.
@@ -168,11 +168,20 @@ class StageCRun:
         held = prepare_stage_c(self.stage_c, batch.conditions)
         end, prepared = self._low(batch, held)
         if self.settings.lr_only:
+            self.load_ahead()
             return batch.source.guide if end is None else end.x0, end
+        tell = report(self.observer, "stage C, high resolution", batch.jobs)
+
+        def told(step: Step, estimate: Estimate) -> None:
+            if step.index == FIRST_REPLAYED or step.is_last:
+                self.load_ahead()
+            if tell is not None:
+                tell(step, estimate)
+
         high = high_resolution_pass(
             self.stage_c, held, prepared, self.target, batch.sizes, self.settings, batch.noise("hr"),
-            split=self.split, on_step=report(self.observer, "stage C, high resolution", batch.jobs),
-            start=batch.source.high, controls=batch.entries,
+            split=self.split, on_step=told,
+            start=batch.source.high, controls=batch.entries, recordings=self.recordings.high,
         )  # fmt: skip
         return high.x0, end
 
@@ -187,10 +196,9 @@ class StageCRun:
         else:
             end, features = low_resolution_pass(
                 self.stage_c, held, self.target, batch.sizes, self.settings, noise, batch.entries,
-                report(self.observer, "stage C, low resolution", batch.jobs), self.graphs, self.split,
-                source.low,
+                report(self.observer, "stage C, low resolution", batch.jobs), self.recordings.low,
+                self.split, source.low,
             )  # fmt: skip
-        self.between()
         if self.guidance is None or self.settings.lr_only:
             return end, None
         prepared = prepare_guidance(
@@ -211,10 +219,12 @@ def stage_b_latents(
     device: torch.device,
     observer: Observer | None = None,
     split: Split | None = None,
+    recordings: Recordings | None = None,
 ) -> Iterator[Tensor]:
     """Stage B's latents (1, 4, h, w), on the CPU, of pictures of one size; `pooled` as in `stage_b_pass`."""
     sampled = stage_b_pass(
         stage_b, torch.cat([*latents]).to(device), pooled, target, sizes, settings,
         noise_of(jobs, "stage_b", device), split=split, on_step=report(observer, "stage B", jobs),
+        recordings=recordings,
     )  # fmt: skip
     yield from (latent.clone() for latent in sampled.x0.cpu().split(1))

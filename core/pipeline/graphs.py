@@ -1,35 +1,31 @@
-"""Low-resolution steps recorded once and replayed: on a GPU they are short beside their launches."""
+"""Steps recorded once and replayed: on a GPU, those of small latents are short beside their launches."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-
-from modules.guidance import GuidanceFeatures
-from modules.stage_c import StageC, StageCConditions
-from modules.unet import Times
+from torch import Tensor, nn
 
 Outputs = tuple[Tensor, ...]
 # Runs a function and returns how to run it again, from and to the same memory, and its outputs there.
 Recorder = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
-WARM_UPS = 2  # runs before a recording, so that libraries have made their choices
-Control = Sequence[Tensor | None] | None
+MOST_LOW = 16  # recordings of the low-resolution step, which take little memory
+MOST_HIGH = 2  # of others: with and without the unconditional half
+FIRST_REPLAYED = 2  # step of a pass: the first is run as it is, the second recorded
+T = TypeVar("T")
 
 
 def cuda_graph(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-    """A function of tensors on the current GPU as a CUDA graph: how to replay it, and its outputs."""
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            function()
-    current.wait_stream(side)
+    """A function of tensors on the current GPU as a CUDA graph: how to replay it, and its outputs.
+
+    It must have run before, so that libraries have made their choices.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may load meanwhile
         outputs = function()
@@ -40,29 +36,30 @@ def cuda_graph(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Out
 class Recording:
     """A recorded step: the memory that it reads, how to run it, and where its outputs are then."""
 
-    step: list[Tensor]  # the latent and what depends on its time
-    held: list[Tensor]  # of the prompt and of a control
+    step: list[Tensor]
+    held: list[Tensor]
     replay: Callable[[], None]
     outputs: Outputs
-    # What is in `held`: conditions of a picture, and entries of its controls.
-    sources: tuple[weakref.ref[StageCConditions] | weakref.ref[Tensor], ...] = ()
+    sources: list[weakref.ref[Tensor]] = field(default_factory=list)  # tensors whose values `held` has
 
-    def holds(self, sources: Sequence[object]) -> bool:
-        """Whether `held` has the values of these objects."""
-        pairs = zip(self.sources, sources, strict=False)
-        return len(self.sources) == len(sources) and all(ref() is source for ref, source in pairs)
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether `held` has the values of these tensors."""
+        pairs = zip(self.sources, tensors, strict=False)
+        return len(self.sources) == len(tensors) and all(ref() is tensor for ref, tensor in pairs)
 
 
-class LowPassGraphs:
-    """Recordings of Stage C's low-resolution step, one per shape of its inputs, kept between pictures.
+class Recordings:
+    """Recordings of one pass's step, one per shape of its inputs, kept between pictures.
 
     They read the weights where these lay: `for_pass` forgets them where the weights have moved since (values
     may change in place, as a LoRA's do), and `clear` must be called before the weights' memory is given back.
+    Each has the memory of a step for itself, so that `most` are kept, the last ones used.
     """
 
-    def __init__(self, recorder: Recorder = cuda_graph) -> None:
-        self._recorder = recorder
+    def __init__(self, most: int, recorder: Recorder = cuda_graph) -> None:
+        self._most, self._recorder = most, recorder
         self._recordings: dict[tuple, Recording] = {}
+        self._seen: set[tuple] = set()
         self._weights: tuple[int, ...] = ()
         self._failed = False
 
@@ -71,9 +68,9 @@ class LowPassGraphs:
         self._recordings.clear()
         self._weights = ()
 
-    def for_pass(self, stage_c: StageC, device: torch.device) -> LowPassGraphs | None:
-        """These for one pass; None where its weights do not all lie on the device."""
-        parameters = list(stage_c.parameters())
+    def for_pass(self, device: torch.device, *networks: nn.Module) -> Recordings | None:
+        """These for one pass of networks; None where their weights do not all lie on the device."""
+        parameters = [p for network in networks for p in network.parameters()]
         if self._failed or not all(_on(device, p) for p in parameters):
             return None
         weights = tuple(p.data_ptr() for p in parameters)
@@ -82,45 +79,63 @@ class LowPassGraphs:
             self._weights = weights
         return self
 
-    def step(
-        self, stage_c: StageC, x: Tensor, time: Times, conditions: StageCConditions, control: Control
-    ) -> tuple[Tensor, GuidanceFeatures]:
-        """`StageC.predict_with_features` by its recording, which is made where there is none yet.
+    def run(self, function: Callable[[Any, Any], Outputs], step: Any, held: Any) -> Outputs:
+        """`function(step, held)`, run as it is for the first inputs of a shape, then by its recording.
 
-        The features lie in memory that the next step overwrites.
+        Both are tensors, or dataclasses, lists and tuples of them; `held` is what rarely changes between
+        steps. What else is in them counts as a part of the shape. It must always be the same function, and
+        the outputs of a recording lie in memory that its next run overwrites.
         """
-        step, held = [x, time.embed, *_modulations(time)], _held(conditions, control)
-        key = tuple((t.shape, t.dtype) for t in (*step, *held)), _places(control)
-        if key not in self._recordings:
+        tensors = list(_tensors(step)), list(_tensors(held))
+        key = tuple((t.shape, t.dtype) for part in tensors for t in part), tuple(_constants((step, held)))
+        if self._failed or key not in self._seen:
+            self._seen.add(key)
+            return function(step, held)
+        recording = self._recordings.pop(key, None)
+        if recording is None:
+            while len(self._recordings) >= self._most:
+                del self._recordings[next(iter(self._recordings))]
             try:
-                self._recordings[key] = self._record(stage_c, step, held, time, conditions, control)
+                recording = self._record(function, step, held)
             except RuntimeError as error:
                 self._failed = True
+                self.clear()
                 warnings.warn(f"steps could not be recorded, and are run one by one: {error}", stacklevel=2)
-                return stage_c.predict_with_features(x, time, conditions, control=control)
-        recording = self._recordings[key]
-        torch._foreach_copy_(recording.step, step)
-        sources = (conditions, *(entry for entry in control or () if entry is not None))
-        if not recording.holds(sources):
-            torch._foreach_copy_(recording.held, held)
-            recording.sources = tuple(map(weakref.ref, sources))
+                return function(step, held)
+        self._recordings[key] = recording
+        torch._foreach_copy_(recording.step, tensors[0])
+        if tensors[1] and not recording.holds(tensors[1]):
+            torch._foreach_copy_(recording.held, tensors[1])
+            recording.sources = [weakref.ref(tensor) for tensor in tensors[1]]
         recording.replay()
-        prediction, *maps = recording.outputs
-        return prediction.clone(), GuidanceFeatures(tuple(maps))
+        return recording.outputs
 
-    def _record(self, stage_c, step, held, time: Times, conditions: StageCConditions, control: Control):
-        step, held = ([t.clone() for t in tensors] for tensors in (step, held))
-        x, own_time = step[0], _times_of(step[1:], time)
-        own_conditions, own_control = _conditions_of(held, conditions, control)
+    def _record(self, function: Callable[[Any, Any], Outputs], step: Any, held: Any) -> Recording:
+        own = [[t.clone() for t in _tensors(part)] for part in (step, held)]
+        inputs = [_with(part, iter(tensors)) for part, tensors in zip((step, held), own, strict=True)]
+        device = own[0][0].device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return Recording(*own, *self._recorder(lambda: function(*inputs)))
 
-        def function() -> Outputs:
-            prediction, features = stage_c.predict_with_features(
-                x, own_time, own_conditions, control=own_control
-            )
-            return prediction, *features.maps
 
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            return Recording(step, held, *self._recorder(function))
+@dataclass(frozen=True)
+class PassRecordings:
+    """Those of the three passes that take steps; None where these are run one by one."""
+
+    low: Recordings | None = None
+    high: Recordings | None = None
+    stage_b: Recordings | None = None
+
+    @classmethod
+    def of_all(cls, recorder: Recorder = cuda_graph) -> PassRecordings:
+        """Of all three, without any recording yet."""
+        return cls(*(Recordings(most, recorder) for most in (MOST_LOW, MOST_HIGH, MOST_HIGH)))
+
+    def clear(self) -> None:
+        """Forget all recordings."""
+        for recordings in (self.low, self.high, self.stage_b):
+            if recordings is not None:
+                recordings.clear()
 
 
 def _on(device: torch.device, weights: Tensor) -> bool:
@@ -128,41 +143,41 @@ def _on(device: torch.device, weights: Tensor) -> bool:
     return weights.device.type == device.type and device.index in (None, weights.device.index)
 
 
-# --- tensors of structures, and back --------------------------------------------------------------
+# --- tensors of structures ------------------------------------------------------------------------
 
 
-def _modulations(time: Times) -> list[Tensor]:
-    return [t for level in time.modulations or () for pair in level if pair is not None for t in pair]
+def _parts(structure: Any) -> list[Any] | None:
+    """What a structure is made of; None if it is none."""
+    if is_dataclass(structure):
+        return [getattr(structure, part.name) for part in fields(structure)]
+    return list(structure) if isinstance(structure, list | tuple) else None
 
 
-def _times_of(tensors: Sequence[Tensor], like: Times) -> Times:
-    """The times whose tensors these are, in the order embed, modulations."""
-    embed, *rest = tensors
-    parts = iter(rest)
-    levels = [
-        [None if pair is None else (next(parts), next(parts)) for pair in level]
-        for level in like.modulations or ()
-    ]
-    return Times(embed, levels or None)
+def _leaves(structure: Any) -> Iterator[Any]:
+    parts = _parts(structure)
+    if parts is None:
+        yield structure
+    for part in parts or ():
+        yield from _leaves(part)
 
 
-def _places(control: Control) -> tuple[bool, ...]:
-    return tuple(entry is not None for entry in control or ())
+def _tensors(structure: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in _leaves(structure) if isinstance(leaf, Tensor))
 
 
-def _held(conditions: StageCConditions, control: Control) -> list[Tensor]:
-    pairs = [kv for level in conditions.keys_values for kv in level if kv is not None]
-    return [t for kv in pairs for t in kv] + [entry for entry in control or () if entry is not None]
+def _constants(structure: Any) -> Iterator[Any]:
+    """What is no tensor, and which places tensors and networks have."""
+    return (type(leaf) if isinstance(leaf, Tensor | nn.Module) else leaf for leaf in _leaves(structure))
 
 
-def _conditions_of(
-    tensors: Sequence[Tensor], conditions: StageCConditions, control: Control
-) -> tuple[StageCConditions, Control]:
-    """The conditions and control whose tensors these are, in the order of `_held`."""
-    parts = iter(tensors)
-    levels = [
-        [None if kv is None else (next(parts), next(parts)) for kv in level]
-        for level in conditions.keys_values
-    ]
-    entries = None if control is None else [None if entry is None else next(parts) for entry in control]
-    return StageCConditions(levels), entries
+def _with(structure: T, tensors: Iterator[Tensor]) -> T:
+    """The same structure of other tensors, in the same order."""
+    if isinstance(structure, Tensor):
+        return next(tensors)
+    parts = _parts(structure)
+    if parts is None:
+        return structure
+    made = [_with(part, tensors) for part in parts]
+    if is_dataclass(structure):
+        return replace(structure, **dict(zip((f.name for f in fields(structure)), made, strict=True)))
+    return type(structure)(made)

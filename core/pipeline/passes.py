@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.config.settings import TRAINING_R, Settings
 from core.pipeline.conditioning import Conditions
 from core.pipeline.entries import Entries, Maps, PassEntries
-from core.pipeline.graphs import LowPassGraphs
+from core.pipeline.graphs import Outputs, Recordings
 from core.pipeline.resolution import Plan
 from core.pipeline.split import Shares, Split
 from core.random_keys import generator_of
@@ -34,6 +34,9 @@ from modules.unet import InnerMaps, Times
 C_LATENT = 16  # channels of Stage C's latent
 B_LATENT = 4  # channels of Stage B's latent
 NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
+
+RECORDED_PIXELS = 2560**2  # of a picture, above which steps take longer than their launches
+HighInputs = tuple[StageCConditions, PreparedGuidance | None, Maps | None]
 
 OnStep = Callable[[Step, Estimate], None]
 Prepared = TypeVar("Prepared", StageCConditions, "Guided", StageBConditions)
@@ -223,20 +226,20 @@ def low_resolution_pass(
     noise: NoiseSource | NoiseSources,
     controls: Sequence[Entries] = (),
     on_step: OnStep | None = None,
-    graphs: LowPassGraphs | None = None,
+    recordings: Recordings | None = None,
     split: Split | None = None,
     start: Start | None = None,
 ) -> tuple[LowEnd, GuidanceFeatures]:
     """Denoise a latent at low resolution and take the features that guide the high one (section 3.1).
 
     The features are the conditional half's, at the last step or, with few steps, at r = 0.05 (`Settings`).
-    `graphs` run its steps by their recordings; `split` shares out the halves, but no rows: there are few.
+    `recordings` run its steps; `split` shares out the halves, but no rows: there are few.
     The entries of `controls` are added at their times.
     """
     times, taken = pass_steps(settings, True, start), []
     added = PassEntries.of(controls, stage_c, plan.lr_latent)
     halves = _low_halves(
-        stage_c, conditions, times, settings, noise.device, noise.count, added, taken, graphs, split
+        stage_c, conditions, times, settings, noise.device, noise.count, added, taken, recordings, split
     )
     denoise, last = _holding(denoiser(halves, target, settings.cfg_low), start), []
 
@@ -263,17 +266,22 @@ def _low_halves(
     count: int,
     added: PassEntries | None,
     taken: list[GuidanceFeatures],
-    graphs: LowPassGraphs | None = None,
+    recordings: Recordings | None = None,
     split: Split | None = None,
 ) -> Callable[..., Tensor]:
     """The low-resolution pass's predictions; the last step's features go into `taken`, if it gives them."""
-    recorded = None if graphs is None else graphs.for_pass(stage_c, device)
+    recorded = None if recordings is None else recordings.for_pass(device, stage_c)
+
+    def with_features(step: tuple[Tensor, Times], held: tuple[StageCConditions, Maps | None]) -> Outputs:
+        prediction, features = stage_c.predict_with_features(*step, held[0], control=held[1])
+        return prediction, *features.maps
 
     def predict(x: Tensor, time: Times, held: StageCConditions, step: Step) -> Tensor:
         takes = step.is_last and settings.extra_guidance_r is None
         control = None if added is None else _of_samples(added.at(step.t), len(x))
         if recorded is not None:
-            prediction, features = recorded.step(stage_c, x, time, held, control)
+            prediction, *maps = recorded.run(with_features, (x, time), (held, control))
+            prediction, features = prediction.clone(), GuidanceFeatures(tuple(maps))
         elif takes:
             prediction, features = stage_c.predict_with_features(x, time, held, control=control)
         else:
@@ -381,22 +389,34 @@ def high_resolution_pass(
     split: Split | None = None,
     start: Start | None = None,
     controls: Sequence[Entries] = (),
+    recordings: Recordings | None = None,
 ) -> Sampled:
     """Denoise a latent at the asked resolution, guided in both halves at every step (section 3.2).
 
-    The entries of those `controls` that act here are resized to its maps.
+    The entries of those `controls` that act here are resized to its maps. `recordings` run the steps where
+    these are short.
     """
     entries = PassEntries.of([control for control in controls if control.hr], stage_c, plan.hr_latent)
     inner = InnerMaps(settings.reuse) if settings.reuse > 1 else None
 
     shares = None if split is None else split.shares(stage_c, plan.hr_latent[0])
 
+    networks = [stage_c] if guidance is None else [stage_c, *guidance.blocks]
+    alone = inner is None and shares is None
+    recorded = of_short_steps(recordings, plan, settings, noise.device, networks) if alone else None
+
+    def prediction(step: tuple[Tensor, Times], held: HighInputs) -> Outputs:
+        conditions, guidance, control = held
+        made = stage_c.predict(
+            *step, conditions, guidance=guidance, inner=inner, control=control, control_guided=True
+        )
+        return (made,)
+
     def predict(x: Tensor, time: Times, held: Guided, step: Step) -> Tensor:
-        control = held.control_at(step.t, len(x))
-        return stage_c.predict(
-            x, time, held.conditions, guidance=held.guidance, inner=inner, control=control,
-            control_guided=True,
-        )  # fmt: skip
+        inputs = held.conditions, held.guidance, held.control_at(step.t, len(x))
+        if recorded is None:
+            return prediction((x, time), inputs)[0]
+        return recorded.run(prediction, (x, time), inputs)[0].clone()
 
     times = pass_steps(settings, False, start)
     x = _begun(start, noise, plan.hr_latent, times)
@@ -407,6 +427,19 @@ def high_resolution_pass(
     )
     with products_in_fp8(stage_c, settings.fp8):
         return _sample_stage_c(_holding(denoise, start), x, times, settings, noise, on_step)
+
+
+def of_short_steps(
+    recordings: Recordings | None,
+    plan: Plan,
+    settings: Settings,
+    device: torch.device,
+    networks: Sequence[nn.Module],
+) -> Recordings | None:
+    """The recordings, where a step of such a picture is short beside its launches, and as it always is."""
+    if recordings is None or plan.height * plan.width > RECORDED_PIXELS or settings.fp8 != "off":
+        return None
+    return recordings.for_pass(device, *networks)
 
 
 def _sample_stage_c(
@@ -433,22 +466,31 @@ def stage_b_pass(
     noise: NoiseSource | NoiseSources,
     on_step: OnStep | None = None,
     split: Split | None = None,
+    recordings: Recordings | None = None,
 ) -> Sampled:
     """Denoise Stage B's latent under Stage C's (1, 16, h, w) and the pooled texts [conditional, empty].
 
-    The unconditional half gets a latent of zeros and the empty prompt.
+    The unconditional half gets a latent of zeros and the empty prompt. `recordings` run the steps where these
+    are short.
     """
     dtype = next(stage_b.parameters()).dtype
     latent = latent.to(dtype)
     effnet = torch.cat([latent, torch.zeros_like(latent)])[: len(pooled)]
     conditions = stage_b.prepare(plan.stage_b_latent, effnet, pooled.to(dtype))
 
+    def prediction(step: tuple[Tensor, Times], held: StageBConditions) -> Outputs:
+        return (stage_b.predict(*step, held),)
+
     def predict(x: Tensor, time: Times, held: StageBConditions, _: Step) -> Tensor:
-        return stage_b.predict(x, time, held)
+        if recorded is None:
+            return prediction((x, time), held)[0]
+        return recorded.run(prediction, (x, time), held)[0].clone()
 
     x = noise.draw(noise.count, B_LATENT, *plan.stage_b_latent)
     times = steps(cosine, settings.steps_b)
     shares = None if split is None else split.shares(stage_b, plan.stage_b_latent[0])
+    alone = shares is None
+    recorded = of_short_steps(recordings, plan, settings, noise.device, [stage_b]) if alone else None
     halves = in_halves(predict, conditions, stage_b, times, noise.device, shares)
     denoise = denoiser(halves, target, settings.cfg_stage_b)
     with products_in_fp8(stage_b, settings.fp8):

@@ -35,7 +35,7 @@ from core.pipeline.estimate import (
     taken,
     weights_on_disk,
 )
-from core.pipeline.graphs import LowPassGraphs
+from core.pipeline.graphs import PassRecordings
 from core.pipeline.made import Picture
 from core.pipeline.networks import DTYPES, load_encoder, load_guidance, sizes_of_guidance
 from core.pipeline.offload import Offloaded, Placement
@@ -124,7 +124,7 @@ class Stages:
 
         self._allow_download = allow_download
         self.plain = False  # without kernels, recordings and number formats of a GPU's own
-        self._graphs = LowPassGraphs()
+        self._kept = PassRecordings.of_all()
         self._text_encoder: TextEncoder | None = None
         self._guidance_path = guidance_path
         build_c = partial(StageC, **asdict(stage_c_sizes(config_c)))
@@ -330,18 +330,18 @@ class Stages:
             self._measured("stage C"),
             self.stage_c.on_device() as stage_c,
             self._guidance_on_device() as guidance,
-            self._recordings() as graphs,
+            self._recordings() as recordings,
         ):
             stage_c.plain = self.plain
-            strengths, between = self.config_c.guidance_strength, self._load_decoders
+            strengths, ahead = self.config_c.guidance_strength, self._load_decoders
             run = StageCRun(
-                stage_c, guidance, strengths, target, settings, observer, graphs, self.split, between
+                stage_c, guidance, strengths, target, settings, observer, recordings, self.split, ahead
             )
             for batch in batches(wanted[first:], self._batch, self.device):
                 yield from run.latents(batch)
 
     def _load_decoders(self) -> None:
-        """Load Stages B and A ahead: not before a low-resolution pass, as steps were being recorded."""
+        """Load Stages B and A ahead, which must not be while steps are recorded."""
         self.stage_b.load_ahead(self._warm_stage_b)
         self.stage_a.load_ahead(self._warm_stage_a)
 
@@ -373,7 +373,11 @@ class Stages:
     ) -> Iterator[Tensor]:
         target, settings = target_named(self.config_b.target), self._without_fp8(settings)
         both = needs_unconditional(settings)[1]
-        with self._measured("stage B"), self.stage_b.on_device() as stage_b:
+        with (
+            self._measured("stage B"),
+            self.stage_b.on_device() as stage_b,
+            self._recordings() as recordings,
+        ):
             stage_b.plain = self.plain
             for alike in neighbours(plans, self._batch):
                 batch = jobs[alike]
@@ -381,7 +385,7 @@ class Stages:
                 pooled = torch.cat([texts[p].pooled for p in prompts]).to(self.device)
                 yield from stage_b_latents(
                     stage_b, batch, plans[alike.start], latents[alike], pooled, target, settings,
-                    self.device, observer, self.split,
+                    self.device, observer, self.split, recordings.stage_b,
                 )  # fmt: skip
 
     def run_stage_a(
@@ -462,13 +466,13 @@ class Stages:
         )
 
     @contextmanager
-    def _recordings(self) -> Iterator[LowPassGraphs | None]:
-        """The low pass's recordings, which go before the weights that they read leave the device."""
+    def _recordings(self) -> Iterator[PassRecordings]:
+        """Recordings of steps, which go before the weights that they read leave the device."""
         try:
-            yield self._graphs if of_nvidia(self.device) and not self.plain else None
+            yield self._kept if of_nvidia(self.device) and not self.plain else PassRecordings()
         finally:
             if self._placement.mode != NONE:
-                self._graphs.clear()
+                self._kept.clear()
 
     @contextmanager
     def _guidance_on_device(self) -> Iterator[Guidance | None]:
