@@ -540,6 +540,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8, help="how long it may take (default: 8)")
     parser.add_argument("--out", type=Path, default=Path("outputs/gpu.json"), help="file of the figures")
     parser.add_argument("--small", action="store_true", help="tiny networks and pictures, on a CPU too")
+    parser.add_argument(
+        "--sides", type=int, nargs="+", metavar="PIXELS",
+        help=f"of the pictures, by importance (default: {' '.join(map(str, SIDES))})",
+    )  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what --out holds, and stop")
     return parser.parse_args()
 
@@ -568,7 +572,7 @@ def main() -> None:
     settings = Settings(steps=2, steps_b=2) if options.small else Settings()
     run = Run(Networks(sizes, device), figures, settings)
     with suppress(KeyboardInterrupt):
-        measure(run, SMALL_SIDES if options.small else SIDES, options.minutes)
+        measure(run, tuple(options.sides or (SMALL_SIDES if options.small else SIDES)), options.minutes)
     print(f"{options.out} holds the figures; --plot FILE draws them", flush=True)
 
 
