@@ -10,16 +10,15 @@ python models/download.py --list               every file, its size and its repo
 import argparse
 from collections.abc import Sequence
 
+from core.commands.flags import Parser
 from core.weights.published import FILES, PRESETS, ModelFile, show_size
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="single files, in place of a preset's")
-    parser.add_argument("--preset", choices=PRESETS, default="small-big", help="(default: %(default)s)")
+    parser.add_argument("--preset", choices=PRESETS, default="small-big", help="whose files")
     parser.add_argument("--list", action="store_true", help="print every file, its size and where it is from")
     parser.add_argument("--check", action="store_true", help="check sizes and hashes, without network")
     return parser.parse_args(arguments)

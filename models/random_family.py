@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from core.commands.flags import home_path
+from core.commands.flags import Parser, home_path
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=home_path, help="where the files go; it is made if it is not there")
     return parser.parse_args(arguments)
 

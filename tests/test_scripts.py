@@ -48,5 +48,8 @@ def test_help_and_wrong_flags_are_answered_at_once(path: Path, flag: str, code: 
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1] == "[]"  # nothing that takes long was loaded
-    assert "usage:" in (done.stdout if code == 0 else done.stderr)
+    if code == 0:
+        assert "usage:" in done.stdout
+    else:
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,6 @@ done, where the next ones read it. Running it again goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from core.commands.flags import run
+from core.commands.flags import Parser, run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, MODELS = ROOT / "configs" / "tiny", ROOT / "models" / "tiny"
@@ -123,9 +122,7 @@ def add_time(path: Path, name: str, seconds: float) -> float:
 
 
 def main() -> int:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    Parser(__doc__).parse_args()
     for part in PARTS:
         make(part)
     return 0

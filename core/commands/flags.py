@@ -118,10 +118,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help)
 
     def error(self, message: str) -> NoReturn:
-        """End with the usage, a sentence and exit code 2."""
+        """End with a sentence and exit code 2."""
         wrong = re.search(r"^unrecognized arguments: .*?(--[\w-]+)", message)
         near = difflib.get_close_matches(wrong[1], self._option_string_actions, n=1) if wrong else []
-        super().error(f"{message} (did you mean {near[0]}?)" if near else message)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        self.exit(2, f"error: {message}{hint}; --help shows all flags\n")
 
 
 def home_path(text: str) -> str:
