@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from core.config.settings import Job, Settings
-from core.pipeline import passes
+from core.pipeline import graphs
 from core.pipeline.graphs import Outputs, PassRecordings, Recordings
 from core.pipeline.pipeline import UltraPixelPipeline
 from modules.lora import LoraUpdate, MergedLora
@@ -174,7 +174,7 @@ def test_pictures_by_recordings_are_the_same(
 def test_large_pictures_are_not_recorded(
     family_folder: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "RECORDED_PIXELS", 256 * 256 - 1)
+    monkeypatch.setattr(graphs, "RECORDED_PIXELS", 256 * 256 - 1)
     pipeline, kept = random_pipeline(family_folder), PassRecordings.of_all(recorder)
     pipeline._recordings = lambda: nullcontext(kept)
     pipeline.run([Job("a house", 256, 256, 1)], Settings(steps=3, steps_b=3))

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from test_graphs import Recorder
 from torch import Tensor, nn
 
 import core.pipeline.batches
 import core.pipeline.stages
 from core.commands.flags import picture_parser
 from core.commands.report import describe_plan
-from core.config.offloading import MODES, offload_named
+from core.config.offloading import MODES, NONE, STAGE, offload_named
 from core.config.schema import LatentGeometry, stage_c_sizes
 from core.config.settings import Job, Settings
 from core.pipeline.control import Control
@@ -29,7 +30,9 @@ from core.pipeline.estimate import (
     best_mode,
     fitting_tile,
     stage_a_activations,
+    taken,
 )
+from core.pipeline.graphs import PassRecordings
 from core.pipeline.offload import BlockStream, Offloaded, PackedBlock, Placement
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan
@@ -258,6 +261,18 @@ def test_a_full_memory_while_texts_are_read_costs_nothing(
         assert same(pixels(pipeline), expected)
 
 
+def test_recorded_steps_go_first_where_memory_is_full(
+    family_folder: Path, expected: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, recorder = pipeline_of(family_folder, "none"), Recorder()
+    pipeline._kept = PassRecordings.of_all(recorder)
+    monkeypatch.setattr(pipeline, "_recordings", lambda: contextlib.nullcontext(pipeline._kept))
+    monkeypatch.setattr(core.pipeline.batches, "stage_b_pass", once(core.pipeline.batches.stage_b_pass))
+    with pytest.warns(UserWarning, match="memory is full in stage B: it goes on with steps that are not"):
+        assert same(pixels(pipeline), expected)
+    assert recorder.recorded > 0 and not pipeline._kept.are_any and pipeline.offload == "none"
+
+
 # --- what auto chooses ----------------------------------------------------------------------------
 
 STAGES = [
@@ -273,6 +288,12 @@ STAGES = [
 def test_auto_takes_the_fastest_that_fits(free: int, mode: str) -> None:
     chosen, why = best_mode(STAGES, GIB, free * GIB)
     assert chosen == mode and f"{free:.1f} GiB are free" in why
+
+
+def test_recorded_steps_are_counted_where_weights_stay() -> None:
+    recorded = [replace(stage, kept=stage.activations) for stage in STAGES[:2]] + STAGES[2:]
+    assert taken(NONE, recorded, GIB) == taken(NONE, STAGES, GIB) + 2 * GIB  # C's and A's maps beside B's
+    assert taken(STAGE, recorded, GIB) == taken(STAGE, STAGES, GIB)
 
 
 def test_on_the_cpu_weights_rest_where_they_compute(family_folder: Path) -> None:

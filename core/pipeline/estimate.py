@@ -12,6 +12,7 @@ from torch import nn
 from core.config.offloading import BLOCK, NONE, STAGE
 from core.config.schema import StageBConfig, StageCConfig, stage_a_sizes, stage_b_sizes, stage_c_sizes
 from core.config.sizes import GuidanceSizes
+from core.pipeline.graphs import RECORDED_PIXELS
 from core.pipeline.resolution import Plan
 from core.weights.checkpoint import build_empty
 from modules.blocks import CHUNK_HIDDEN, KEPT_HIDDEN
@@ -41,6 +42,7 @@ class StageEstimate:
     name: str
     weights: int
     activations: int
+    kept: int = 0  # by recorded steps, where the weights stay on the device
 
     @property
     def total(self) -> int:
@@ -103,9 +105,10 @@ def estimate_stages(
     maps_c = stage_c_activations(sizes, c.c_hidden[0], 1 + both[0], bytes_c)
     maps_b = stage_b_activations(sizes, b.c_hidden[0], 1 + both[1], bytes_b)
     maps_a = stage_a_activations(sizes, a.c_hidden, stage_a.halo)
+    recorded = sizes.height * sizes.width <= RECORDED_PIXELS
     return [
-        StageEstimate("stage C", count_c * (1 if int8 else bytes_c), maps_c),
-        StageEstimate("stage B", count_b * (1 if int8 else bytes_b), maps_b),
+        StageEstimate("stage C", count_c * (1 if int8 else bytes_c), maps_c, maps_c * recorded),
+        StageEstimate("stage B", count_b * (1 if int8 else bytes_b), maps_b, maps_b * recorded),
         StageEstimate("stage A", sum(p.numel() for p in stage_a.parameters()) * 4, maps_a),
     ]
 
@@ -113,7 +116,8 @@ def estimate_stages(
 def taken(mode: str, stages: Sequence[StageEstimate], text: int) -> int:
     """Bytes of the device's memory at most, where weights rest as `mode` says; block is counted as stage."""
     if mode == NONE:
-        return text + sum(stage.weights for stage in stages) + max(stage.activations for stage in stages)
+        stay = sum(stage.weights + stage.kept for stage in stages)
+        return text + stay + max(stage.activations - stage.kept for stage in stages)
     return max(text, *(stage.total for stage in stages))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 Outputs = tuple[Tensor, ...]
 # Runs a function and returns how to run it again, from and to the same memory, and its outputs there.
 Recorder = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
+RECORDED_PIXELS = 2560**2  # of a picture; in larger ones, steps take longer than their launches
 MOST_LOW = 16  # recordings of the low-resolution step, which take little memory
 MOST_HIGH = 2  # of others: with and without the unconditional half
 FIRST_REPLAYED = 2  # step of a pass: the first is run as it is, the second recorded
@@ -62,6 +63,11 @@ class Recordings:
         self._seen: set[tuple] = set()
         self._weights: tuple[int, ...] = ()
         self._failed = False
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._recordings)
 
     def clear(self) -> None:
         """Forget all recordings."""
@@ -131,11 +137,19 @@ class PassRecordings:
         """Of all three, without any recording yet."""
         return cls(*(Recordings(most, recorder) for most in (MOST_LOW, MOST_HIGH, MOST_HIGH)))
 
+    @property
+    def are_any(self) -> bool:
+        """Whether any step is recorded."""
+        return any(recordings.count for recordings in self._each)
+
     def clear(self) -> None:
         """Forget all recordings."""
-        for recordings in (self.low, self.high, self.stage_b):
-            if recordings is not None:
-                recordings.clear()
+        for recordings in self._each:
+            recordings.clear()
+
+    @property
+    def _each(self) -> list[Recordings]:
+        return [each for each in (self.low, self.high, self.stage_b) if each is not None]
 
 
 def _on(device: torch.device, weights: Tensor) -> bool:

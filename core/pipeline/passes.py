@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config.settings import TRAINING_R, Settings
+from core.pipeline import graphs
 from core.pipeline.conditioning import Conditions
 from core.pipeline.entries import Entries, Maps, PassEntries
 from core.pipeline.graphs import Outputs, Recordings
@@ -35,7 +36,6 @@ C_LATENT = 16  # channels of Stage C's latent
 B_LATENT = 4  # channels of Stage B's latent
 NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
 
-RECORDED_PIXELS = 2560**2  # of a picture, above which steps take longer than their launches
 HighInputs = tuple[StageCConditions, PreparedGuidance | None, Maps | None]
 
 OnStep = Callable[[Step, Estimate], None]
@@ -437,7 +437,7 @@ def of_short_steps(
     networks: Sequence[nn.Module],
 ) -> Recordings | None:
     """The recordings, where a step of such a picture is short beside its launches, and as it always is."""
-    if recordings is None or plan.height * plan.width > RECORDED_PIXELS or settings.fp8 != "off":
+    if recordings is None or plan.height * plan.width > graphs.RECORDED_PIXELS or settings.fp8 != "off":
         return None
     return recordings.for_pass(device, *networks)
 

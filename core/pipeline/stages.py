@@ -203,7 +203,9 @@ class Stages:
     def _shrink(self, stage: str) -> bool:
         """Take less memory from now on, and say so; False where there is no way left."""
         tile, mode = (self._tile or MAX_TILE) // 2, smaller(self.offload)
-        if stage in ("stage C", "stage B") and self._batch > 1:
+        if self._kept.are_any:
+            self._kept, way = PassRecordings(), "steps that are not recorded"
+        elif stage in ("stage C", "stage B") and self._batch > 1:
             self._most = self._batch = self._batch // 2
             way = f"{self._batch} pictures at once" if self._batch > 1 else "one picture at a time"
         elif stage == "stage A" and tile >= MIN_TILE:
