@@ -237,7 +237,8 @@ def our_steps(networks: Networks, side: int, plain: bool = False) -> Iterator[tu
     def high_step(step: tuple, held: tuple[StageCConditions, PreparedGuidance]) -> Outputs:
         return (stage_c.predict(*step, held[0], guidance=held[1]),)
 
-    own = of_short_steps(kept.high, sizes, Settings(), networks.device, used)
+    noise = NoiseSource.of(0, 0, networks.device)
+    own = of_short_steps(kept.high, sizes, noise, Settings(), used)
     yield STAGES[1], step_of(own, high_step, (high, time_c), (held, prepared)), used
     stage_b = networks.stage_b
     stage_b.plain = plain
@@ -247,7 +248,7 @@ def our_steps(networks: Networks, side: int, plain: bool = False) -> Iterator[tu
     )
     held_b, time_b = stage_b.prepare(sizes.stage_b_latent, effnet, pooled), stage_b.pass_times(r).at(0)
     noisy = networks.normal(2, 4, *sizes.stage_b_latent)
-    own = of_short_steps(kept.stage_b, sizes, Settings(), networks.device, (stage_b,))
+    own = of_short_steps(kept.stage_b, sizes, noise, Settings(), (stage_b,))
 
     def step_b(step: tuple, held: StageBConditions) -> Outputs:
         return (stage_b.predict(*step, held),)

@@ -171,13 +171,15 @@ def test_pictures_by_recordings_are_the_same(
     assert (recorder.recorded, recorder.replayed) == (recorded, replayed)
 
 
-def test_large_pictures_are_not_recorded(
-    family_folder: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("pixels", "at_once"), [(256 * 256 - 1, 1), (2 * 256 * 256 - 1, 2)])
+def test_large_pictures_and_many_at_once_are_not_recorded(
+    family_folder: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, pixels: int, at_once: int
 ) -> None:
-    monkeypatch.setattr(graphs, "RECORDED_PIXELS", 256 * 256 - 1)
+    monkeypatch.setattr(graphs, "RECORDED_PIXELS", pixels)
     pipeline, kept = random_pipeline(family_folder), PassRecordings.of_all(recorder)
     pipeline._recordings = lambda: nullcontext(kept)
-    pipeline.run([Job("a house", 256, 256, 1)], Settings(steps=3, steps_b=3))
+    jobs = [Job("a house", 256, 256, seed) for seed in range(at_once)]
+    pipeline.run(jobs, Settings(steps=3, steps_b=3), batch=at_once)
     assert recorder.recorded == 1  # the low-resolution step
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 Outputs = tuple[Tensor, ...]
 # Runs a function and returns how to run it again, from and to the same memory, and its outputs there.
 Recorder = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
-RECORDED_PIXELS = 2560**2  # of a picture; in larger ones, steps take longer than their launches
+RECORDED_PIXELS = 2560**2  # of pictures made at once; with more, steps take longer than their launches
 MOST_LOW = 16  # recordings of the low-resolution step, which take little memory
 MOST_HIGH = 2  # of others: with and without the unconditional half
 FIRST_REPLAYED = 2  # step of a pass: the first is run as it is, the second recorded

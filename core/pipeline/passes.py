@@ -403,7 +403,7 @@ def high_resolution_pass(
 
     networks = [stage_c] if guidance is None else [stage_c, *guidance.blocks]
     alone = inner is None and shares is None
-    recorded = of_short_steps(recordings, plan, settings, noise.device, networks) if alone else None
+    recorded = of_short_steps(recordings, plan, noise, settings, networks) if alone else None
 
     def prediction(step: tuple[Tensor, Times], held: HighInputs) -> Outputs:
         conditions, guidance, control = held
@@ -432,14 +432,15 @@ def high_resolution_pass(
 def of_short_steps(
     recordings: Recordings | None,
     plan: Plan,
+    noise: NoiseSource | NoiseSources,
     settings: Settings,
-    device: torch.device,
     networks: Sequence[nn.Module],
 ) -> Recordings | None:
-    """The recordings, where a step of such a picture is short beside its launches, and as it always is."""
-    if recordings is None or plan.height * plan.width > graphs.RECORDED_PIXELS or settings.fp8 != "off":
+    """The recordings, where a step of such pictures is short beside its launches, and as it always is."""
+    pixels = noise.count * plan.height * plan.width
+    if recordings is None or pixels > graphs.RECORDED_PIXELS or settings.fp8 != "off":
         return None
-    return recordings.for_pass(device, *networks)
+    return recordings.for_pass(noise.device, *networks)
 
 
 def _sample_stage_c(
@@ -490,7 +491,7 @@ def stage_b_pass(
     times = steps(cosine, settings.steps_b)
     shares = None if split is None else split.shares(stage_b, plan.stage_b_latent[0])
     alone = shares is None
-    recorded = of_short_steps(recordings, plan, settings, noise.device, [stage_b]) if alone else None
+    recorded = of_short_steps(recordings, plan, noise, settings, [stage_b]) if alone else None
     halves = in_halves(predict, conditions, stage_b, times, noise.device, shares)
     denoise = denoiser(halves, target, settings.cfg_stage_b)
     with products_in_fp8(stage_b, settings.fp8):
