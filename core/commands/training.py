@@ -29,7 +29,7 @@ def read_command(cls: type[Config], description: str) -> Config:
     with launch.told_once():
         arguments, unknown = parser.parse_known_intermixed_args(words)
         if unknown:
-            parser.error(_explain_flag(words, unknown[0], [*get_type_hints(cls)]))
+            parser.exit(2, f"error: {_explain_flag(words, unknown[0], [*get_type_hints(cls)])}\n")
     config = load(cls, arguments.config, arguments.overrides)
     if arguments.dry_run:
         fitted = fitted_batch(config)
