@@ -42,17 +42,17 @@ from core.pipeline.passes import (
     decode_picture,
     high_resolution_pass,
     low_resolution_pass,
-    of_short_steps,
     stage_b_pass,
 )
 from core.pipeline.resolution import Plan, plan
+from core.pipeline.steps import high_step, low_step, of_short_steps, step_b
 from gdf.targets import EPSILON
 from modules import blocks
-from modules.guidance import Guidance, PreparedGuidance
+from modules.guidance import Guidance
 from modules.operators import operators_for
 from modules.stage_a import StageA
-from modules.stage_b import StageB, StageBConditions
-from modules.stage_c import StageC, StageCConditions
+from modules.stage_b import StageB
+from modules.stage_c import StageC
 
 for folder in ("models", "tests"):
     sys.path.insert(0, str(Path(__file__).parents[1] / folder))
@@ -226,20 +226,11 @@ def our_steps(networks: Networks, side: int, plain: bool = False) -> Iterator[tu
     features = stage_c.predict_with_features(low, time_c, held)[1].first(1)
     used, kept = (stage_c, guidance), PassRecordings() if plain else recordings_on(networks.device)
 
-    def low_step(step: tuple, held: StageCConditions) -> Outputs:
-        prediction, features = stage_c.predict_with_features(*step, held)
-        return prediction, *features.maps
-
-    yield STAGES[0], step_of(kept.low, low_step, (low, time_c), held), used
+    yield STAGES[0], step_of(kept.low, partial(low_step, stage_c), (low, time_c), (held, None)), used
     prepared = guidance.prepare(features, stage_c.site_sizes(sizes.hr_latent))
     high = networks.normal(2, 16, *sizes.hr_latent)
-
-    def high_step(step: tuple, held: tuple[StageCConditions, PreparedGuidance]) -> Outputs:
-        return (stage_c.predict(*step, held[0], guidance=held[1]),)
-
-    noise = NoiseSource.of(0, 0, networks.device)
-    own = of_short_steps(kept.high, sizes, noise, Settings(), used)
-    yield STAGES[1], step_of(own, high_step, (high, time_c), (held, prepared)), used
+    own = of_short_steps(kept.high, side**2, Settings(), networks.device, used)
+    yield STAGES[1], step_of(own, partial(high_step, stage_c), (high, time_c), (held, prepared, None)), used
     stage_b = networks.stage_b
     stage_b.plain = plain
     effnet, pooled = (
@@ -248,12 +239,8 @@ def our_steps(networks: Networks, side: int, plain: bool = False) -> Iterator[tu
     )
     held_b, time_b = stage_b.prepare(sizes.stage_b_latent, effnet, pooled), stage_b.pass_times(r).at(0)
     noisy = networks.normal(2, 4, *sizes.stage_b_latent)
-    own = of_short_steps(kept.stage_b, sizes, noise, Settings(), (stage_b,))
-
-    def step_b(step: tuple, held: StageBConditions) -> Outputs:
-        return (stage_b.predict(*step, held),)
-
-    yield STAGES[2], step_of(own, step_b, (noisy, time_b), held_b), (stage_b,)
+    own = of_short_steps(kept.stage_b, side**2, Settings(), networks.device, (stage_b,))
+    yield STAGES[2], step_of(own, partial(step_b, stage_b), (noisy, time_b), held_b), (stage_b,)
     latent = networks.normal(1, 4, *sizes.stage_b_latent, dtype=torch.float32)
     yield STAGES[3], lambda: _decoded(networks, latent, sizes, plain), (networks.stage_a,)
 

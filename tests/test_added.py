@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from conftest import ROOT, random_pipeline
 from peers import random_stage_c
 from PIL import Image
 from test_control import GEOMETRY, SIZES, noise_picture, write_controlnet
-from test_graphs import Recorder, inputs, low_step
+from test_graphs import Recorder, inputs
 from test_loras import make_lora, new_token
 
 from core.commands.flags import run as run_script
@@ -29,6 +30,7 @@ from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan
 from core.pipeline.sources import Part, Source
 from core.pipeline.split import Share
+from core.pipeline.steps import low_step
 from core.weights.lora.files import write_lora
 
 sys.path.insert(0, str(ROOT / "inference"))
@@ -91,7 +93,7 @@ def test_recordings_take_other_entries_within_a_picture() -> None:
     kept, times = Recordings(9, recorder), stage_c.pass_times(torch.tensor([0.9, 0.5, 0.1]))
     x, held = inputs(stage_c, 1)
     for entry in torch.randn(3, 1, 32, 4, 4):
-        made = kept.run(low_step(stage_c), (x, times.at(0)), (held, [entry]))[0]
+        made = kept.run(partial(low_step, stage_c), (x, times.at(0)), (held, [entry]))[0]
         assert torch.equal(made, stage_c.predict(x, times.at(0), held, control=[entry]))
     assert recorder.recorded == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from core.config.settings import Job, Settings
 from core.pipeline import graphs
 from core.pipeline.graphs import Outputs, PassRecordings, Recordings
 from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.steps import low_step
 from modules.lora import LoraUpdate, MergedLora
 from modules.stage_c import StageC
 
@@ -56,21 +58,11 @@ def inputs(stage_c: StageC, batch: int, side: int = 4):
     return torch.randn(batch, 16, side, side), stage_c.prepare(*text)
 
 
-def low_step(stage_c: StageC):
-    """A low-resolution step as its pass records it."""
-
-    def function(step, held):
-        prediction, features = stage_c.predict_with_features(*step, held[0], control=held[1])
-        return prediction, *features.maps
-
-    return function
-
-
 @torch.no_grad()
 def test_replayed_steps_are_those_of_the_network(stage_c: StageC, recorder: Recorder) -> None:
     made, times = Recordings(9, recorder), stage_c.pass_times(torch.tensor([0.9, 0.5, 0.1]))
     control = [torch.randn(1, 32, 4, 4), None, torch.randn(1, 32, 2, 2)]
-    step = low_step(stage_c)
+    step = partial(low_step, stage_c)
     for batch, side, entries in ((2, 4, None), (2, 4, None), (1, 4, None), (2, 3, None), (2, 4, control)):
         x, held = inputs(stage_c, batch, side)
         for i in range(3):
@@ -87,9 +79,8 @@ def test_recordings_follow_the_weights(stage_c: StageC, recorder: Recorder) -> N
     x, held = inputs(stage_c, 2)
 
     def step():
-        return (
-            made.for_pass(x.device, stage_c).run(low_step(stage_c), (x, times.at(0)), (held, None))[0].clone()
-        )
+        here, function = made.for_pass(x.device, stage_c), partial(low_step, stage_c)
+        return here.run(function, (x, times.at(0)), (held, None))[0].clone()
 
     before = step()
     assert torch.equal(step(), before) and recorder.recorded == 1

@@ -6,18 +6,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.config.settings import TRAINING_R, Settings
-from core.pipeline import graphs
 from core.pipeline.conditioning import Conditions
 from core.pipeline.entries import Entries, Maps, PassEntries
-from core.pipeline.graphs import Outputs, Recordings
+from core.pipeline.graphs import Recordings
 from core.pipeline.resolution import Plan
 from core.pipeline.split import Shares, Split
+from core.pipeline.steps import high_step, low_step, of_short_steps, predicted, step_b
 from core.random_keys import generator_of
 from gdf.noise_conditions import cosine_t
 from gdf.samplers import Denoise, Estimate, Sampled, Step, denoiser, sample, sampler_named, steps
@@ -36,7 +37,6 @@ C_LATENT = 16  # channels of Stage C's latent
 B_LATENT = 4  # channels of Stage B's latent
 NOISE_STREAMS = {"lr": 0, "hr": 1, "stage_b": 2}
 
-HighInputs = tuple[StageCConditions, PreparedGuidance | None, Maps | None]
 
 OnStep = Callable[[Step, Estimate], None]
 Prepared = TypeVar("Prepared", StageCConditions, "Guided", StageBConditions)
@@ -271,16 +271,13 @@ def _low_halves(
 ) -> Callable[..., Tensor]:
     """The low-resolution pass's predictions; the last step's features go into `taken`, if it gives them."""
     recorded = None if recordings is None else recordings.for_pass(device, stage_c)
-
-    def with_features(step: tuple[Tensor, Times], held: tuple[StageCConditions, Maps | None]) -> Outputs:
-        prediction, features = stage_c.predict_with_features(*step, held[0], control=held[1])
-        return prediction, *features.maps
+    step_of = partial(low_step, stage_c)
 
     def predict(x: Tensor, time: Times, held: StageCConditions, step: Step) -> Tensor:
         takes = step.is_last and settings.extra_guidance_r is None
         control = None if added is None else _of_samples(added.at(step.t), len(x))
         if recorded is not None:
-            prediction, *maps = recorded.run(with_features, (x, time), (held, control))
+            prediction, *maps = recorded.run(step_of, (x, time), (held, control))
             prediction, features = prediction.clone(), GuidanceFeatures(tuple(maps))
         elif takes:
             prediction, features = stage_c.predict_with_features(x, time, held, control=control)
@@ -402,21 +399,13 @@ def high_resolution_pass(
     shares = None if split is None else split.shares(stage_c, plan.hr_latent[0])
 
     networks = [stage_c] if guidance is None else [stage_c, *guidance.blocks]
-    alone = inner is None and shares is None
-    recorded = of_short_steps(recordings, plan, noise, settings, networks) if alone else None
-
-    def prediction(step: tuple[Tensor, Times], held: HighInputs) -> Outputs:
-        conditions, guidance, control = held
-        made = stage_c.predict(
-            *step, conditions, guidance=guidance, inner=inner, control=control, control_guided=True
-        )
-        return (made,)
+    alone, pixels = inner is None and shares is None, noise.count * plan.height * plan.width
+    recorded = of_short_steps(recordings, pixels, settings, noise.device, networks) if alone else None
+    step_of = partial(high_step, stage_c, inner=inner)
 
     def predict(x: Tensor, time: Times, held: Guided, step: Step) -> Tensor:
         inputs = held.conditions, held.guidance, held.control_at(step.t, len(x))
-        if recorded is None:
-            return prediction((x, time), inputs)[0]
-        return recorded.run(prediction, (x, time), inputs)[0].clone()
+        return predicted(recorded, step_of, (x, time), inputs)
 
     times = pass_steps(settings, False, start)
     x = _begun(start, noise, plan.hr_latent, times)
@@ -427,20 +416,6 @@ def high_resolution_pass(
     )
     with products_in_fp8(stage_c, settings.fp8):
         return _sample_stage_c(_holding(denoise, start), x, times, settings, noise, on_step)
-
-
-def of_short_steps(
-    recordings: Recordings | None,
-    plan: Plan,
-    noise: NoiseSource | NoiseSources,
-    settings: Settings,
-    networks: Sequence[nn.Module],
-) -> Recordings | None:
-    """The recordings, where a step of such pictures is short beside its launches, and as it always is."""
-    pixels = noise.count * plan.height * plan.width
-    if recordings is None or pixels > graphs.RECORDED_PIXELS or settings.fp8 != "off":
-        return None
-    return recordings.for_pass(noise.device, *networks)
 
 
 def _sample_stage_c(
@@ -479,19 +454,14 @@ def stage_b_pass(
     effnet = torch.cat([latent, torch.zeros_like(latent)])[: len(pooled)]
     conditions = stage_b.prepare(plan.stage_b_latent, effnet, pooled.to(dtype))
 
-    def prediction(step: tuple[Tensor, Times], held: StageBConditions) -> Outputs:
-        return (stage_b.predict(*step, held),)
-
     def predict(x: Tensor, time: Times, held: StageBConditions, _: Step) -> Tensor:
-        if recorded is None:
-            return prediction((x, time), held)[0]
-        return recorded.run(prediction, (x, time), held)[0].clone()
+        return predicted(recorded, partial(step_b, stage_b), (x, time), held)
 
     x = noise.draw(noise.count, B_LATENT, *plan.stage_b_latent)
     times = steps(cosine, settings.steps_b)
     shares = None if split is None else split.shares(stage_b, plan.stage_b_latent[0])
-    alone = shares is None
-    recorded = of_short_steps(recordings, plan, noise, settings, [stage_b]) if alone else None
+    alone, pixels = shares is None, noise.count * plan.height * plan.width
+    recorded = of_short_steps(recordings, pixels, settings, noise.device, [stage_b]) if alone else None
     halves = in_halves(predict, conditions, stage_b, times, noise.device, shares)
     denoise = denoiser(halves, target, settings.cfg_stage_b)
     with products_in_fp8(stage_b, settings.fp8):
