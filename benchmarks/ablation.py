@@ -1,49 +1,48 @@
 """The paper's ablations of the guidance (section 4.3, tables 2 and 3) on the embedded family.
 
 python benchmarks/ablation.py: trains every variant of the guidance alike, from the same start on the same
-pictures, and measures what each makes of the same held-out scenes. Run again it continues where it was.
+pictures, and measures what each makes of the same held-out scenes: first the error of its predictions, as a
+share of the error without guidance, then whole pictures. Run again it continues where it was, and with more
+--updates it trains on; --max_hours ends it in time, with what is missing named as such. --variants shares the
+rows out over several processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
 
 import torch
-from matplotlib.figure import Figure
+from ablation_report import FIGURES, Found, draw, table
+from guidance_variants import VARIANTS, OwnTimePipeline, Variant, make_guidance, start
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from core.commands.flags import run
-from core.config.presets import EMBEDDED, PRESETS
+from core.commands.flags import Parser, run
 from core.config.schema import TrainConfig, guidance_sizes
-from core.config.settings import TRAINING_R, Job, Settings
-from core.config.sizes import GuidanceSizes
 from core.config.yaml import as_yaml, load
 from core.data.loader import Batch
 from core.devices import device_named
-from core.family.evaluation import Evaluation, Judge, Measured, View, held_out_cases
+from core.family.evaluation import Evaluation, Judge, View, held_out_cases, real_picture
 from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
-from core.pipeline.batches import noise_of
-from core.pipeline.entries import Entries
+from core.pipeline.conditioning import Conditions
 from core.pipeline.networks import DTYPES
 from core.pipeline.offload import Offloaded, Placement
-from core.pipeline.passes import C_LATENT, LowEnd, in_halves, needs_unconditional, prepare_stage_c
 from core.pipeline.pipeline import UltraPixelPipeline
-from core.pipeline.progress import Observer, counting
-from core.pipeline.resolution import Plan, guidance_strength, plan
-from core.pipeline.sources import Source
-from core.training.encoders import fingerprint
+from core.pipeline.progress import counting
+from core.pipeline.resolution import plan
+from core.training.encoders import EncodedBatch, Encoders, fingerprint, frozen_stage_c
 from core.training.guidance import (
     GuidedStageC,
+    SampleNoise,
     check,
     draw_noise,
     drop_conditions,
@@ -51,107 +50,167 @@ from core.training.guidance import (
     noise_latents,
 )
 from core.training.run import Run, run_folder, train
-from core.training.trainer import CHECKPOINT, Recipe, StepLoss
-from core.weights.checkpoint import check_file
-from core.weights.clip import TextCondition
+from core.training.trainer import CHECKPOINT, Recipe, StepLoss, checkpoints
+from core.weights.checkpoint import check_file, save_text
 from gdf.diffusion import sample_losses
-from gdf.samplers import Step, denoiser, sample, sampler_named, steps
-from gdf.schedules import cosine
-from gdf.targets import target_named
-from modules.guidance import Guidance, GuidanceFeatures
-from modules.stage_c import StageC, StageCConditions
+from gdf.schedules import TIME_MIN
+from gdf.targets import Target, target_named
+from modules.guidance import Guidance
+from modules.stage_c import StageC
 
 RECOGNISER = TINY / "recogniser.safetensors"
-SAVE_EVERY = 50  # updates
+SAVE_EVERY = 100  # updates between two points of the curves
 SHOWN = 8  # pictures on a sheet
 STAMP = 10  # letters of a file's name that stand for all settings
-FIGURES = {"accuracy": "attributes right ↑", "frechet": "Fréchet ↓", "patch_frechet": "Fréchet of patches ↓"}
-DRAWN = ("accuracy", "patch_frechet")
-COLOURS = {"full": "#c44e1c", "none": "#808080"}  # of two variants; the others are blue
-BLUE = "#4472a8"
+AT_ONCE = 4  # held-out scenes
+MANY = 65  # pictures, from which on distances can be trusted
+BASE = VARIANTS[0]  # without guidance, whose error is 100 %
+
+Point = dict[str, list[float]]  # the losses of the held-out scenes, by the side of their pictures
 
 
-# --- the variants ---------------------------------------------------------------------------------
+# --- what is predicted of held-out scenes ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Variant:
-    """The guidance with one of its parts replaced."""
+class HeldOut:
+    """Held-out scenes with fixed noise at times from 0 to 1, of which each variant predicts the same."""
 
-    name: str  # of its files
-    label: str
-    guided: bool = True
-    lr_time: float | None = TRAINING_R  # of the low-resolution features; None: that of the guided step
-    upsampling: str = "implicit"  # one of modules.guidance.UPSAMPLINGS
-    scale_aware: bool = True
+    side: int  # pixels of the pictures
+    encoded: EncodedBatch
+    noise: SampleNoise
+    target: Target
 
-    @property
-    def settings(self) -> Settings:
-        """The family's, which take the features at the last step, t = 0.05, or those at the variant's."""
-        lr_time = None if self.lr_time in (None, TRAINING_R) else self.lr_time
-        return Settings(cfg=PRESETS[EMBEDDED].cfg, guidance_r=lr_time)
+    @classmethod
+    def drawn(cls, side: int, count: int, encoders: Encoders, config: TrainConfig) -> HeldOut:
+        """The first scenes, with captions, at the latents' size of pictures of a side."""
+        size, cases = plan(side, side, config.geometry), held_out_cases(count, 0)
+        height, width = (n * config.geometry.stride for n in size.hr_latent)
+        encoded = []
+        for first in range(0, count, AT_ONCE):
+            few = cases[first : first + AT_ONCE]
+            pictures = torch.stack([real_picture(case.scene, (height, width)) for case in few])
+            names = [str(case.seed) for case in few]
+            encoded.append(encoders.encode(Batch(pictures, [case.prompt for case in few], names)).named())
+        joined = {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
+        whole = EncodedBatch.of(joined, encoders.device)
+        keys = [(case.seed, side) for case in cases]
+        noise = draw_noise(keys, whole.z.shape[1:], whole.z_lr.shape[1:], text_dropout=0.0)
+        times = ((torch.arange(count) + 0.5) / count).clamp(min=TIME_MIN)
+        noise = replace(noise, t=times, use_image=torch.zeros(count, dtype=torch.bool))
+        return cls(side, whole, noise, target_named(config.target))
+
+    @torch.no_grad()
+    def losses(self, variant: Variant, guided: GuidedStageC, empty: Conditions, dtype: torch.dtype) -> list:
+        """The loss of each scene, with a variant's guidance in a Stage C, or without."""
+        found = []
+        for first in range(0, len(self.noise.t), AT_ONCE):
+            few = slice(first, first + AT_ONCE)
+            noise = SampleNoise(**{name: value[few] for name, value in vars(self.noise).items()})
+            latents = noise_latents(
+                self.encoded.z[few], self.encoded.z_lr[few], noise, self.target, low_time(variant, noise)
+            )
+            conditions = Conditions(**{n: v[few] for n, v in vars(self.encoded.conditions).items()})
+            held = drop_conditions(conditions, empty, noise).to(latents.x.device, dtype)
+            if variant.guided:
+                prediction = guided(latents, held)
+            else:
+                x = latents.x.to(dtype)
+                prediction = guided.stage_c(
+                    x, latents.r, held.clip_text, held.clip_text_pooled, held.clip_img
+                )
+            found += sample_losses(prediction.float(), latents.target).tolist()
+        return found
 
 
-VARIANTS = (
-    Variant("none", "no guidance", guided=False),
-    Variant("own_t", "features at the step's own t", lr_time=None),
-    Variant("t_05", "features at t = 0.5", lr_time=0.5),
-    Variant("full", "full: t = 0.05, implicit, scale-aware"),
-    Variant("bilinear", "bilinear + convolution", upsampling="bilinear", scale_aware=False),
-    Variant("bilinear_scale", "bilinear + convolution, scale-aware", upsampling="bilinear"),
-    Variant("implicit", "implicit, not scale-aware", scale_aware=False),
-)
+def low_time(variant: Variant, noise: SampleNoise) -> float | Tensor:
+    """The time of the low-resolution features of samples."""
+    return noise.t if variant.lr_time is None else variant.lr_time
 
 
-class ConstantScale(nn.Module):
-    """In place of scale-aware normalisation: 2 x for every size, what that is on average before training."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.full((1, 1, 1, 1), 2.0))
-        self.register_buffer("shift", torch.zeros(1, 1, 1, 1))
-
-    def affine(self, _height: int, _width: int) -> tuple[Tensor, Tensor]:
-        """Scale and shift (1, 1, 1, 1)."""
-        return self.scale, self.shift
+def curve_of(path: Path) -> dict[int, Point]:
+    """The points of a curve, by the number of updates; none where there is no file."""
+    points = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return {int(step): point for step, point in points.items()}
 
 
-def make_guidance(variant: Variant, sizes: GuidanceSizes) -> Guidance:
-    """A variant's guidance, without weights."""
-    guidance = Guidance(**asdict(replace(sizes, upsampling=variant.upsampling)))
-    if not variant.scale_aware:
-        for block in (*guidance.down, *guidance.up):
-            block.hr_norm = ConstantScale()
-    return guidance
-
-
-def start(variant: Variant, full: Guidance, sizes: GuidanceSizes) -> Guidance:
-    """A variant's guidance with the initial values of the full one, wherever it has the same parameter."""
-    guidance = make_guidance(variant, sizes)
-    guidance.init_weights()
-    shared = set(guidance.state_dict()) & set(full.state_dict())
-    guidance.load_state_dict({name: full.state_dict()[name] for name in shared}, strict=False)
-    return guidance
+def add_point(path: Path, step: int, point: Point) -> None:
+    """Add to a curve's file, in the order of updates, what was measured after `step` of them."""
+    points = curve_of(path)
+    points[step] = {**points.get(step, {}), **point}
+    save_text(path, json.dumps(dict(sorted(points.items()))) + "\n")
 
 
 # --- training -------------------------------------------------------------------------------------
 
 
-def make_recipe(variant: Variant, run: Run) -> Recipe:
-    """The recipe of train/train_t2i.py for a variant, without samples and exports."""
+@dataclass(frozen=True)
+class Row:
+    """A variant that is trained with a seed; its files are in a folder of its own."""
+
+    variant: Variant
+    config: TrainConfig  # of its training
+    folder: Path
+
+    @property
+    def curve(self) -> dict[int, Point]:
+        """What is measured of it."""
+        return curve_of(self.folder / "curve.json")
+
+    def missing(self, side: int) -> bool:
+        """Whether its held-out loss at a side is still to be measured, after the last update."""
+        return str(side) not in self.curve.get(self.updates, {})
+
+    @property
+    def updates(self) -> int:
+        """Of its training; without guidance there are none."""
+        return self.config.updates if self.variant.guided else 0
+
+
+class Losses:
+    """Measures the held-out losses of rows; the scenes are encoded once."""
+
+    def __init__(self, config: TrainConfig, sides: Sequence[int], count: int) -> None:
+        self._config, self._sides, self._count = config, sides, count
+        self._held_out: dict[int, HeldOut] = {}
+        self._encoders: Encoders | None = None
+        self._stage_c: StageC | None = None
+
+    def measure(self, row: Row, side: int, guidance: Guidance | None, step: int) -> None:
+        """Add a point to a row's curve."""
+        device, dtype = device_named(None), DTYPES[self._config.dtype]
+        if self._encoders is None or self._stage_c is None:
+            self._encoders = Encoders.load(self._config, device)
+            self._stage_c = frozen_stage_c(self._config, device)
+        if side not in self._held_out:
+            self._held_out[side] = HeldOut.drawn(side, self._count, self._encoders, self._config)
+        guided = GuidedStageC(self._stage_c, guidance or nn.Identity())
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            losses = self._held_out[side].losses(row.variant, guided, self._encoders.empty(), dtype)
+        row.folder.mkdir(parents=True, exist_ok=True)
+        add_point(row.folder / "curve.json", step, {str(side): losses})
+
+
+def make_recipe(row: Row, losses: Losses, side: int, until: float, run: Run) -> Recipe:
+    """The recipe of train/train_t2i.py for a variant, with a point of its curve instead of samples."""
     networks, dtype = load_networks(run.config, run.device), DTYPES[run.config.dtype]
     target, empty = target_named(run.config.target), networks.encoders.empty()
 
     def loss(module: nn.Module, batch: Batch, keys: list[tuple[int, ...]]) -> StepLoss:
         encoded = networks.encoders.encode(batch)
         noise = draw_noise(keys, encoded.z.shape[1:], encoded.z_lr.shape[1:])
-        t_lr = noise.t if variant.lr_time is None else variant.lr_time
-        latents = noise_latents(encoded.z, encoded.z_lr, noise, target, t_lr)
+        latents = noise_latents(encoded.z, encoded.z_lr, noise, target, low_time(row.variant, noise))
         held = drop_conditions(encoded.conditions, empty, noise).to(run.device, dtype)
         return StepLoss(sample_losses(module(latents, held), latents.target), latents.logsnr)
 
-    guidance = start(variant, networks.guidance, guidance_sizes(run.config)).to(run.device)
-    return Recipe(GuidedStageC(networks.stage_c, guidance), run.batches, loss)
+    guidance = start(row.variant, networks.guidance, guidance_sizes(run.config)).to(run.device)
+
+    def measure(step: int) -> None:
+        losses.measure(row, side, guidance, step)
+        if time.monotonic() > until:
+            signal.raise_signal(signal.SIGTERM)  # the trainer saves and leaves its loop
+
+    return Recipe(GuidedStageC(networks.stage_c, guidance), run.batches, loss, measure)
 
 
 def weights_of(config: TrainConfig) -> list[str]:
@@ -159,73 +218,40 @@ def weights_of(config: TrainConfig) -> list[str]:
     return [config.generator_checkpoint_path, config.effnet_checkpoint_path]
 
 
-def trained(variant: Variant, config: TrainConfig) -> Guidance:
-    """A variant's guidance after its last update; trains what is missing up to there."""
-    last = run_folder(config) / CHECKPOINT.format(config.updates)
-    if not last.exists():
-        print(f"training: {variant.label}, seed {config.seed}", file=sys.stderr)
-        mixed = config.dtype == "bfloat16"
-        train(config, weights_of(config), partial(make_recipe, variant), mixed_precision=mixed)
-    if not last.exists():
+def trained(row: Row, make: Callable[[Run], Recipe], until: float) -> Guidance | None:
+    """A variant's guidance after its last update; trains what is missing up to there. None: time is over."""
+    folder, last = run_folder(row.config), CHECKPOINT.format(row.config.updates)
+    if (done := checkpoints(folder)) and done[-1].name > last:
+        raise ValueError(
+            f"{row.variant.label} is trained further already: --updates is at least what was done"
+        )
+    if not (folder / last).exists():
+        print(f"training: {row.variant.label}, seed {row.config.seed}", file=sys.stderr)
+        mixed = row.config.dtype == "bfloat16"
+        train(row.config, weights_of(row.config), make, mixed_precision=mixed)
+    if not (folder / last).exists():
+        if time.monotonic() > until:
+            return None
         raise KeyboardInterrupt  # the trainer saved and left its loop
-    state = torch.load(last, map_location="cpu", weights_only=True)
+    state = torch.load(folder / last, map_location="cpu", weights_only=True)
     tensors = {**state["parameters"], **state["buffers"], **state["ema"]}
-    guidance = make_guidance(variant, guidance_sizes(config))
+    guidance = make_guidance(row.variant, guidance_sizes(row.config))
     guidance.load_state_dict({name.removeprefix("guidance."): value for name, value in tensors.items()})
     return guidance.eval()
 
 
-# --- sampling and measuring -----------------------------------------------------------------------
+def train_row(row: Row, losses: Losses, sides: Sequence[int], until: float) -> Guidance | None:
+    """Train a row and measure its last losses at all sides; its guidance, if it has one by now."""
+    guidance = None
+    if row.variant.guided:
+        guidance = trained(row, partial(make_recipe, row, losses, sides[0], until), until)
+    if guidance is not None or not row.variant.guided:
+        for side in filter(row.missing, sides):
+            losses.measure(row, side, guidance, row.updates)
+    return guidance
 
 
-class OwnTimePipeline(UltraPixelPipeline):
-    """Guides each step of the high-resolution pass by the same step of the low-resolution pass."""
-
-    def run_stage_c(
-        self,
-        jobs: Sequence[Job],
-        plans: Sequence[Plan],
-        texts: dict[str, TextCondition],
-        settings: Settings,
-        _observer: Observer | None = None,
-        _entries: Sequence[Sequence[Entries]] = (),
-        _sources: Sequence[Source] = (),
-        ends: list[LowEnd | None] | None = None,
-    ) -> list[Tensor]:
-        """Both passes of Stage C for every job: latents (1, 16, h, w) on the CPU."""
-        both = needs_unconditional(settings)[0]
-        with self.stage_c.on_device() as stage_c, self._guidance_on_device() as guidance:
-            latents = []
-            for job, sizes in zip(jobs, plans, strict=True):
-                held = prepare_stage_c(stage_c, self._conditions(job, texts, both))
-                latents.append(self._latent(stage_c, guidance, held, job, sizes, settings).cpu())
-        if ends is not None:
-            ends += [None] * len(latents)
-        return latents
-
-    def _latent(self, stage_c: StageC, guidance: Guidance, held: StageCConditions, job: Job, sizes: Plan,
-                settings: Settings) -> Tensor:  # fmt: skip
-        features: list[GuidanceFeatures] = []  # of the conditional half, by step
-        sites = stage_c.site_sizes(sizes.hr_latent)
-        strength = guidance_strength(sizes.hr_latent, self.config_c.guidance_strength)
-
-        def low(x: Tensor, r: Tensor, held: StageCConditions, _: Step) -> Tensor:
-            prediction, found = stage_c.predict_with_features(x, r, held)
-            features.append(found.first(1))
-            return prediction
-
-        def high(x: Tensor, r: Tensor, held: StageCConditions, step: Step) -> Tensor:
-            prepared = guidance.prepare(features[step.index], sites, strength)
-            return stage_c.predict(x, r, held, guidance=prepared)
-
-        target, times = target_named(self.config_c.target), steps(cosine, settings.steps, settings.shift)
-        for predict, size, stream in ((low, sizes.lr_latent, "lr"), (high, sizes.hr_latent, "hr")):
-            noise = noise_of([job], stream, self.device)
-            halves = in_halves(predict, held, stage_c, times, noise.device)
-            denoise = denoiser(halves, target, settings.cfg_low if stream == "lr" else settings.cfg_high)
-            x = noise.draw(1, C_LATENT, *size)
-            sampled = sample(denoise, x, times, sampler_named(settings.sampler), noise.like)
-        return sampled.x0
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def make_pipeline(
@@ -240,141 +266,174 @@ def make_pipeline(
     return pipeline
 
 
-def measure(
-    variant: Variant, pipeline: UltraPixelPipeline, judge: Judge, arguments: argparse.Namespace, name: str
-) -> Measured:
-    """Measures a variant's pictures, and writes a sheet of the first of them under a name."""
-    cases, size = held_out_cases(arguments.num_image, 0), (arguments.side, arguments.side)
-    evaluation = Evaluation(pipeline, judge, cases, variant.settings)
-    sheets = Sheets(Path(arguments.folder), min(SHOWN, len(cases)))
-    with tqdm(total=len(cases), desc=variant.label, unit="picture") as bar:
-        (measured,) = evaluation.pictures(size, [View(name, size)], counting(bar, "stage A"), sheets)
-    return measured
+def pictures_path(row: Row, side: int, arguments: argparse.Namespace) -> Path:
+    """Where the figures of a row's pictures are, whose name differs wherever settings or weights do."""
+    pipeline = make_pipeline(row.variant, arguments)
+    parts = [as_yaml(pipeline.config_c), as_yaml(pipeline.config_b), asdict(row.variant.settings)]
+    files = [*weights_of(row.config), str(RECOGNISER), *pipeline.files().values()]
+    stamp = fingerprint(row.config, files, *parts, arguments.num_image)
+    return row.folder / f"pictures_{side}_{row.updates}_{stamp[:STAMP]}.json"
 
 
-def names(variant: Variant, config: TrainConfig, arguments: argparse.Namespace) -> tuple[str, str]:
-    """Names of a variant's training and of its result, which differ wherever settings or weights do."""
-    pipeline, name = make_pipeline(variant, arguments), variant.name
-    parts = [asdict(replace(variant, label=""))]
-    if variant.guided:
-        name, parts = f"{variant.name}_{config.seed}", [*parts, as_yaml(config)]
-    training = fingerprint(config, weights_of(config), *parts)
-    parts += [as_yaml(pipeline.config_c), as_yaml(pipeline.config_b), asdict(variant.settings)]
-    files = [*weights_of(config), str(RECOGNISER), *pipeline.files().values()]
-    result = fingerprint(config, files, *parts, arguments.num_image, arguments.side)
-    return f"{name}_{training[:STAMP]}", f"{name}_{result[:STAMP]}"
+def measure_pictures(
+    row: Row, side: int, guidance: Guidance | None, judge: Judge, arguments: argparse.Namespace
+) -> None:
+    """Measure a row's pictures of a side, and write a sheet of the first of them beside the figures."""
+    path, size = pictures_path(row, side, arguments), (side, side)
+    if path.exists():
+        return
+    cases, pipeline = held_out_cases(arguments.num_image, 0), make_pipeline(row.variant, arguments, guidance)
+    evaluation = Evaluation(pipeline, judge, cases, row.variant.settings)
+    row.folder.mkdir(parents=True, exist_ok=True)
+    sheets = Sheets(row.folder, min(SHOWN, len(cases)))
+    with tqdm(total=len(cases), desc=f"{row.variant.label}, {side}", unit="picture") as bar:
+        (found,) = evaluation.pictures(size, [View(path.stem, size)], counting(bar, "stage A"), sheets)
+    save_text(path, json.dumps(asdict(found), indent=2) + "\n")
 
 
-def result(
-    variant: Variant, config: TrainConfig, judge: Judge, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """A variant's figures, made where its file is not there yet."""
-    folder, (training, name) = Path(arguments.folder), names(variant, config, arguments)
-    path = folder / f"{name}.json"
-    if not path.exists():
-        places = {"checkpoint_path": str(folder / "training"), "output_path": str(folder)}
-        own = replace(config, experiment_id=training, **places)
-        guidance = trained(variant, own) if variant.guided else None
-        measured = measure(variant, make_pipeline(variant, arguments, guidance), judge, arguments, name)
-        count = sum(p.numel() for p in guidance.parameters()) if guidance else 0
-        found = {**asdict(variant), "seed": config.seed, "parameters": count, **asdict(measured)}
-        temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-        os.replace(temporary, path)
-    found = json.loads(path.read_text("utf-8"))
-    return {**found, "accuracy": found["accuracy"]["mean"]}
+# --- what is known --------------------------------------------------------------------------------
 
 
-# --- the report -----------------------------------------------------------------------------------
-
-Results = dict[Variant, list[dict[str, Any]]]  # of each seed
-
-
-def with_deviation(values: Sequence[float]) -> str:
-    """The mean and, of several, the standard deviation."""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+def share(point: Point, base: Point, side: int) -> float | None:
+    """A held-out loss as a share of the one without guidance; None where either is not measured."""
+    if str(side) not in point or str(side) not in base:
+        return None
+    return mean(point[str(side)]) / mean(base[str(side)])
 
 
-def table(results: Results) -> str:
-    """All figures in Markdown."""
-    rows = [("variant", "parameters", *FIGURES.values()), ("---", *["---:"] * (1 + len(FIGURES)))]
-    for variant, found in results.items():
-        figures = [with_deviation([one[key] for one in found]) for key in FIGURES]
-        rows.append((variant.label, f"{found[0]['parameters']:,}", *figures))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def known(values: Iterable[float | None]) -> list[float]:
+    """Those that are there."""
+    return [value for value in values if value is not None]
 
 
-def draw(results: Results, path: Path, title: str) -> None:
-    """A dot for each variant's mean, with the deviation between seeds where there are several."""
-    figure = Figure(figsize=(10, 0.9 + 0.42 * len(results)), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    panels = figure.subplots(1, len(DRAWN), sharey=True)
-    for axes, key in zip(panels, DRAWN, strict=True):
-        for row, (variant, found) in enumerate(results.items()):
-            values, colour = [one[key] for one in found], COLOURS.get(variant.name, BLUE)
-            spread = stdev(values) if len(values) > 1 else None
-            axes.errorbar(mean(values), row, xerr=spread, fmt="o", color=colour, capsize=3)
-            axes.annotate(f"{mean(values):.3f}", (mean(values), row), (0, 6), textcoords="offset points",
-                          ha="center", fontsize=8, color=colour)  # fmt: skip
-        axes.set(xlabel=FIGURES[key], yticks=range(len(results)), yticklabels=[v.label for v in results])
-        axes.set_ylim(len(results) - 0.5, -0.7)
-        axes.margins(x=0.12)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+def pictures_of(rows: Sequence[Row], side: int, arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """The figures of a variant's pictures, as far as they are there."""
+    paths = [pictures_path(row, side, arguments) for row in rows]
+    found = [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
+    figures = [{**one, "accuracy": one["accuracy"]["mean"]} for one in found]
+    return {key: [one[key] for one in figures] for key in FIGURES}
+
+
+def found(variant: Variant, rows: Sequence[Row], base: Point, arguments: argparse.Namespace) -> Found:
+    """What is known of a variant's rows."""
+    sides = arguments.side
+    curves = [{step: share(p, base, sides[0]) for step, p in row.curve.items() if step} for row in rows]
+    ends = [row.curve.get(row.updates, {}) for row in rows]
+    return Found(
+        variant.name, variant.label, len(rows),
+        [{step: value for step, value in curve.items() if value is not None} for curve in curves],
+        {side: known(share(end, base, side) for end in ends) for side in sides},
+        {side: pictures_of(rows, side, arguments) for side in sides},
+    )  # fmt: skip
 
 
 # --- the script -----------------------------------------------------------------------------------
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--updates", type=int, default=400, help="of each training")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--train_side", type=int, nargs="+", default=[384], help="pixels, one or several")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
-    parser.add_argument("--num_image", type=int, default=48, help="held-out scenes, with one picture each")
-    parser.add_argument("--side", type=int, default=512, help="pixels of these pictures")
-    parser.add_argument("--config", default="configs/tiny/train_t2i.yaml", help="of the trainings")
-    parser.add_argument("--config_c", default="configs/tiny/stage_c.yaml", help="of Stage C")
-    parser.add_argument("--config_b", default="configs/tiny/stage_b.yaml", help="of Stages B and A")
-    parser.add_argument("--folder", default="runs/ablation", help="for checkpoints, results and sheets")
-    parser.add_argument("--figure", help="where the plot goes (default: ablation.png in --folder)")
+    parser = Parser(__doc__)
+    names = [variant.name for variant in VARIANTS]
+    add = parser.add_argument
+    add("--variants", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2],
+        help="of the trainings; the first for all variants, others for the main four")  # fmt: skip
+    add("--updates", type=int, default=400, help="of each training")
+    add("--batch_size", type=int, default=4)
+    add("--train_side", type=int, nargs="+", default=[192, 288, 384], help="pixels, one or several")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="that trainings compute in")
+    add("--side", type=int, nargs="+", default=[512, 640], help="pixels of the pictures that are measured")
+    add("--num_loss", type=int, default=64, help="held-out scenes whose error is measured")
+    add("--num_image", type=int, default=48, help="held-out scenes that pictures are made of; 0: none")
+    add("--max_hours", type=float, default=float("inf"), help="after which nothing is begun")
+    add("--config", default="configs/tiny/train_t2i.yaml", help="of the trainings")
+    add("--config_c", default="configs/tiny/stage_c.yaml", help="of Stage C")
+    add("--config_b", default="configs/tiny/stage_b.yaml", help="of Stages B and A")
+    add("--folder", default="runs/ablation", help="for checkpoints, results and sheets")
+    add("--figure", help="where the plot goes (default: ablation.png in --folder)")
     return parser.parse_args(given)
+
+
+def training_of(arguments: argparse.Namespace) -> TrainConfig:
+    """The configuration of all trainings but for names and seeds; the rate stays, so that they can go on."""
+    overrides = {
+        "image_size": arguments.train_side, "updates": arguments.updates, "batch_size": arguments.batch_size,
+        "save_every": SAVE_EVERY, "tracker": "none", "cache_path": "null", "lr_end": "null",
+        "dtype": arguments.dtype,
+    }  # fmt: skip
+    return load(TrainConfig, arguments.config, [f"{key}={value}" for key, value in overrides.items()])
+
+
+def make_row(variant: Variant, config: TrainConfig, arguments: argparse.Namespace) -> Row:
+    """A row, in a folder whose name differs wherever settings or weights do, but not with `updates`."""
+    parts = [asdict(replace(variant, label="", every_seed=False)), arguments.num_loss]
+    name = variant.name
+    if variant.guided:
+        name, parts = f"{variant.name}_{config.seed}", [*parts, as_yaml(replace(config, updates=1))]
+    name = f"{name}_{fingerprint(config, weights_of(config), *parts)[:STAMP]}"
+    places = {"checkpoint_path": arguments.folder, "output_path": arguments.folder}
+    folder = Path(arguments.folder, name)
+    return Row(variant, replace(config, experiment_id=name, **places), folder)
+
+
+def check_all(config: TrainConfig, arguments: argparse.Namespace) -> None:
+    """Raise what is wrong with flags or files, before anything is trained."""
+    for name, least in (("num_image", 0), ("num_loss", 1)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")
+    check(config)
+    for side in arguments.side:
+        plan(side, side, config.geometry)  # raises what is wrong with the size
+    make_pipeline(BASE, arguments).check_files()
+    for path in weights_of(config):
+        check_file(path)
+
+
+def make_all(rows: Sequence[Row], config: TrainConfig, arguments: argparse.Namespace) -> None:
+    """Everything that is missing: first all trainings, then pictures, as long as there is time."""
+    until = time.monotonic() + 3600 * arguments.max_hours
+    losses, guidances = Losses(config, arguments.side, arguments.num_loss), {}
+    for row in rows:
+        if time.monotonic() > until:
+            return
+        guidances[row.folder] = train_row(row, losses, arguments.side, until)
+    if not arguments.num_image:
+        return
+    judge = Judge(load_recogniser(str(RECOGNISER), device_named(None)), device_named(None))
+    for side in arguments.side:
+        for row in rows:
+            if time.monotonic() > until:
+                return
+            if guidances[row.folder] is not None or not row.variant.guided:
+                measure_pictures(row, side, guidances[row.folder], judge, arguments)
 
 
 def main(given: Sequence[str] | None = None) -> int:
     arguments = parse(given)
-    if arguments.num_image < 1:
-        raise ValueError(f"--num_image must be at least 1, not {arguments.num_image}")
-    overrides = {
-        "image_size": arguments.train_side, "updates": arguments.updates, "batch_size": arguments.batch_size,
-        "save_every": SAVE_EVERY, "tracker": "none", "cache_path": "null",
-    }  # fmt: skip
-    config = load(TrainConfig, arguments.config, [f"{key}={value}" for key, value in overrides.items()])
-    check(config)
-    plan(arguments.side, arguments.side, config.geometry)  # raises what is wrong with the size
-    make_pipeline(VARIANTS[0], arguments).check_files()
-    for path in weights_of(config):
-        check_file(path)
-    judge = Judge(load_recogniser(str(RECOGNISER), device_named(None)), device_named(None))
-    results: Results = {variant: [] for variant in VARIANTS}
-    for seed in arguments.seeds:
-        for variant in VARIANTS:
-            if variant.guided or not results[variant]:
-                results[variant].append(result(variant, replace(config, seed=seed), judge, arguments))
-    sides, seeds = (", ".join(map(str, values)) for values in (arguments.train_side, arguments.seeds))
-    noun = "seeds" if len(arguments.seeds) > 1 else "seed"
-    setting = (
-        f"{arguments.num_image} pictures at {arguments.side} pixels; trainings of "
-        f"{arguments.updates} updates of {arguments.batch_size} pictures at {sides} pixels, {noun} {seeds}"
+    config = training_of(arguments)
+    check_all(config, arguments)
+    chosen = [variant for variant in VARIANTS if variant is BASE or variant.name in arguments.variants]
+    rows: dict[Variant, list[Row]] = {variant: [] for variant in chosen}
+    for number, seed in enumerate(arguments.seeds):
+        for variant in chosen:
+            if number == 0 or variant.every_seed:
+                rows[variant].append(make_row(variant, replace(config, seed=seed), arguments))
+    first = arguments.seeds[0]
+    ordered = sorted(
+        (row for group in rows.values() for row in group), key=lambda row: row.config.seed != first
     )
-    few = results[VARIANTS[0]][0]["few_pictures"]
-    report = "\n\n".join([table(results), setting, *([FEW.removeprefix("* ")] if few else [])])
-    (Path(arguments.folder) / "table.md").write_text(report + "\n", "utf-8")
-    draw(results, Path(arguments.figure or Path(arguments.folder, "ablation.png")), setting)
+    make_all(ordered, config, arguments)
+    base = rows[BASE][0].curve.get(0, {})
+    sizes = ", ".join(map(str, arguments.train_side))
+    title = (
+        f"{arguments.updates} updates of {arguments.batch_size} pictures at {sizes} pixels; "
+        f"errors of {arguments.num_loss} held-out scenes, {arguments.num_image} pictures"
+    )
+    variants = [found(variant, group, base, arguments) for variant, group in rows.items()]
+    report = "\n\n".join([title, table(variants, arguments.side, arguments.num_image > 0)])
+    if 0 < arguments.num_image < MANY:
+        report += f"\n\n{FEW.removeprefix('* ')}"
+    save_text(Path(arguments.folder, "table.md"), report + "\n")
+    draw(variants, arguments.side, Path(arguments.figure or Path(arguments.folder, "ablation.png")), title)
     print(report)
     return 0
 

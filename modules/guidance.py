@@ -130,9 +130,11 @@ class TransformerEncoder(nn.Module):
         return x
 
 
-def coordinate_encoding(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def coordinate_encoding(
+    height: int, width: int, device: torch.device | str = "cpu", max_frequency: float = MAX_FREQUENCY
+) -> Tensor:
     """Fourier encoding (H, W, 256) of the pixel centres of a grid on (−1, 1)², in float32."""
-    frequencies = torch.exp(torch.linspace(0, math.log(MAX_FREQUENCY), FREQUENCIES, device=device))
+    frequencies = torch.exp(torch.linspace(0, math.log(max_frequency), FREQUENCIES, device=device))
     rows, columns = (((0.5 + torch.arange(n, device=device)) / n * 2 - 1) for n in (height, width))
     row = (rows[:, None] * frequencies)[:, None, :].expand(height, width, -1)
     column = (columns[:, None] * frequencies)[None, :, :].expand(height, width, -1)
@@ -209,6 +211,8 @@ class ImplicitBlock(GuidanceBlock):
     width of the coordinate network; n_groups: weight tokens per layer of that network.
     """
 
+    max_frequency = MAX_FREQUENCY  # of the coordinate encoding
+
     def __init__(self, ind: int, ch: int, n_head: int, head_dim: int, n_groups: int, f_dim: int) -> None:
         super().__init__()
         if not ch == f_dim == n_head * head_dim:
@@ -260,7 +264,8 @@ class ImplicitBlock(GuidanceBlock):
         weight_tokens = self.transformer_encoder(tokens)[:, -len(self.wtokens) :]
         first, last = weight_tokens.split(self.n_groups, dim=1)
         weight, bias = self._layer("wb0", first)
-        points = coordinate_encoding(height, width, g.device).to(g.dtype).flatten(0, 1)  # (H·W, 256)
+        points = coordinate_encoding(height, width, g.device, self.max_frequency)
+        points = points.to(g.dtype).flatten(0, 1)  # (H·W, 256)
         hidden = F.relu(points @ weight + bias)  # (B, H·W, f_dim)
         weight, bias = self._layer("wb1", last)
         u = channels_first((hidden @ weight + bias).unflatten(1, size))  # (B, ch, H, W)

@@ -17,10 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from core.commands.flags import run
-from core.config.schema import TrainConfig
 from core.config.settings import Job, Settings
 from core.config.sizes import EffnetSizes, GuidanceSizes
-from core.config.yaml import load
 from core.training.guidance import draw_noise, noise_latents
 from core.weights.checkpoint import save_tensors
 from gdf.targets import V
@@ -29,17 +27,9 @@ from modules.guidance import Guidance, GuidanceFeatures
 
 SCRIPT = ROOT / "benchmarks" / "ablation.py"
 sys.path.insert(0, str(SCRIPT.parent))
-from ablation import (  # noqa: E402
-    RECOGNISER,
-    VARIANTS,
-    OwnTimePipeline,
-    Variant,
-    main,
-    names,
-    parse,
-    start,
-    trained,
-)
+from ablation import RECOGNISER, Row, main, make_row, parse, trained, training_of  # noqa: E402
+from ablation_report import MISSING, Found, table  # noqa: E402
+from guidance_variants import VARIANTS, OwnTimePipeline, Variant, start  # noqa: E402
 
 GUIDED = {variant.name: variant for variant in VARIANTS if variant.guided}
 SIZES = GuidanceSizes(ind=32, ch=16, n_head=2, head_dim=8, n_groups=4, f_dim=16)
@@ -69,7 +59,10 @@ def guide(guidance: Guidance, size: tuple[int, int]) -> Tensor:
 @pytest.mark.parametrize("variant", GUIDED.values(), ids=GUIDED)
 def test_a_variant_trains_all_its_parameters_from_the_common_start(variant: Variant) -> None:
     guidance, full = make(variant), dict(make(GUIDED["full"]).named_parameters())
-    assert all(torch.equal(p, full[n]) for n, p in guidance.named_parameters() if "convolution" not in n)
+    own = ("convolution", *(["output_layer"] if variant.convolution else []))
+    assert all(
+        torch.equal(p, full[n]) for n, p in guidance.named_parameters() if not any(part in n for part in own)
+    )
     guide(guidance, (6, 8)).square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in guidance.parameters())
     names = " ".join(name for name, _ in guidance.named_parameters())
@@ -80,6 +73,7 @@ def test_a_variant_trains_all_its_parameters_from_the_common_start(variant: Vari
 def test_variants_differ_in_what_they_add_but_hardly_in_how_much() -> None:
     added = {name: guide(make(variant), (6, 8)).detach() for name, variant in GUIDED.items()}
     assert added["own_t"].equal(added["full"]) and added["t_05"].equal(added["full"])
+    assert not any(block.max_frequency == 1024 for block in make(GUIDED["low_frequencies"]).down)
     rest = [value for name, value in added.items() if name not in ("own_t", "t_05")]
     assert all(not a.allclose(b) for i, a in enumerate(rest) for b in rest[:i])
     assert all(value.std() == pytest.approx(float(added["full"].std()), rel=0.15) for value in rest)
@@ -128,68 +122,106 @@ def flags(family_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     named = {
         "config": folder / "t2i.yaml", "config_c": family_folder / "stage_c.yaml",
         "config_b": family_folder / "stage_b.yaml", "folder": folder / "run", "figure": folder / "a.png",
-        "updates": 1, "batch_size": 2, "num_image": PICTURES, "side": SIDE, "train_side": SIDE,
+        "updates": 1, "batch_size": 2, "num_image": PICTURES, "num_loss": 3, "side": SIDE, "train_side": SIDE,
+        "seeds": 0,
     }  # fmt: skip
     return [part for name, value in named.items() for part in (f"--{name}", str(value))]
+
+
+def folder_of(flags: list[str]) -> Path:
+    return Path(flags[flags.index("--folder") + 1])
+
+
+def row_of(flags: list[str], name: str = "full", seed: int = 0, **changes: object) -> Row:
+    config = replace(training_of(parse(flags)), seed=seed, **changes)
+    return make_row(GUIDED[name] if name in GUIDED else VARIANTS[0], config, parse(flags))
 
 
 def test_the_script_compares_all_variants_and_keeps_what_it_has(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(flags[flags.index("--folder") + 1])
+    folder = folder_of(flags)
     command, environment = [sys.executable, str(SCRIPT), *flags], {**os.environ, **ENVIRONMENT}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(f"| {variant.label} |" in done.stdout for variant in VARIANTS)
-    assert done.stdout == (folder / "table.md").read_text("utf-8")
-    results = {path.name.rsplit("_", 1)[0]: path for path in folder.glob("*.json")}
-    assert results.keys() == {"none", *(f"{name}_0" for name in GUIDED)}
-    assert all(path.with_suffix(".png").is_file() for path in results.values())
-    figures = {name: json.loads(path.read_text("utf-8")) for name, path in results.items()}
+    assert done.stdout == (folder / "table.md").read_text("utf-8") and MISSING not in done.stdout
+    found = {path.parent.name.rsplit("_", 1)[0]: path for path in folder.glob("*/pictures_*.json")}
+    assert found.keys() == {"none", *(f"{name}_0" for name in GUIDED)}
+    assert all(path.with_suffix(".png").is_file() for path in found.values())
+    figures = {name: json.loads(path.read_text("utf-8")) for name, path in found.items()}
     assert all(one["count"] == PICTURES and 0 <= one["accuracy"]["mean"] <= 1 for one in figures.values())
     assert len({one["patch_frechet"] for one in figures.values()}) == len(VARIANTS)
-    assert len(list(folder.glob("training/*/step_00000001.pt"))) == len(GUIDED)
+    curves = {name: json.loads((path.parent / "curve.json").read_text()) for name, path in found.items()}
+    assert all(list(curve) == ["1" if name != "none" else "0"] for name, curve in curves.items())
+    losses = [tuple(point[str(SIDE)]) for curve in curves.values() for point in curve.values()]
+    assert len(set(losses)) == len(VARIANTS) and all(len(one) == 3 and min(one) > 0 for one in losses)
     assert Image.open(flags[flags.index("--figure") + 1]).width > 1000
 
-    results["full_0"].write_text(json.dumps({**figures["full_0"], "frechet": 123.456}), "utf-8")
-    results["implicit_0"].unlink()
+    found["full_0"].write_text(json.dumps({**figures["full_0"], "frechet": 123.456}), "utf-8")
+    found["implicit_0"].unlink()
     monkeypatch.chdir(ROOT)
     assert main([*flags, "--seeds", "0", "0"]) == 0
     again = capsys.readouterr()
-    assert "123.456 ± 0.000" in again.out and "training:" not in again.err
-    repeated = json.loads(results["implicit_0"].read_text("utf-8"))
+    assert "123.46 ± 0.00" in again.out and "training:" not in again.err
+    repeated = json.loads(found["implicit_0"].read_text("utf-8"))
     assert repeated["patch_frechet"] == pytest.approx(figures["implicit_0"]["patch_frechet"], rel=1e-3)
 
-
-def test_other_settings_have_other_names(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    config = load(TrainConfig, flags[flags.index("--config") + 1])
-    variant, base = GUIDED["full"], names(GUIDED["full"], config, parse(flags))
-    assert names(variant, config, parse(flags)) == base
-    relabelled = names(replace(variant, label="other"), config, parse(flags))
-    assert relabelled == base
-    measured = names(variant, config, parse([*flags, "--num_image", "9"]))
-    assert measured[0] == base[0] and measured[1] != base[1]
-    for other in (replace(config, seed=1), replace(config, updates=7)):
-        assert not set(names(variant, other, parse(flags))) & set(base)
-        unguided = [names(VARIANTS[0], c, parse(flags)) for c in (config, other)]
-        assert unguided[0] == unguided[1]
+    assert main([*flags, "--max_hours", "0", "--updates", "2", "--variants", "full"]) == 0  # nothing is begun
+    assert f"| 0 of 1 | {MISSING} |" in capsys.readouterr().out
+    assert main([*flags, "--updates", "2", "--variants", "full", "--num_image", "0"]) == 0
+    assert list(row_of(flags).curve) == [1, 2]
+    with pytest.raises(ValueError, match="trained further"):
+        main([*flags, "--variants", "full"])
 
 
-def test_a_stopped_training_ends_the_script(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_is_named_after_everything_but_the_number_of_updates(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ablation.train", lambda *_, **__: 0)  # leaves without its last checkpoint
-    config = load(TrainConfig, flags[flags.index("--config") + 1], [f"checkpoint_path={tmp_path}"])
-    with pytest.raises(KeyboardInterrupt):
-        trained(GUIDED["full"], config)
+    monkeypatch.chdir(ROOT)
+    base = row_of(flags).folder
+    assert row_of([*flags, "--num_image", "9"]).folder == base
+    assert row_of(flags, updates=7).folder == base
+    relabelled = replace(GUIDED["full"], label="other")
+    assert make_row(relabelled, training_of(parse(flags)), parse(flags)).folder == base
+    others = [row_of(flags, seed=1), row_of(flags, "implicit"), row_of(flags, lr=1.0)]
+    assert len({base, *(row.folder for row in others)}) == 4
+    assert row_of(flags, "none").folder == row_of(flags, "none", seed=1).folder
+
+
+@pytest.mark.parametrize("max_hours", [0.0, float("inf")], ids=["time is over", "stopped by hand"])
+def test_a_training_without_its_last_checkpoint_is_no_result(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_hours: float
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("ablation.train", lambda *_, **__: 0)  # leaves without it
+    row = row_of([*flags, "--folder", str(tmp_path)])
+    if max_hours == 0:
+        assert trained(row, lambda _: None, until=0.0) is None
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            trained(row, lambda _: None, until=max_hours)
+
+
+def test_a_table_names_what_is_missing() -> None:
+    whole = Found("a", "A", 2, [{1: 0.5}], {64: [0.5, 0.7]}, {64: {"accuracy": [0.9, 0.9]}})
+    none = {"accuracy": [], "frechet": [], "patch_frechet": []}
+    part = Found("b", "B", 2, [{}], {64: [0.25]}, {64: none})
+    _, _, first, second = table([whole, part], [64], with_pictures=False).splitlines()
+    assert first == "| A | 2 | 60.0% ± 14.1% |" and second == "| B | 1 of 2 | 25.0% |"
+    assert table([part], [64], with_pictures=True).splitlines()[2].count(MISSING) == 3
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    for wrong, part in ((["--side", "7"], "64 to 16384"), (["--num_image", "0"], "--num_image")):
+    wrongs = (
+        (["--side", "7"], "64 to 16384"),
+        (["--num_image", "-1"], "--num_image"),
+        (["--seeds", "0", "x"], "--seeds"),
+    )
+    for wrong, part in wrongs:
         with pytest.raises(SystemExit) as ended:
             run(lambda wrong=wrong: main([*flags, *wrong]))
         (line,) = capsys.readouterr().err.strip().splitlines()

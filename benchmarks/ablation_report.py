@@ -1,0 +1,92 @@
+"""The table and the plot of benchmarks/ablation.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+FIGURES = {"accuracy": "attributes right", "frechet": "Fréchet", "patch_frechet": "of patches"}
+FORMS = {"accuracy": ".1%", "frechet": ".2f", "patch_frechet": ".2f"}
+MISSING = "not measured"
+COLOURS = {"full": "#c44e1c", "implicit": "#e0a030", "bilinear": "#2c7a4b", "own_t": "#7b4ea3"}
+OTHER = "#4472a8"
+MARKS = "os^d"  # of the sides
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a variant: one entry for each of its seeds, as far as they are done."""
+
+    name: str
+    label: str
+    wanted: int  # seeds
+    curves: Sequence[Mapping[int, float]]  # the error at the first side, by updates
+    errors: Mapping[int, Sequence[float]]  # by side; a share of the error without guidance
+    pictures: Mapping[int, Mapping[str, Sequence[float]]]  # by side, for each of FIGURES
+
+
+def with_deviation(values: Sequence[float], form: str) -> str:
+    """The mean and, of several, the standard deviation."""
+    if not values:
+        return MISSING
+    return format(mean(values), form) + (f" ± {format(stdev(values), form)}" if len(values) > 1 else "")
+
+
+def table(variants: Sequence[Found], sides: Sequence[int], with_pictures: bool) -> str:
+    """All figures in Markdown; what is missing is named as such."""
+    heads = [f"error at {side}" for side in sides]
+    if with_pictures:
+        heads += [f"{name}, {side}" for side in sides for name in FIGURES.values()]
+    lines = [["guidance", "seeds", *heads], ["---", *["---:"] * (1 + len(heads))]]
+    for one in variants:
+        done = len(one.errors[sides[0]])
+        cells = [one.label, str(done) if done == one.wanted else f"{done} of {one.wanted}"]
+        cells += [with_deviation(one.errors[side], ".1%") for side in sides]
+        if with_pictures:
+            cells += [with_deviation(one.pictures[s][key], FORMS[key]) for s in sides for key in FIGURES]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(variants: Sequence[Found], sides: Sequence[int], path: Path, title: str) -> None:
+    """The trainings' curves, and a dot for each variant and side with the deviation between seeds."""
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    guided = [one for one in variants if any(one.curves)]
+    for one in guided:
+        for number, curve in enumerate(one.curves):
+            style = {"color": COLOURS.get(one.name), "linewidth": 1.0, "markersize": 4}
+            left.plot(curve.keys(), curve.values(), ".-", label=None if number else one.label, **style)
+    left.set(xlabel="updates", ylabel=f"error at {sides[0]}, of that without guidance")
+    left.legend(fontsize=8)
+    _dots(middle, guided, sides, "error, of that without guidance", lambda one, side: one.errors[side])
+    _dots(right, variants, sides, "Fréchet of patches", lambda one, side: one.pictures[side]["patch_frechet"])
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _dots(axes: Axes, variants: Sequence[Found], sides: Sequence[int], name: str, values_of) -> None:
+    for row, one in enumerate(variants):
+        for place, side in enumerate(sides):
+            if values := values_of(one, side):
+                spread = stdev(values) if len(values) > 1 else None
+                style = {
+                    "color": COLOURS.get(one.name, OTHER),
+                    "fmt": MARKS[place % len(MARKS)],
+                    "capsize": 3,
+                }
+                axes.errorbar(mean(values), row + 0.25 * place, xerr=spread, **style)
+    marks = ", ".join(f"{'●■▲◆'[i % len(MARKS)]} {side}" for i, side in enumerate(sides))
+    axes.set(xlabel=f"{name} ({marks})", yticks=range(len(variants)))
+    axes.set_yticklabels([one.label for one in variants], fontsize=8)
+    axes.set_ylim(len(variants) - 0.3, -0.7)
+    axes.margins(x=0.12)
