@@ -1,8 +1,8 @@
 """The paper's ablations of the guidance (section 4.3, tables 2 and 3) on the embedded family.
 
 python benchmarks/ablation.py: trains every variant of the guidance alike, from the same start on the same
-pictures, and measures what each makes of the same held-out scenes: first the error of its predictions, as a
-share of the error without guidance, then whole pictures. Run again it continues where it was, and with more
+pictures, and measures what each makes of the same held-out scenes: first the error of its predictions at times
+above 0.5, as a share of the error without guidance, then whole pictures. Run again it continues where it was, and with more
 --updates it trains on; --max_hours ends it in time, with what is missing named as such. --variants shares the
 rows out over several processes.
 """
@@ -39,6 +39,7 @@ from core.pipeline.offload import Offloaded, Placement
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.progress import counting
 from core.pipeline.resolution import plan
+from core.random_keys import generator_of
 from core.training.encoders import EncodedBatch, Encoders, fingerprint, frozen_stage_c
 from core.training.guidance import (
     GuidedStageC,
@@ -49,6 +50,7 @@ from core.training.guidance import (
     load_networks,
     noise_latents,
 )
+from core.training.noising import shifted
 from core.training.run import Run, run_folder, train
 from core.training.trainer import CHECKPOINT, Recipe, StepLoss, checkpoints
 from core.weights.checkpoint import check_file, save_text
@@ -60,8 +62,10 @@ from modules.stage_c import StageC
 
 RECOGNISER = TINY / "recogniser.safetensors"
 SAVE_EVERY = 100  # updates between two points of the curves
+WARMUP = 20  # updates
 SHOWN = 8  # pictures on a sheet
 STAMP = 10  # letters of a file's name that stand for all settings
+SHIFTS = 1  # what tells the random numbers of the times' shifts from those of a sample's noise
 AT_ONCE = 4  # held-out scenes
 MANY = 65  # pictures, from which on distances can be trusted
 BASE = VARIANTS[0]  # without guidance, whose error is 100 %
@@ -199,6 +203,9 @@ def make_recipe(row: Row, losses: Losses, side: int, until: float, run: Run) -> 
     def loss(module: nn.Module, batch: Batch, keys: list[tuple[int, ...]]) -> StepLoss:
         encoded = networks.encoders.encode(batch)
         noise = draw_noise(keys, encoded.z.shape[1:], encoded.z_lr.shape[1:])
+        scale = encoded.z.shape[-1] / encoded.z_lr.shape[-1]
+        shift = torch.tensor([1 + (scale - 1) * chance(key) for key in keys])
+        noise = replace(noise, t=shifted(noise.t, shift))
         latents = noise_latents(encoded.z, encoded.z_lr, noise, target, low_time(row.variant, noise))
         held = drop_conditions(encoded.conditions, empty, noise).to(run.device, dtype)
         return StepLoss(sample_losses(module(latents, held), latents.target), latents.logsnr)
@@ -211,6 +218,11 @@ def make_recipe(row: Row, losses: Losses, side: int, until: float, run: Run) -> 
             signal.raise_signal(signal.SIGTERM)  # the trainer saves and leaves its loop
 
     return Recipe(GuidedStageC(networks.stage_c, guidance), run.batches, loss, measure)
+
+
+def chance(key: tuple[int, ...]) -> float:
+    """A number from 0 to 1 that belongs to a sample."""
+    return torch.rand((), generator=generator_of((*key, SHIFTS))).item()
 
 
 def weights_of(config: TrainConfig) -> list[str]:
@@ -295,10 +307,14 @@ def measure_pictures(
 
 
 def share(point: Point, base: Point, side: int) -> float | None:
-    """A held-out loss as a share of the one without guidance; None where either is not measured."""
+    """A held-out loss at the later half of the times, where pictures take shape, over that without guidance.
+
+    None where either is not measured.
+    """
     if str(side) not in point or str(side) not in base:
         return None
-    return mean(point[str(side)]) / mean(base[str(side)])
+    own, unguided = (losses[len(losses) // 2 :] for losses in (point[str(side)], base[str(side)]))
+    return mean(own) / mean(unguided)
 
 
 def known(values: Iterable[float | None]) -> list[float]:
@@ -339,6 +355,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
         help="of the trainings; the first for all variants, others for the main four")  # fmt: skip
     add("--updates", type=int, default=400, help="of each training")
     add("--batch_size", type=int, default=4)
+    add("--lr", type=float, default=3e-3, help="learning rate")
     add("--train_side", type=int, nargs="+", default=[192, 288, 384], help="pixels, one or several")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="that trainings compute in")
     add("--side", type=int, nargs="+", default=[512, 640], help="pixels of the pictures that are measured")
@@ -357,8 +374,8 @@ def training_of(arguments: argparse.Namespace) -> TrainConfig:
     """The configuration of all trainings but for names and seeds; the rate stays, so that they can go on."""
     overrides = {
         "image_size": arguments.train_side, "updates": arguments.updates, "batch_size": arguments.batch_size,
-        "save_every": SAVE_EVERY, "tracker": "none", "cache_path": "null", "lr_end": "null",
-        "dtype": arguments.dtype,
+        "lr": arguments.lr, "lr_end": "null", "warmup_updates": WARMUP, "save_every": SAVE_EVERY,
+        "tracker": "none", "cache_path": "null", "dtype": arguments.dtype,
     }  # fmt: skip
     return load(TrainConfig, arguments.config, [f"{key}={value}" for key, value in overrides.items()])
 

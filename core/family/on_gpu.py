@@ -47,15 +47,13 @@ from core.training.guidance import (
     guiding_features,
     noise_latents,
 )
-from core.training.noising import noised
+from core.training.noising import noised, shifted
 from core.training.run import in_dtype, trained_module
 from core.weights.checkpoint import check_file, config_metadata, load_module, read_config, save_tensors
 from core.weights.clip import TextEncoder
 from core.weights.layouts import guidance_names
 from gdf.diffusion import sample_losses
 from gdf.loss_weights import loss_weight_named
-from gdf.noise_conditions import cosine_t
-from gdf.schedules import TIME_MIN, cosine
 from gdf.targets import target_named
 from modules.guidance import Guidance
 from modules.recogniser import Recogniser
@@ -244,10 +242,8 @@ class Loss:
         count, draw = len(samples.z), partial(torch.rand, generator=self._generator, device=self.run.device)
         normal = partial(torch.randn, generator=self._generator, device=self.run.device)
         # Evenly over all times, so that batches differ less than if each time was drawn for itself.
-        t = ((torch.arange(count, device=self.run.device) + draw(count)) / count).clamp(min=TIME_MIN)
-        # Larger pictures show what they are through more noise, and take shape there.
-        shift = 1 + (scale - 1) * draw(count)
-        t = cosine_t((cosine(t) - 2 * shift.log()).clamp(min=float(cosine(torch.ones(())))))
+        t = (torch.arange(count, device=self.run.device) + draw(count)) / count
+        t = shifted(t, 1 + (scale - 1) * draw(count))
         return SampleNoise(
             t, normal(samples.z.shape), normal(samples.z_lr.shape),
             draw(count) < TEXT_DROPOUT[self.part], draw(count) < IMAGE_SHARE,
