@@ -1,10 +1,10 @@
 """The paper's ablations of the guidance (section 4.3, tables 2 and 3) on the embedded family.
 
 python benchmarks/ablation.py: trains every variant of the guidance alike, from the same start on the same
-pictures, and measures what each makes of the same held-out scenes: first the error of its predictions at times
-above 0.5, as a share of the error without guidance, then whole pictures. Run again it continues where it was, and with more
---updates it trains on; --max_hours ends it in time, with what is missing named as such. --variants shares the
-rows out over several processes.
+pictures, and measures what each makes of the same held-out scenes: first the error of its predictions at
+times above 0.5, as a share of the error without guidance, then whole pictures. Run again it continues where
+it was, and with more --updates it trains on; --max_hours ends it in time, with what is missing named as such.
+--variants shares the rows out over several processes.
 """
 
 from __future__ import annotations
