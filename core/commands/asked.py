@@ -92,9 +92,10 @@ def make_grids(
         found = shown[number * len(own) : (number + 1) * len(own)]
         rows = [found[start : start + len(columns)] for start in range(0, len(found), len(columns))]
         sheet = grid_sheet([[_opened(each) for each in row] for row in rows], columns, names, base.prompt)
-        stem = f"{picture_stem(base.prompt, base.height, base.width, base.seed)}_grid"
-        metadata = {**record.metadata(base), "grid": list(arguments.grid)}
-        text, provenance = record.text(base), getattr(arguments, "provenance", False)
+        first = next((cell.job for cell in own if cell.job is not None), base)
+        stem = f"{picture_stem(first.prompt, first.height, first.width, first.seed)}_grid"
+        metadata = {**record.metadata(first), "grid": list(arguments.grid)}
+        text, provenance = record.text(first), getattr(arguments, "provenance", False)
         path = save_new_image(sheet, arguments.output_dir, stem, "png", metadata, text, provenance)
         say(f"grid: {path}", sys.stdout)
     if len(outcome.paths) == len(cells):

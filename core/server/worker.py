@@ -99,6 +99,8 @@ class Worker(threading.Thread):
 class Telling:
     """An observer that writes a job's progress into its status, and ends it where that is asked for."""
 
+    __name__ = "the page's display of progress"  # in a warning, should it fail
+
     def __init__(self, job: Job, previews: Previewing | None) -> None:
         self._job, self._previews = job, previews
         self._started: float | None = None
