@@ -382,7 +382,7 @@ def training_of(arguments: argparse.Namespace) -> TrainConfig:
 
 def make_row(variant: Variant, config: TrainConfig, arguments: argparse.Namespace) -> Row:
     """A row, in a folder whose name differs wherever settings or weights do, but not with `updates`."""
-    parts = [asdict(replace(variant, label="", every_seed=False)), arguments.num_loss]
+    parts = [variant.changes, arguments.num_loss]
     name = variant.name
     if variant.guided:
         name, parts = f"{variant.name}_{config.seed}", [*parts, as_yaml(replace(config, updates=1))]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from gdf.targets import target_named
 from modules.guidance import MAX_FREQUENCY, Guidance, GuidanceFeatures, ImplicitBlock
 from modules.stage_c import StageC, StageCConditions
 
+NO_CHANGES = ("name", "label", "every_seed")
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -39,6 +42,12 @@ class Variant:
     max_frequency: float = MAX_FREQUENCY  # of the coordinate encoding
     convolution: bool = False  # 3 x 3 in place of the coordinate network's last layer, which is 1 x 1
     every_seed: bool = False  # trained with all seeds, others with the first alone
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What differs from the paper's guidance."""
+        named = ((field.name, field.default, getattr(self, field.name)) for field in fields(self))
+        return {n: value for n, usual, value in named if n not in NO_CHANGES and value != usual}
 
     @property
     def settings(self) -> Settings:
