@@ -40,7 +40,7 @@ class Variant:
     upsampling: str = "implicit"  # one of modules.guidance.UPSAMPLINGS
     scale_aware: bool = True
     max_frequency: float = MAX_FREQUENCY  # of the coordinate encoding
-    convolution: bool = False  # 3 x 3 in place of the coordinate network's last layer, which is 1 x 1
+    interpolated: bool = False  # scale-aware normalisation, between the sizes of the training
     every_seed: bool = False  # trained with all seeds, others with the first alone
 
     @property
@@ -65,8 +65,8 @@ VARIANTS = (
     Variant("bilinear", "bilinear + convolution", upsampling="bilinear", scale_aware=False, every_seed=True),
     Variant("bilinear_scale", "bilinear + convolution, scale-aware", upsampling="bilinear"),
     # Not in the paper: where the difference between the last ones comes from.
+    Variant("interpolated", "the paper's, scales interpolated", interpolated=True),
     Variant("low_frequencies", "implicit, frequencies up to 32", scale_aware=False, max_frequency=32.0),
-    Variant("implicit_3x3", "implicit, last layer 3 x 3", scale_aware=False, convolution=True),
 )
 
 
@@ -85,14 +85,13 @@ class ConstantScale(nn.Module):
 
 def make_guidance(variant: Variant, sizes: GuidanceSizes) -> Guidance:
     """A variant's guidance, without weights."""
-    guidance = Guidance(**asdict(replace(sizes, upsampling=variant.upsampling)))
+    sides = sizes.scale_sides if variant.interpolated else ()
+    guidance = Guidance(**asdict(replace(sizes, upsampling=variant.upsampling, scale_sides=sides)))
     for block in (*guidance.down, *guidance.up):
         if not variant.scale_aware:
             block.hr_norm = ConstantScale()
         if isinstance(block, ImplicitBlock):
             block.max_frequency = variant.max_frequency
-            if variant.convolution:
-                block.output_layer = nn.Conv2d(sizes.ch, sizes.ind, 3, padding=1)
     return guidance
 
 

@@ -142,14 +142,25 @@ def coordinate_encoding(
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def scale_of(height: int, width: int) -> float:
+    """The latent's size relative to the low-resolution one, as scale-aware normalisation sees it (eq. 4)."""
+    return math.sqrt(math.log(height * width) / math.log(BASE_PIXELS))
+
+
 def scale_embedding(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Embedding (1, 64) of the latent's size relative to the low-resolution one (eq. 4, under a root)."""
-    scale = math.sqrt(math.log(height * width) / math.log(BASE_PIXELS))
-    return timestep_embedding(torch.full((1,), scale, device=device), C_R)
+    return timestep_embedding(torch.full((1,), scale_of(height, width), device=device), C_R)
 
 
 class ScaleAwareNorm(nn.Module):
-    """Scale-aware normalisation (eq. 4): x modulated by the embedding of the latent's size, added to x."""
+    """Scale-aware normalisation (eq. 4): x modulated by the embedding of the latent's size, added to x.
+
+    The embedding of a size that no training showed may be far from those of its neighbours, and what it gives
+    is arbitrary then. With `sides`, of square latents that training did show, other sizes are interpolated
+    linearly between their scales; those beyond are taken for the nearest.
+    """
+
+    sides: tuple[int, ...] = ()  # increasing
 
     def __init__(self, c: int) -> None:
         super().__init__()
@@ -157,6 +168,19 @@ class ScaleAwareNorm(nn.Module):
 
     def affine(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Scale and shift (1, C, 1, 1) with x·scale + shift the whole of it."""
+        if not self.sides:
+            return self._affine(height, width)
+        scales = [scale_of(side, side) for side in self.sides]
+        scale = min(max(scale_of(height, width), scales[0]), scales[-1])
+        below = max(i for i, known in enumerate(scales) if known <= scale)
+        own = self._affine(self.sides[below], self.sides[below])
+        if scale == scales[below]:
+            return own
+        above = self._affine(self.sides[below + 1], self.sides[below + 1])
+        share = (scale - scales[below]) / (scales[below + 1] - scales[below])
+        return own[0].lerp(above[0], share), own[1].lerp(above[1], share)
+
+    def _affine(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         a, b = self.mapping.modulation(scale_embedding(height, width, self.mapping.mapper.weight.device))
         return 2 + a, b
 
@@ -333,7 +357,8 @@ class PreparedGuidance:
 class Guidance(nn.Module):
     """The added parameters: a guidance block per down level and per up level of Stage C (under 3 % of it).
 
-    ValueError for an upsampling that is not one of `UPSAMPLINGS`.
+    `scale_sides` are the sides of `ScaleAwareNorm`. ValueError for an upsampling that is not one of
+    `UPSAMPLINGS`, and for sides that are not positive and increasing.
     """
 
     def __init__(
@@ -346,12 +371,17 @@ class Guidance(nn.Module):
         f_dim: int = 1024,
         levels: int = 2,
         upsampling: str = "implicit",
+        scale_sides: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if upsampling not in UPSAMPLINGS:
             raise ValueError(f"the upsampling {upsampling!r} is not one of {', '.join(UPSAMPLINGS)}")
+        if list(scale_sides) != sorted({side for side in scale_sides if side > 0}):
+            raise ValueError(f"'scale_sides' must be above 0 and increase, not {list(scale_sides)}")
         make, sizes = UPSAMPLINGS[upsampling], (ind, ch, n_head, head_dim, n_groups, f_dim)
         down, up = ([make(*sizes) for _ in range(levels)] for _ in "du")
+        for block in (*down, *up):
+            block.hr_norm.sides = tuple(scale_sides)
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
 
     def init_weights(self) -> None:

@@ -32,7 +32,7 @@ from ablation_report import MISSING, Found, table  # noqa: E402
 from guidance_variants import VARIANTS, OwnTimePipeline, Variant, start  # noqa: E402
 
 GUIDED = {variant.name: variant for variant in VARIANTS if variant.guided}
-SIZES = GuidanceSizes(ind=32, ch=16, n_head=2, head_dim=8, n_groups=4, f_dim=16)
+SIZES = GuidanceSizes(ind=32, ch=16, n_head=2, head_dim=8, n_groups=4, f_dim=16, scale_sides=(3, 12))
 SIDE, PICTURES = 64, 2
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
@@ -61,9 +61,7 @@ def test_a_variant_trains_all_its_parameters_from_the_common_start(variant: Vari
     guidance, full = make(variant), dict(make(GUIDED["full"]).named_parameters())
     own = {n for n, p in guidance.named_parameters() if n not in full or full[n].shape != p.shape}
     assert all(torch.equal(p, full[n]) for n, p in guidance.named_parameters() if n not in own)
-    new = {part for name in own for part in ("convolution", "output_layer") if part in name}
-    convolutions = {"convolution": variant.upsampling == "bilinear", "output_layer": variant.convolution}
-    assert new == {layer for layer, is_new in convolutions.items() if is_new}
+    assert all("convolution" in name for name in own) and bool(own) == (variant.upsampling == "bilinear")
     guide(guidance, (6, 8)).square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in guidance.parameters())
     names = " ".join(name for name, _ in guidance.named_parameters())
@@ -118,6 +116,7 @@ def flags(family_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
         "effnet": json.loads(json.dumps(asdict(sizes))), "scenes": {"count": 8}, "num_workers": 0,
         "experiment_id": "t2i", "checkpoint_path": "checkpoints", "output_path": "samples",
         "grad_accum_steps": 1, "warmup_updates": 0, "ema": 0.9,
+        "guidance": {**(config["guidance"] or {}), "scale_sides": [1, 50]},
     }  # fmt: skip
     (folder / "t2i.yaml").write_text(yaml.safe_dump(config), "utf-8")
     named = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +11,10 @@ from hypothesis import strategies as st
 from peers import random_stage_a, random_stage_b, random_stage_c, randomised
 from torch import Tensor
 
+from core.config.sizes import GuidanceSizes
 from modules.blocks import GlobalResponseNorm
 from modules.controlnet import ControlNet
-from modules.guidance import Guidance, coordinate_encoding
+from modules.guidance import Guidance, ScaleAwareNorm, coordinate_encoding, scale_of
 from modules.lora import LoraUpdate, MergedLora
 from modules.stage_a import StageA, VectorQuantizer
 from modules.stage_c import StageC
@@ -69,6 +72,33 @@ def test_strength_zero_everywhere_is_no_guidance(stage_c: StageC, guidance: Guid
     silent = type(bound)(bound.blocks, bound.sites, (0.0,) * 4)
     torch.testing.assert_close(stage_c(x, r, *inputs, guidance=silent), stage_c(x, r, *inputs))
     assert not torch.allclose(stage_c(x, r, *inputs, guidance=bound), stage_c(x, r, *inputs))
+
+
+@torch.no_grad()
+def test_scales_between_known_sides_are_interpolated() -> None:
+    norm = ScaleAwareNorm(8)
+    torch.nn.init.normal_(norm.mapping.mapper.weight)
+    plain = {size: norm.affine(*size) for size in ((12, 12), (24, 24), (48, 48), (96, 96))}
+    own = norm.affine(30, 40)
+    norm.sides = (24, 48)
+    assert all(torch.equal(a, b) for a, b in zip(norm.affine(24, 24), plain[24, 24], strict=True))
+    for size, nearest in (((12, 12), 24), ((48, 48), 48), ((96, 96), 48), ((32, 72), 48)):
+        for found, known in zip(norm.affine(*size), plain[nearest, nearest], strict=True):
+            torch.testing.assert_close(found, known, rtol=1e-5, atol=1e-5)
+    scale, shift = norm.affine(30, 40)
+    low, high = plain[24, 24], plain[48, 48]
+    shares = torch.cat([(scale - low[0]) / (high[0] - low[0]), (shift - low[1]) / (high[1] - low[1])])
+    wanted = (scale_of(30, 40) - scale_of(24, 24)) / (scale_of(48, 48) - scale_of(24, 24))
+    assert 0.1 < wanted < 0.9
+    torch.testing.assert_close(shares, torch.full_like(shares, wanted), rtol=1e-3, atol=1e-3)
+    assert not scale.allclose(own[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("sides", [(0, 12), (24, 12), (12, 12)])
+def test_sides_that_do_not_increase_are_named(sides: tuple[int, ...]) -> None:
+    sizes = GuidanceSizes(ind=32, ch=16, n_head=2, head_dim=8, n_groups=4, f_dim=16, scale_sides=sides)
+    with pytest.raises(ValueError, match="scale_sides"):
+        Guidance(**asdict(sizes))
 
 
 def test_too_many_guiding_tokens_are_refused(guidance: Guidance) -> None:

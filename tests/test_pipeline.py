@@ -16,7 +16,8 @@ from core.pipeline.offload import Offloaded, Placement
 from core.pipeline.passes import NoiseSource, needs_unconditional, tensor_float32
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.progress import Progress
-from core.weights.checkpoint import config_metadata, save_tensors
+from core.pipeline.resolution import plan_for
+from core.weights.checkpoint import config_metadata, read_tensors, save_tensors
 from gdf.names import SAMPLER_NAMES
 from modules.guidance import Guidance
 
@@ -85,6 +86,24 @@ def test_how_the_guidance_upsamples_is_told_by_its_file(family_folder: Path, tmp
     bilinear = UltraPixelPipeline.from_config(*configs, tmp_path / "guidance.safetensors")
     assert bilinear.guidance_sizes.upsampling == "bilinear"
     assert not torch.equal(make(bilinear, JOB), make(random_pipeline(family_folder), JOB))
+
+
+def test_the_scales_that_a_training_showed_are_told_by_its_file(family_folder: Path, tmp_path: Path) -> None:
+    guided = random_pipeline(family_folder)
+    sizes, path = guided.guidance_sizes, tmp_path / "guidance.safetensors"
+    tensors = read_tensors(family_folder / "ultrapixel_t2i.safetensors")
+    assert sizes.scale_sides == ()
+    square = replace(JOB, width=JOB.height)
+    side = plan_for(guided.config_c, JOB.height, JOB.height).hr_latent[0]
+    configs = family_folder / "stage_c.yaml", family_folder / "stage_b.yaml"
+    pictures = []
+    for sides in ([side, 2 * side], [side + 1, 2 * side]):
+        save_tensors(path, tensors, config_metadata({**asdict(sizes), "scale_sides": sides}))
+        pipeline = UltraPixelPipeline.from_config(*configs, path)
+        assert pipeline.guidance_sizes.scale_sides == tuple(sides)
+        pictures.append(make(pipeline, square))
+    assert torch.equal(pictures[0], make(guided, square))
+    assert not torch.equal(pictures[1], pictures[0])
 
 
 def test_an_upsampling_of_another_program_is_named(family_folder: Path, tmp_path: Path) -> None:

@@ -166,7 +166,9 @@ def test_a_dry_run_prints_the_configuration(config_file: Path, tmp_path: Path) -
 
 
 def test_bilinear_guidance_is_trained_and_its_file_says_so(config_file: Path, tmp_path: Path) -> None:
-    train(config_file, tmp_path, "guidance.upsampling=bilinear", "updates=1", "save_every=1")
+    changes = ("guidance.upsampling=bilinear", "guidance.scale_sides=[2,4]")
+    train(config_file, tmp_path, *changes, "updates=1", "save_every=1")
     exported = tmp_path / "checkpoints" / "t2i" / "ultrapixel_t2i.safetensors"
-    assert read_config(exported)["upsampling"] == "bilinear"
+    told = read_config(exported)
+    assert told["upsampling"] == "bilinear" and told["scale_sides"] == [2, 4]
     assert "up.1.convolution.weight" in read_tensors(exported)

@@ -335,6 +335,17 @@ def test_a_run_of_the_guidance_goes_on_when_its_file_names_tokens_of_loras(
     assert len(losses(folder)) == 5
 
 
+def test_a_run_from_before_its_network_had_some_size_goes_on(
+    lesson: Path, t2i_run: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(t2i_run, tmp_path / "checkpoints" / "run") / "config.yaml"
+    values = yaml.safe_load(own.read_text("utf-8"))
+    del values["guidance"]["scale_sides"]
+    own.write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
+    folder = train(train_t2i.main, lesson / "t2i.yaml", tmp_path, "guidance.scale_sides=[2,4]", "updates=5")
+    assert len(losses(folder)) == 5
+
+
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(
     lesson: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

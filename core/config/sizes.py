@@ -36,6 +36,8 @@ class GuidanceSizes:
     n_groups: int = 64  # weight tokens per layer of the coordinate MLP
     f_dim: int = 1024  # width of the coordinate MLP
     upsampling: Upsampling = "implicit"  # how the features get to the high resolution
+    # sides of square latents between which scale-aware normalisation is interpolated; none: as published
+    scale_sides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,9 @@ TINY = Sizes(
         block_repeat=((1, 1, 1), (1, 1, 1)), c_cond=128, c_clip=128, level_config=("CT", "CT", "CTA"),
         dropout=(0.0, 0.0, 0.0),
     ),
-    guidance=GuidanceSizes(ind=192, ch=128, n_head=2, head_dim=64, n_groups=16, f_dim=128),
+    guidance=GuidanceSizes(
+        ind=192, ch=128, n_head=2, head_dim=64, n_groups=16, f_dim=128, scale_sides=(12, 24, 36, 48, 96),
+    ),
     stage_a=StageASizes(c_hidden=64, bottleneck_blocks=3, codebook_size=1024),
     effnet=EffnetSizes(
         stem=16, stages=(("fused", 2, 2, 32, 1), ("fused", 2, 2, 64, 2), ("fused", 2, 1, 96, 2)), head=256,

@@ -29,9 +29,10 @@ def load_encoder(config: StageCConfig, what_for: str) -> EfficientNetEncoder:
 
 
 def sizes_of_guidance(config: StageCConfig, path: str | Path) -> GuidanceSizes:
-    """The sizes of a guidance file for a Stage C configuration; how it upsamples, its metadata tells.
+    """The sizes of a guidance file for a Stage C configuration.
 
-    ValueError if that is unknown. A file that is not there yet is taken for one as configured.
+    How it upsamples, and between which scales it is interpolated, its metadata tells. ValueError if that is
+    unknown. A file that is not there yet is taken for one as configured.
     """
     sizes = guidance_sizes(config)
     stored = (read_config(path) or {}) if Path(path).exists() else {}
@@ -41,7 +42,9 @@ def sizes_of_guidance(config: StageCConfig, path: str | Path) -> GuidanceSizes:
             f"{path}: its guidance upsamples by {upsampling!r}, which is not known here: "
             f"{', '.join(UPSAMPLINGS)} are"
         )
-    return replace(sizes, upsampling=upsampling)
+    return replace(
+        sizes, upsampling=upsampling, scale_sides=tuple(stored.get("scale_sides", sizes.scale_sides))
+    )
 
 
 def load_guidance(

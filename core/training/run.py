@@ -93,13 +93,20 @@ def _check_continues(config: RunConfig) -> None:
     if then is None:
         return
     for key in (*FIXED, *(FIXED_OF_LORA if "lora_rank" in now else ())):
-        if (then.get(key) or None) != (now.get(key) or None):  # left out or empty
+        if (then.get(key) or None) != _as_then(now.get(key) or None, then.get(key)):  # left out or empty
             raise ValueError(
                 f"the checkpoints in {folder} are of a run with another '{key}' (see {path}): choose another "
                 "experiment_id, or remove them"
             )
     if then.get("ema") and now["ema"] and then["ema"] != now["ema"]:
         log.warning("'ema' was %s in this run and is %s from here on", then["ema"], now["ema"])
+
+
+def _as_then(now: Any, then: Any) -> Any:
+    """A network's sizes without those that a run's earlier version did not have; other values as they are."""
+    if not isinstance(now, dict) or not isinstance(then, dict):
+        return now
+    return {name: value for name, value in now.items() if name in then}
 
 
 def _read_written(path: Path, last: str) -> dict[str, Any] | None:
