@@ -174,8 +174,8 @@ class Row:
 class Losses:
     """Measures the held-out losses of rows; the scenes are encoded once."""
 
-    def __init__(self, config: TrainConfig, sides: Sequence[int], count: int) -> None:
-        self._config, self._sides, self._count = config, sides, count
+    def __init__(self, config: TrainConfig, count: int) -> None:
+        self._config, self._count = config, count
         self._held_out: dict[int, HeldOut] = {}
         self._encoders: Encoders | None = None
         self._stage_c: StageC | None = None
@@ -234,8 +234,9 @@ def trained(row: Row, make: Callable[[Run], Recipe], until: float) -> Guidance |
     """A variant's guidance after its last update; trains what is missing up to there. None: time is over."""
     folder, last = run_folder(row.config), CHECKPOINT.format(row.config.updates)
     if (done := checkpoints(folder)) and done[-1].name > last:
+        done = int(done[-1].stem.removeprefix("step_"))
         raise ValueError(
-            f"{row.variant.label} is trained further already: --updates is at least what was done"
+            f"{folder} is trained for {done} updates already: give as many with --updates, or more"
         )
     if not (folder / last).exists():
         print(f"training: {row.variant.label}, seed {row.config.seed}", file=sys.stderr)
@@ -408,7 +409,7 @@ def check_all(config: TrainConfig, arguments: argparse.Namespace) -> None:
 def make_all(rows: Sequence[Row], config: TrainConfig, arguments: argparse.Namespace) -> None:
     """Everything that is missing: first all trainings, then pictures, as long as there is time."""
     until = time.monotonic() + 3600 * arguments.max_hours
-    losses, guidances = Losses(config, arguments.side, arguments.num_loss), {}
+    losses, guidances = Losses(config, arguments.num_loss), {}
     for row in rows:
         if time.monotonic() > until:
             return

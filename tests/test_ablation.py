@@ -171,7 +171,7 @@ def test_the_script_compares_all_variants_and_keeps_what_it_has(
     assert f"| 0 of 1 | {MISSING} |" in capsys.readouterr().out
     assert main([*flags, "--updates", "2", "--variants", "full", "--num_image", "0"]) == 0
     assert list(row_of(flags).curve) == [1, 2]
-    with pytest.raises(ValueError, match="trained further"):
+    with pytest.raises(ValueError, match="for 2 updates already"):
         main([*flags, "--variants", "full"])
 
 
