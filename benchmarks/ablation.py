@@ -444,8 +444,10 @@ def main(given: Sequence[str] | None = None) -> int:
     sizes = ", ".join(map(str, arguments.train_side))
     title = (
         f"{arguments.updates} updates of {arguments.batch_size} pictures at {sizes} pixels; "
-        f"errors of {arguments.num_loss} held-out scenes, {arguments.num_image} pictures"
+        f"errors of {arguments.num_loss} held-out scenes"
     )
+    if arguments.num_image:
+        title += f", {arguments.num_image} pictures"
     variants = [found(variant, group, base, arguments) for variant, group in rows.items()]
     report = "\n\n".join([title, table(variants, arguments.side, arguments.num_image > 0)])
     if 0 < arguments.num_image < MANY:
