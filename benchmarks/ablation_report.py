@@ -13,7 +13,10 @@ from matplotlib.figure import Figure
 FIGURES = {"accuracy": "attributes right", "frechet": "Fréchet", "patch_frechet": "of patches"}
 FORMS = {"accuracy": ".1%", "frechet": ".2f", "patch_frechet": ".2f"}
 MISSING = "not measured"
-COLOURS = {"full": "#c44e1c", "implicit": "#e0a030", "bilinear": "#2c7a4b", "own_t": "#7b4ea3"}
+COLOURS = {
+    "own_t": "#7b4ea3", "t_05": "#b79ad0", "full": "#c44e1c", "interpolated": "#7a2606",
+    "implicit": "#e0a030", "low_frequencies": "#8a6d10", "bilinear": "#2c7a4b", "bilinear_scale": "#85bf9c",
+}  # fmt: skip
 OTHER = "#4472a8"
 MARKS = "os^d"  # of the sides
 
@@ -55,19 +58,28 @@ def table(variants: Sequence[Found], sides: Sequence[int], with_pictures: bool) 
 
 def draw(variants: Sequence[Found], sides: Sequence[int], path: Path, title: str) -> None:
     """The trainings' curves, and a dot for each variant and side with the deviation between seeds."""
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    measured = any(one.pictures[side]["patch_frechet"] for one in variants for side in sides)
+    figure = Figure(figsize=(15 if measured else 11, 5), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    panels = figure.subplots(1, 3 if measured else 2)
     guided = [one for one in variants if any(one.curves)]
     for one in guided:
-        for number, curve in enumerate(one.curves):
-            style = {"color": COLOURS.get(one.name), "linewidth": 1.0, "markersize": 4}
-            left.plot(curve.keys(), curve.values(), ".-", label=None if number else one.label, **style)
-    left.set(xlabel="updates", ylabel=f"error at {sides[0]}, of that without guidance")
-    left.legend(fontsize=8)
-    _dots(middle, guided, sides, "error, of that without guidance", lambda one, side: one.errors[side])
-    _dots(right, variants, sides, "Fréchet of patches", lambda one, side: one.pictures[side]["patch_frechet"])
-    for axes in (left, middle, right):
+        for curve in one.curves:
+            style = {"color": COLOURS.get(one.name, OTHER), "linewidth": 1.0, "markersize": 4}
+            panels[0].plot(curve.keys(), curve.values(), ".-", **style)
+    panels[0].set(
+        xlabel="updates; colours as on the right", ylabel=f"error at {sides[0]}, of that without guidance"
+    )
+    _dots(panels[1], guided, sides, "error, of that without guidance", lambda one, side: one.errors[side])
+    if measured:
+        _dots(
+            panels[2],
+            variants,
+            sides,
+            "Fréchet of patches",
+            lambda o, side: o.pictures[side]["patch_frechet"],
+        )
+    for axes in panels:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
