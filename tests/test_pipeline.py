@@ -103,6 +103,9 @@ def test_the_scales_that_a_training_showed_are_told_by_its_file(family_folder: P
         assert pipeline.guidance_sizes.scale_sides == tuple(sides)
         pictures.append(make(pipeline, square))
     assert torch.equal(pictures[0], make(guided, square))
+    save_tensors(path, tensors, config_metadata({**asdict(sizes), "scale_sides": "12"}))
+    with pytest.raises(ValueError, match=r"guidance.safetensors: its 'scale_sides' must be a list"):
+        _ = UltraPixelPipeline.from_config(*configs, path).guidance_sizes
     assert not torch.equal(pictures[1], pictures[0])
 
 

@@ -31,8 +31,8 @@ def load_encoder(config: StageCConfig, what_for: str) -> EfficientNetEncoder:
 def sizes_of_guidance(config: StageCConfig, path: str | Path) -> GuidanceSizes:
     """The sizes of a guidance file for a Stage C configuration.
 
-    How it upsamples, and between which scales it is interpolated, its metadata tells. ValueError if that is
-    unknown. A file that is not there yet is taken for one as configured.
+    How it upsamples, and between which scales it is interpolated, its metadata tells. ValueError for what
+    is unknown or no sides. A file that is not there yet is taken for one as configured.
     """
     sizes = guidance_sizes(config)
     stored = (read_config(path) or {}) if Path(path).exists() else {}
@@ -42,9 +42,10 @@ def sizes_of_guidance(config: StageCConfig, path: str | Path) -> GuidanceSizes:
             f"{path}: its guidance upsamples by {upsampling!r}, which is not known here: "
             f"{', '.join(UPSAMPLINGS)} are"
         )
-    return replace(
-        sizes, upsampling=upsampling, scale_sides=tuple(stored.get("scale_sides", sizes.scale_sides))
-    )
+    sides = stored.get("scale_sides", sizes.scale_sides)
+    if not isinstance(sides, list | tuple) or not all(type(side) is int for side in sides):
+        raise ValueError(f"{path}: its 'scale_sides' must be a list of whole numbers, not {sides!r}")
+    return replace(sizes, upsampling=upsampling, scale_sides=tuple(sides))
 
 
 def load_guidance(
