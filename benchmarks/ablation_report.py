@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -72,13 +72,8 @@ def draw(variants: Sequence[Found], sides: Sequence[int], path: Path, title: str
     )
     _dots(panels[1], guided, sides, "error, of that without guidance", lambda one, side: one.errors[side])
     if measured:
-        _dots(
-            panels[2],
-            variants,
-            sides,
-            "Fréchet of patches",
-            lambda o, side: o.pictures[side]["patch_frechet"],
-        )
+        patches, name = (lambda one, side: one.pictures[side]["patch_frechet"]), "Fréchet of patches"
+        _dots(panels[2], variants, sides, name, patches)
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -86,17 +81,21 @@ def draw(variants: Sequence[Found], sides: Sequence[int], path: Path, title: str
     figure.savefig(path, dpi=130)
 
 
-def _dots(axes: Axes, variants: Sequence[Found], sides: Sequence[int], name: str, values_of) -> None:
+def _dots(
+    axes: Axes,
+    variants: Sequence[Found],
+    sides: Sequence[int],
+    name: str,
+    values_of: Callable[[Found, int], Sequence[float]],
+) -> None:
     for row, one in enumerate(variants):
         for place, side in enumerate(sides):
             if values := values_of(one, side):
                 spread = stdev(values) if len(values) > 1 else None
-                style = {
-                    "color": COLOURS.get(one.name, OTHER),
-                    "fmt": MARKS[place % len(MARKS)],
-                    "capsize": 3,
-                }
-                axes.errorbar(mean(values), row + 0.25 * place, xerr=spread, **style)
+                colour, mark = COLOURS.get(one.name, OTHER), MARKS[place % len(MARKS)]
+                axes.errorbar(
+                    mean(values), row + 0.25 * place, xerr=spread, fmt=mark, color=colour, capsize=3
+                )
     marks = ", ".join(f"{'●■▲◆'[i % len(MARKS)]} {side}" for i, side in enumerate(sides))
     axes.set(xlabel=f"{name} ({marks})", yticks=range(len(variants)))
     axes.set_yticklabels([one.label for one in variants], fontsize=8)
