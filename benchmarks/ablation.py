@@ -105,7 +105,9 @@ class HeldOut:
         return cls(side, whole, noise, target_named(config.target))
 
     @torch.no_grad()
-    def losses(self, variant: Variant, guided: GuidedStageC, empty: Conditions, dtype: torch.dtype) -> list:
+    def losses(
+        self, variant: Variant, guided: GuidedStageC, empty: Conditions, dtype: torch.dtype
+    ) -> list[float]:
         """The loss of each scene, with a variant's guidance in a Stage C, or without."""
         found = []
         for first in range(0, len(self.noise.t), AT_ONCE):
@@ -234,9 +236,9 @@ def trained(row: Row, make: Callable[[Run], Recipe], until: float) -> Guidance |
     """A variant's guidance after its last update; trains what is missing up to there. None: time is over."""
     folder, last = run_folder(row.config), CHECKPOINT.format(row.config.updates)
     if (done := checkpoints(folder)) and done[-1].name > last:
-        done = int(done[-1].stem.removeprefix("step_"))
+        reached = int(done[-1].stem.removeprefix("step_"))
         raise ValueError(
-            f"{folder} is trained for {done} updates already: give as many with --updates, or more"
+            f"{folder} is trained for {reached} updates already: give as many with --updates, or more"
         )
     if not (folder / last).exists():
         print(f"training: {row.variant.label}, seed {row.config.seed}", file=sys.stderr)

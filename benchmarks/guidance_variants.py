@@ -64,7 +64,7 @@ VARIANTS = (
     Variant("implicit", "implicit, not scale-aware", scale_aware=False, every_seed=True),
     Variant("bilinear", "bilinear + convolution", upsampling="bilinear", scale_aware=False, every_seed=True),
     Variant("bilinear_scale", "bilinear + convolution, scale-aware", upsampling="bilinear"),
-    # Not in the paper: where the difference between the last ones comes from.
+    # Not in the paper: where the differences between these come from.
     Variant("interpolated", "the paper's, scales interpolated", interpolated=True),
     Variant("low_frequencies", "implicit, frequencies up to 32", scale_aware=False, max_frequency=32.0),
 )
@@ -99,9 +99,8 @@ def start(variant: Variant, full: Guidance, sizes: GuidanceSizes) -> Guidance:
     """A variant's guidance with the initial values of the full one, wherever it has the same parameter."""
     guidance = make_guidance(variant, sizes)
     guidance.init_weights()
-    own, theirs = guidance.state_dict(), full.state_dict()
-    shared = {n: v for n, v in theirs.items() if n in own and own[n].shape == v.shape}
-    guidance.load_state_dict(shared, strict=False)
+    shared = set(guidance.state_dict()) & set(full.state_dict())
+    guidance.load_state_dict({name: full.state_dict()[name] for name in shared}, strict=False)
     return guidance
 
 

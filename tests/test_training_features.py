@@ -335,13 +335,15 @@ def test_a_run_of_the_guidance_goes_on_when_its_file_names_tokens_of_loras(
     assert len(losses(folder)) == 5
 
 
-def test_a_run_from_before_its_network_had_some_size_goes_on(
-    lesson: Path, t2i_run: Path, tmp_path: Path
+@pytest.mark.parametrize("before", [True, False], ids=["of an earlier version", "of this one"])
+def test_a_run_goes_on_with_other_scale_sides(
+    lesson: Path, t2i_run: Path, tmp_path: Path, before: bool
 ) -> None:
     own = shutil.copytree(t2i_run, tmp_path / "checkpoints" / "run") / "config.yaml"
     values = yaml.safe_load(own.read_text("utf-8"))
-    del values["guidance"]["scale_sides"]
-    own.write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
+    assert values["guidance"].pop("scale_sides") == []
+    if before:
+        own.write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
     folder = train(train_t2i.main, lesson / "t2i.yaml", tmp_path, "guidance.scale_sides=[2,4]", "updates=5")
     assert len(losses(folder)) == 5
 

@@ -93,7 +93,7 @@ def _check_continues(config: RunConfig) -> None:
     if then is None:
         return
     for key in (*FIXED, *(FIXED_OF_LORA if "lora_rank" in now else ())):
-        if (then.get(key) or None) != _as_then(now.get(key) or None, then.get(key)):  # left out or empty
+        if _fixed(then.get(key)) != _fixed(now.get(key)):
             raise ValueError(
                 f"the checkpoints in {folder} are of a run with another '{key}' (see {path}): choose another "
                 "experiment_id, or remove them"
@@ -102,11 +102,11 @@ def _check_continues(config: RunConfig) -> None:
         log.warning("'ema' was %s in this run and is %s from here on", then["ema"], now["ema"])
 
 
-def _as_then(now: Any, then: Any) -> Any:
-    """A network's sizes without those that a run's earlier version did not have; other values as they are."""
-    if not isinstance(now, dict) or not isinstance(then, dict):
-        return now
-    return {name: value for name, value in now.items() if name in then}
+def _fixed(value: Any) -> Any:
+    """A key's value, or of a network's sizes those that its weights depend on; None where there is none."""
+    if isinstance(value, dict):
+        value = {name: size for name, size in value.items() if name != "scale_sides"}
+    return value or None
 
 
 def _read_written(path: Path, last: str) -> dict[str, Any] | None:
