@@ -170,7 +170,7 @@ def main(given: Sequence[str] | None = None) -> int:
     device = device_named(None)
     pipeline = UltraPixelPipeline.from_preset(arguments.preset, device)
     judge = Judge(load_recogniser(str(RECOGNISER), device), device)
-    exact = Settings(cfg=PRESETS[arguments.preset].cfg)
+    exact = PRESETS[arguments.preset].settings
     results = {
         name: result(name, changes, pipeline, judge, exact, arguments)
         for name, changes in rows_of(arguments.what).items()

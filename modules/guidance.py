@@ -50,8 +50,24 @@ class PreparedSite:
     hidden: (
         Tensor  # (B, H, W, C / 4), the part of the fusion's first layer that acts on the upsampled feature
     )
-    scale: Tensor  # (1, C, 1, 1), scale-aware normalisation
-    shift: Tensor  # (1, C, 1, 1)
+    scale: Tensor  # (1 or B, C, 1, 1), scale-aware normalisation
+    shift: Tensor  # (1 or B, C, 1, 1)
+
+    def part(self, samples: slice, rows: slice) -> PreparedSite:
+        """That of some samples and rows; what there is once is the same for all samples."""
+        hidden, scale, shift = (
+            x if len(x) == 1 else x[samples] for x in (self.hidden, self.scale, self.shift)
+        )
+        return PreparedSite(hidden[:, rows], scale, shift)
+
+    def for_both_halves(self, unconditional: float) -> PreparedSite:
+        """That of `PreparedGuidance.for_both_halves`."""
+        count = len(self.hidden)
+        hidden = self.hidden if count == 1 else torch.cat([self.hidden, self.hidden])
+        if unconditional == 1:
+            return replace(self, hidden=hidden)
+        share = self.scale.new_tensor([1.0] * count + [unconditional] * count)[:, None, None, None]
+        return PreparedSite(hidden, share * self.scale, share * self.shift)
 
 
 class FeatureTokenizer(nn.Module):
@@ -331,14 +347,14 @@ class PreparedGuidance:
 
     def part(self, samples: slice, rows: slice) -> PreparedGuidance:
         """That of some samples, and of some rows of maps, which have one size at all sites."""
-        every = slice(None)
-        cut = ((s, s.hidden[every if len(s.hidden) == 1 else samples, rows]) for s in self.sites)
-        return replace(self, sites=tuple(replace(site, hidden=hidden) for site, hidden in cut))
+        return replace(self, sites=tuple(site.part(samples, rows) for site in self.sites))
 
-    def for_both_halves(self) -> PreparedGuidance:
-        """That of several pictures, for batches that have all of them twice."""
-        sites = (replace(site, hidden=torch.cat([site.hidden, site.hidden])) for site in self.sites)
-        return replace(self, sites=tuple(sites))
+    def for_both_halves(self, unconditional: float = 1.0) -> PreparedGuidance:
+        """That for batches that have all pictures twice; the second half gets a share of it.
+
+        The guidance is added to maps, so that a share is what is added, times `unconditional`.
+        """
+        return replace(self, sites=tuple(site.for_both_halves(unconditional) for site in self.sites))
 
     def cut(self, corners: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]]) -> PreparedGuidance:
         """That of a part of the maps, by its corner (row, column) and size (H, W) at each site."""

@@ -77,7 +77,7 @@ def assert_close(found: list[list[Tensor]], wanted: list[list[Tensor]]) -> None:
         (replace(QUICK, cfg=1.0, cfg_b=1.0, guidance_r="last_step"), ""),
         (replace(QUICK, cfg_interval=(0.3, 0.7), sampler="dpmpp_2m", reuse=2), ""),
         (replace(QUICK, sampler="heun", times="karras", cfg_lr=3.0, cfg_hr=1.0), "control"),
-        (replace(QUICK, cfg_interval=(0.3, 0.7)), "control"),
+        (replace(QUICK, cfg_interval=(0.3, 0.7), guidance_unconditional=-2.0), "control"),
         (QUICK, "guide"),
         (QUICK, "high"),
     ],

@@ -166,6 +166,9 @@ def test_a_negative_prompt_without_effect_is_told(settings: dict, told: str | No
     assert len(sentences) == (told is not None)
     assert told is None or (told in sentences[0] and "negative prompt" in sentences[0])
     assert doubts(jobs[:1], Settings(**settings)) == []
+    (sentence, *others) = doubts(jobs[:1], Settings(**settings, guidance_unconditional=0.0)) or [None]
+    assert not others and (sentence is None) == (told is None)
+    assert told is None or (told in sentence and sentence.startswith("guidance_unconditional has no effect"))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from core.pipeline.steps import low_step
 from modules.lora import LoraUpdate, MergedLora
 from modules.stage_c import StageC
 
-QUICK = Settings(steps=3, steps_b=1, cfg_interval=(0.5, 1.0))
+QUICK = Settings(steps=3, steps_b=1, cfg_interval=(0.5, 1.0), guidance_unconditional=-2.0)
 
 
 class Recorder:

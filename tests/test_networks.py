@@ -14,7 +14,7 @@ from torch import Tensor
 from core.config.sizes import GuidanceSizes
 from modules.blocks import GlobalResponseNorm
 from modules.controlnet import ControlNet
-from modules.guidance import Guidance, ScaleAwareNorm, coordinate_encoding, scale_of
+from modules.guidance import Guidance, GuidanceFeatures, ScaleAwareNorm, coordinate_encoding, scale_of
 from modules.lora import LoraUpdate, MergedLora
 from modules.stage_a import StageA, VectorQuantizer
 from modules.stage_c import StageC
@@ -61,6 +61,24 @@ def test_one_preparation_serves_every_step_and_both_halves(stage_c: StageC, guid
         doubled = [torch.cat([t, t]) for t in inputs]
         double = stage_c(torch.cat([x, x]), torch.tensor([r, r]), *doubled, guidance=bound)
         torch.testing.assert_close(double, torch.cat([single, single]), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_the_second_half_gets_a_share_of_what_is_added(guidance: Guidance, pictures: int) -> None:
+    features = GuidanceFeatures(tuple(torch.randn(pictures, 32, 3, 4) for _ in range(4)))
+    bound = guidance.prepare(features, [(6, 8)] * 4, 0.5)
+    x, r_embed = torch.randn(2 * pictures, 32, 6, 8), torch.randn(2 * pictures, 64)
+    first, second, every = slice(pictures), slice(pictures, None), slice(None)
+    for share in (1.0, 0.0, -2.0):
+        both = bound.for_both_halves(share)
+        for site in range(4):
+            alone = [bound.fuse(site, x[half], r_embed[half]) - x[half] for half in (first, second)]
+            wanted = x + torch.cat([alone[0], share * alone[1]])
+            torch.testing.assert_close(both.fuse(site, x, r_embed), wanted, atol=1e-5, rtol=1e-5)
+            for half in (first, second):
+                part = both.part(half, every).fuse(site, x[half], r_embed[half])
+                torch.testing.assert_close(part, wanted[half], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

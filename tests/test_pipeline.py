@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -68,6 +69,9 @@ def test_guidance_and_its_noise_condition_change_the_picture(family_folder: Path
     assert not torch.equal(plain, make(unguided, JOB))
     assert not torch.equal(plain, make(guided, JOB, replace(QUICK, guidance_r="last_step")))
     assert torch.equal(plain, make(guided, JOB, replace(QUICK, guidance_r=0.05)))
+    assert not torch.equal(plain, make(guided, JOB, replace(QUICK, guidance_unconditional=0.0)))
+    idle = [replace(QUICK, cfg=1.0, guidance_unconditional=share) for share in (1.0, -2.0)]
+    assert torch.equal(*(make(guided, JOB, settings) for settings in idle))
 
 
 def write_bilinear(family_folder: Path, path: Path, upsampling: str = "bilinear") -> None:
@@ -187,6 +191,7 @@ def test_noise_is_a_function_of_seed_and_pass_alone() -> None:
         ({"shift": 0.0}, "shift must be above 0"),
         ({"guidance_r": 1.5}, "guidance_r must lie"),
         ({"guidance_r": "first"}, "'first'"),
+        ({"guidance_unconditional": math.inf}, "guidance_unconditional must be a number, not inf"),
         ({"sampler": "unheard of"}, "'unheard of'.*ddpm"),
         ({"cfg_interval": (0.8, 0.2)}, "interval"),
     ],

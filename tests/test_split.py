@@ -55,7 +55,8 @@ def latents(settings):
     made = pipeline.run_stage_c(jobs, sizes, texts, settings)
     return made[0], next(pipeline.run_stage_b(jobs, sizes, texts, made, settings))
 
-cases = {"both": {}, "one": {"cfg": 1.0, "cfg_b": 1.0}, "some": {"cfg_interval": (0, 0.8)}}
+some = {"cfg_interval": (0, 0.8), "guidance_unconditional": -2.0}
+cases = {"both": {}, "one": {"cfg": 1.0, "cfg_b": 1.0}, "some": some}
 for name, values in cases.items():
     settings = Settings(steps=2, steps_b=2, **values)
     pipeline.split = None

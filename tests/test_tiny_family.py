@@ -36,7 +36,7 @@ import tiny_control  # noqa: E402
 FOLDER = ROOT / "models" / "tiny"
 TINY = PRESETS[EMBEDDED]
 CPU = torch.device("cpu")
-SETTINGS = Settings(cfg=TINY.cfg)
+SETTINGS = TINY.settings
 CONTROLLED = Settings(cfg=1.0, shift=2.0)  # as inference/test_controlnet.py samples
 
 

@@ -287,6 +287,11 @@ def add_settings_flags(parser: argparse.ArgumentParser, own: Collection[str] = (
         help="noise condition of the guiding features, a number or last_step (default: last_step at "
         f"{PUBLISHED_STEPS} uniform steps, else {TRAINING_R})",
     )  # fmt: skip
+    group.add_argument(
+        "--guidance_unconditional", type=float, default=d.guidance_unconditional,
+        help="share of the guidance in the half that cfg moves away from: below 1, cfg strengthens the "
+        "guidance, too (default: %(default)s)",
+    )  # fmt: skip
     group.add_argument("--steps_b", type=int, default=d.steps_b, help="of Stage B")
     group.add_argument("--cfg_b", type=float, default=d.cfg_b, help="cfg of Stage B; 1 turns it off")
     group.add_argument("--sampler_b", choices=SAMPLER_NAMES, default=d.sampler_b, help="of Stage B")

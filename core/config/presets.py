@@ -24,6 +24,11 @@ class Preset:
     upscale_strength: float = 1.0
     lora: tuple[str, ...] = ()  # of test_personalized
 
+    @property
+    def settings(self) -> Settings:
+        """How its passes sample, where nothing else is asked."""
+        return Settings(cfg=self.cfg)
+
 
 _STAGE_C, _GUIDANCE = "configs/training/t2i.yaml", "models/ultrapixel_t2i.safetensors"
 _STAGE_B_SMALL, _STAGE_B_BIG = "configs/inference/stage_b_1b.yaml", "configs/inference/stage_b_3b.yaml"

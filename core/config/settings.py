@@ -51,6 +51,7 @@ class Settings:
     shift: float = 1.0
     sampler: str = "ddpm"
     guidance_r: float | Literal["last_step"] | None = None  # None: the last step at 20 steps, else 0.05
+    guidance_unconditional: float = 1.0  # share of the guidance in the half that cfg moves away from
     steps_b: int = 10
     cfg_b: float = 1.1
     sampler_b: str = "ddpm"
@@ -76,6 +77,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:  # a NaN is neither
                 raise ValueError(f"{name} must be a number from 0 up, not {value}; 1 turns cfg off")
+        if not math.isfinite(self.guidance_unconditional):
+            raise ValueError(f"guidance_unconditional must be a number, not {self.guidance_unconditional}")
         if self.shift <= 0:
             raise ValueError(f"shift must be above 0, not {self.shift}")
         if isinstance(self.guidance_r, float | int) and not 0 < self.guidance_r < 1:
@@ -161,7 +164,7 @@ def _check_types(settings: Settings) -> None:
     """TypeError for the first value of another kind than its field's."""
     for name in ("steps", "steps_b", "reuse", *(["steps_lr"] if settings.steps_lr is not None else [])):
         whole_number(name, getattr(settings, name))
-    for name in ("cfg", "cfg_rescale", "shift", "cfg_b"):
+    for name in ("cfg", "cfg_rescale", "shift", "cfg_b", "guidance_unconditional"):
         number(name, getattr(settings, name))
     for name in ("sampler", "sampler_b", "fp8", "times"):
         text(name, getattr(settings, name))

@@ -462,7 +462,7 @@ def write_figures(run: Run, pipeline: UltraPixelPipeline, settings: Settings) ->
 def show(run: Run) -> None:
     """Sheets and figures of the weights as they are now."""
     set_up(run.device)
-    settings = Settings(cfg=PRESET.cfg)
+    settings = PRESET.settings
     pipeline = open_pipeline(run)
     make_sheets(run, pipeline, settings)
     if not run.stopped():

@@ -204,8 +204,8 @@ class StageCRun:
         prepared = prepare_guidance(
             self.guidance, features, self.stage_c, batch.sizes, source.part, self.strengths
         )
-        several = len(batch.jobs) > 1 and len(batch.conditions.clip_text) > len(batch.jobs)
-        return end, prepared.for_both_halves() if several else prepared
+        both = len(batch.conditions.clip_text) > len(batch.jobs)
+        return end, prepared.for_both_halves(self.settings.guidance_unconditional) if both else prepared
 
 
 def stage_b_latents(

@@ -260,7 +260,7 @@ class UltraPixelPipeline(Stages):
         preset's). `prompt` says what it shows. With a `strength` below 1 more of it stays as it is; None is
         the preset's. The rest is as in a call.
         """
-        settings = changed(settings, Settings(cfg=self.preset.cfg), changes)
+        settings = changed(settings, self.preset.settings, changes)
         box = self.preset.height, self.preset.width
         strength = self.preset.upscale_strength if strength is None else number("strength", strength)
         how = Upscaling(box, height, width, factor, strength, match_colours)
@@ -329,7 +329,7 @@ class UltraPixelPipeline(Stages):
             return made
 
     def _default_settings(self) -> Settings:
-        return CONTROLLED if self.controls.steerings else Settings(cfg=self.preset.cfg)
+        return CONTROLLED if self.controls.steerings else self.preset.settings
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         height, width = self.controls.shape(height, width)

@@ -33,9 +33,13 @@ def doubts(jobs: Sequence[Job], settings: Settings) -> list[str]:
     weighted = [text for text, own in texts if own.weighted_prompts]
     sentences = taken_as_words([text for text, own in texts if not own.weighted_prompts])
     sentences += [*taken_as_words(weighted, FOREIGN[1:]), *taken_as_weighted(weighted)]
-    without = [own for job, own in read if job.negative_prompt and not needs_unconditional(own)[0]]
-    if without:
-        sentences.append(f"the negative prompt has no effect, {_why_unguided(without[0])}")
+    without = [(job, own) for job, own in read if not needs_unconditional(own)[0]]
+    for what, unseen in (
+        ("the negative prompt", [own for job, own in without if job.negative_prompt]),
+        ("guidance_unconditional", [own for _, own in without if own.guidance_unconditional != 1]),
+    ):
+        if unseen:
+            sentences.append(f"{what} has no effect, {_why_unguided(unseen[0])}")
     return list(dict.fromkeys(sentences))
 
 

@@ -76,8 +76,11 @@ class Upscaling:
 
 
 def without_idle_cfg(settings: Settings, jobs: Sequence[Job]) -> Settings:
-    """The settings; without cfg where all prompts are the negative ones, as it changes nothing there."""
-    if any(job.prompt != job.negative_prompt for job in jobs):
+    """The settings; without cfg where it changes nothing.
+
+    That is where all prompts are the negative ones, and both halves have the same guidance.
+    """
+    if any(job.prompt != job.negative_prompt for job in jobs) or settings.guidance_unconditional != 1:
         return settings
     return replace(settings, cfg=1.0, cfg_end=None)
 

@@ -85,7 +85,7 @@ class Order:
     @property
     def settings(self) -> Settings:
         """All settings; ValueError or TypeError for a wrong one."""
-        default = Settings(cfg=PRESETS[self.preset].cfg) if not self.controls else CONTROLLED
+        default = PRESETS[self.preset].settings if not self.controls else CONTROLLED
         return changed(None, default, self.changes)
 
     @property
