@@ -172,6 +172,23 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "one")), torch.tensor(losses(tmp_path / "two")))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_samples_of_a_compiled_training_compile_nothing(tmp_path: Path, compiled: bool) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    block, sampled = torch.compile(lambda x: x + 1, backend=backend), []
+
+    def sample(_: int) -> None:
+        sampled.append(block(torch.ones(2)))
+
+    train(tmp_path, updates=2, save_every=1, compile=compiled, sample=sample)
+    assert len(sampled) == 2 and len(graphs) == (0 if compiled else 1)
+
+
 def test_compiled_blocks_are_left_to_the_compiler() -> None:
     network = random_stage_c(64, 2, ((1, 1), (1, 1)))
     compile_blocks(nn.ModuleList([network]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,6 +39,8 @@ def train(
     stop: int | None = None,
     loss_weight: LossWeight | None = None,
     ema: float = 0.9,
+    compile: bool = False,
+    sample: Callable[[int], None] | None = None,
 ) -> None:
     """Fit a linear map to twice its input; the samples follow from their keys, the data from the position.
 
@@ -50,7 +52,7 @@ def train(
     settings = TrainSettings(
         lr=0.05, updates=updates, batch_size=BATCH, grad_accum_steps=grad_accum_steps,
         warmup_updates=warmup_updates, lr_end=lr_end, save_every=save_every, keep=keep,
-        backup_every=backup_every, ema=ema,
+        backup_every=backup_every, ema=ema, compile=compile,
         adaptive_loss_weight=loss_weight is None, loss_weight=loss_weight or constant,
     )  # fmt: skip
     per_process = BATCH // accelerator.num_processes // grad_accum_steps
@@ -82,7 +84,7 @@ def train(
             )  # adds 0, whose gradient is not finite
         return StepLoss(per_sample, cosine(noise.t))
 
-    recipe = Recipe(nn.Linear(width, width), batches, loss)
+    recipe = Recipe(nn.Linear(width, width), batches, loss, sample)
     trainer = Trainer(recipe, settings, folder, accelerator)
     trainer.resume()
     log = RunLog(folder / "log.jsonl", trainer.step) if accelerator.is_main_process else None

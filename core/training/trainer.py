@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -298,7 +298,9 @@ class Trainer:
         if self.recipe.sample is None:
             return
         if is_sharded(self._parameters.values()) or self.accelerator.is_main_process:
-            with torch.no_grad(), self._averaged():
+            # Of the few steps of samples, at sizes of their own, none is worth compiling.
+            eager = torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
+            with torch.no_grad(), eager, self._averaged():
                 self.recipe.sample(self.step)
 
     @contextmanager
