@@ -58,7 +58,7 @@ class Cache:
 
 
 def fill(data: IndexedData, cache: Cache, settings: LoaderSettings, encode: Encode) -> Iterator[int]:
-    """Encode this process's part of the samples that are not there yet; yields how many were done each time.
+    """Encode this process's part of the samples that are not there yet; yields how many are left each time.
 
     Samples that cannot be read are logged and left out; ValueError where they are more than the share that
     the settings allow.
@@ -69,6 +69,8 @@ def fill(data: IndexedData, cache: Cache, settings: LoaderSettings, encode: Enco
         for number in members.tolist()[settings.rank :: settings.world_size]
         if not cache.path(data, number, bucket).exists()
     ]
+    left = len(wanted)
+    yield left
     loader = as_loader(_Missing(data, cache.seed), settings, wanted)
     total, broken = sum(map(len, data.members.values())) + data.broken, data.broken
     for bucket, run in groupby(zip(wanted, loader, strict=True), key=lambda entry: entry[0][1]):
@@ -80,7 +82,8 @@ def fill(data: IndexedData, cache: Cache, settings: LoaderSettings, encode: Enco
             check_broken(data.source, broken, total, settings.max_broken)
             if readable:
                 _write(data, cache, bucket, readable, encode)
-            yield len(group)
+            left -= len(group)
+            yield left
 
 
 def cached_batches(

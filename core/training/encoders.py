@@ -170,9 +170,10 @@ def cached(
     """
     settings = run.loader_settings
     cache = Cache(Path(run.config.cache_path), stamp, run.config.seed)
-    total = sum(map(len, run.data.members.values()))
-    with tqdm(total=total // settings.world_size, desc="caching latents", unit="picture") as bar:
-        for count in fill(run.data, cache, settings, encode):
-            bar.update(count)
+    left = fill(run.data, cache, settings, encode)
+    total = next(left)
+    with tqdm(total=total, desc="caching latents", unit="picture", disable=not total) as bar:
+        for count in left:
+            bar.update(total - count - bar.n)
     run.accelerator.wait_for_everyone()
     return lambda position: plain_positions(partial(cached_batches, run.data, cache), settings, position)
