@@ -16,8 +16,8 @@ SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 REGION = re.compile(",".join([r" *(\d{1,6}) *"] * 4))
 SETTINGS = tuple(field.name for field in fields(Settings) if field.default is not MISSING)
 
+# Settings that low-resolution passes do not know.
 LATE = ("cfg_hr", "guidance_unconditional", "reuse", "steps_b", "cfg_b", "sampler_b", "stage_a_tiled")
-# Low passes do not know them.
 
 
 class Ignored(BaseModel):
