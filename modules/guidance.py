@@ -338,7 +338,8 @@ UPSAMPLINGS: dict[str, Callable[[int, int, int, int, int, int], GuidanceBlock]] 
 class PreparedGuidance:
     """Guidance bound to one picture, or to several: `fuse` adds it at a site of the high-resolution pass.
 
-    One picture's is the same for all samples of a batch; that of several has a sample for each of a batch.
+    One picture's is the same for all samples of a batch, or for each half of it; that of several has a sample
+    for each of a batch.
     """
 
     blocks: tuple[GuidanceBlock, ...]  # per site in running order: down levels, then up levels

@@ -192,8 +192,9 @@ def test_pictures_are_guided_by_the_given_one(pipeline: UltraPixelPipeline, tmp_
     assert torch.equal(again.pixels, made.pixels)
     means = torch.tensor(list(SMALL.resize((1, 1), Image.Resampling.BOX).getdata())[0]) / 255
     assert torch.allclose(made.pixels.mean((1, 2)), means, atol=2 / 255)
-    (kept,) = pipeline.upscale(SMALL, factor=2, seed=3, strength=0.3, **QUICK)
-    assert not torch.equal(kept.pixels, made.pixels)
+    for change in ({"strength": 0.3}, {"guidance_unconditional": 0.0}):  # without a prompt, too
+        (changed,) = pipeline.upscale(SMALL, factor=2, seed=3, **change, **QUICK)
+        assert not torch.equal(changed.pixels, made.pixels)
 
 
 def test_alpha_is_enlarged_and_kept(pipeline: UltraPixelPipeline, tmp_path: Path) -> None:

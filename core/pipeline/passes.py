@@ -352,7 +352,7 @@ def features_of(
 class Guided:
     """Conditions, guidance and entries of the high-resolution pass.
 
-    One picture's guidance and entries are both halves'.
+    One picture's entries are both halves', and so is its guidance, or a share of it in the second.
     """
 
     conditions: StageCConditions
