@@ -82,6 +82,23 @@ def test_all_parts_run_and_leave_a_family(tmp_path: Path) -> None:
         assert all(t.dtype == torch.float16 for t in made.values() if t.dim() > 1)
 
 
+def test_no_more_scenes_are_taken_in_than_were_asked_for(tmp_path: Path) -> None:
+    given = ("--max_updates", "6", "--parts", "guidance", "--scenes", "3")
+    assert main(arguments(tmp_path, *given)) == 0
+    counts = [sum(line["scenes"].values()) for line in events(tmp_path) if "scenes" in line]
+    assert counts and set(counts) <= {3, 4}  # in whole chunks, of two at most
+
+
+def test_small_batches_have_smaller_rates(tmp_path: Path) -> None:
+    for batch, share in (("0.25", 0.5), ("1", 1.0), ("4", 1.0)):
+        folder = tmp_path / batch
+        given = ("--max_updates", "1", "--parts", "stage_c", "--batch", batch, "--minutes_c", "600")
+        assert main(arguments(folder, *given)) == 0
+        (line,) = (line for line in events(folder) if "part" in line)
+        usual = tiny_on_gpu.Budget(600, tiny_on_gpu.LR["stage_c"] * share, max_updates=1)
+        assert line["lr"] == pytest.approx(usual.rate(1.0))
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     result = tiny_on_gpu.StageCLoss.result
@@ -113,6 +130,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, monkeypatch:
     [
         (["--minutes", "0"], "--minutes must be above 0, not 0.0"),
         (["--shown", "0"], "--shown must be at least 1, not 0"),
+        (["--scenes", "0"], "--scenes must be above 0, not 0"),
         (["--image_encoder", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],
 )

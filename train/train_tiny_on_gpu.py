@@ -28,8 +28,17 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--minutes_c", type=float, help="of Stage C's alone (default: a share of --minutes)")
     add("--minutes_guidance", type=float, help="of the guidance's alone (default: a share of --minutes)")
     add("--max_updates", type=int, help="of each training, for a trial")
-    add("--batch", type=float, default=1.0, help="times the batches of a large GPU")
+    add(
+        "--batch",
+        type=float,
+        default=1.0,
+        help="times the batches of a large GPU; below 1 its root times the rates",
+    )
     add("--pool", type=float, default=1.0, help="times the scenes that are kept on a large GPU")
+    add(
+        "--scenes", type=int,
+        help="drawn in all, where drawing would take the time of the training (default: without end)",
+    )  # fmt: skip
     add("--minutes_together", type=float, help="of both together alone (default: a share of --minutes)")
     workers = max(1, (os.cpu_count() or 2) - 2)
     add("--workers", type=int, default=workers, help="processes that draw (default: two less than cores)")
@@ -76,6 +85,7 @@ def check(arguments: argparse.Namespace) -> None:
         "minutes_guidance",
         "minutes_together",
         "workers",
+        "scenes",
         "max_updates",
     ):
         if (value := getattr(arguments, name)) is not None and value <= 0:

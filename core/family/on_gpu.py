@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import random
 import signal
 import time
@@ -196,14 +197,14 @@ def open_pools(drawers: Drawers, run: Run) -> Pools:
     text = TextEncoder.load(run.config.clip_text_path, torch.float32)
     encoders = Encoders(effnet, text.to(device), image)
     pools = {row.kind.side: Pool(max(1, round(row.capacity * run.arguments.pool))) for row in ROWS}
-    return Pools(drawers, encoders, pools, device)
+    return Pools(drawers, encoders, pools, device, run.arguments.scenes)
 
 
 def fill(pools: Pools, run: Run) -> None:
     """Wait for the first scenes."""
-    drawers, enough = pools.drawers, FIRST_SCENES * run.arguments.pool
-    drawers.start(pools.encoders.text, run.device.type == "cuda")
-    while sum(pool.seen for pool in pools.by_side.values()) < max(1, enough) and not run.stopped():
+    enough = min(FIRST_SCENES * run.arguments.pool, pools.scenes or math.inf)
+    pools.drawers.start(pools.encoders.text, run.device.type == "cuda")
+    while pools.seen < max(1, enough) and not run.stopped():
         pools.absorb(1, block=True)
     run.write({"event": "training can begin", "scenes": pools.counts()})
 
@@ -329,7 +330,8 @@ class Exported:
 def part_of(run: Run, name: str, module: nn.Module) -> Part:
     """A training of a module in float32, as far as it was got before."""
     arguments = run.arguments
-    budget = Budget(minutes_of(arguments, name), LR[name], ema=EMA[name], max_updates=arguments.max_updates)
+    lr = LR[name] * min(1.0, arguments.batch) ** 0.5  # small batches' gradients are noisier
+    budget = Budget(minutes_of(arguments, name), lr, ema=EMA[name], max_updates=arguments.max_updates)
     weights = Weights(module, run.dtype, budget.ema)
     part = Part(name, weights, budget, run.state / f"{name}.safetensors")
     resumed = part.resume()

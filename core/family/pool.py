@@ -287,11 +287,18 @@ class Pools:
     encoders: Encoders
     by_side: dict[int, Pool]
     device: torch.device
+    scenes: int | None = None  # after which no more are taken in; the processes wait then
+
+    @property
+    def seen(self) -> int:
+        """How many scenes were taken in."""
+        return sum(pool.seen for pool in self.by_side.values())
 
     def absorb(self, limit: int, block: bool = False) -> int:
         """Encode chunks that are ready, at most so many; how many there were."""
         for done in range(limit):
-            chunk = self.drawers.take(block)
+            enough = self.scenes is not None and self.seen >= self.scenes
+            chunk = None if enough else self.drawers.take(block)
             if chunk is None:
                 return done
             self.by_side[chunk.side].add(self._encoded(chunk))
