@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from core.commands.report import describe_plan
 from core.config.offloading import MODES, NONE, STAGE, offload_named
 from core.config.schema import LatentGeometry, stage_c_sizes
 from core.config.settings import Job, Settings
+from core.pipeline import offload
 from core.pipeline.control import Control
 from core.pipeline.entries import Entries
 from core.pipeline.estimate import (
@@ -33,7 +34,7 @@ from core.pipeline.estimate import (
     taken,
 )
 from core.pipeline.graphs import PassRecordings
-from core.pipeline.offload import BlockStream, Offloaded, PackedBlock, Placement
+from core.pipeline.offload import BlockStream, Offloaded, PackedBlock, Placement, pack
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan
 from core.weights.checkpoint import CheckpointError
@@ -60,6 +61,12 @@ def pipeline_of(folder: Path, offload: str = "auto", **named: object) -> UltraPi
 
 def pixels(pipeline: UltraPixelPipeline, controls: tuple[Control, ...] = ()) -> list[Tensor]:
     return [picture.pixels for picture in pipeline.run(JOBS, QUICK, controls=controls)]
+
+
+def packed_blocks(blocks: Iterable[nn.Module], int8: bool = False) -> list[PackedBlock]:
+    packed = [PackedBlock(str(number), block, int8) for number, block in enumerate(blocks)]
+    pack(packed, pinned=False)
+    return packed
 
 
 @pytest.fixture(scope="module")
@@ -109,17 +116,35 @@ def test_a_blocks_weights_are_held_once(family_folder: Path) -> None:
     stage_c = pipeline_of(family_folder, "block").stage_c
     with stage_c.on_device() as module:
         blocks = [block for block in module.modules() if isinstance(block, ResBlock | AttnBlock)]
-        rests = {block.memory.untyped_storage().data_ptr() for block in stage_c._packed}
-        assert len(rests) == len(blocks)
-        for block in blocks:
-            storages = {p.untyped_storage().data_ptr() for p in block.parameters()}
-            assert len(storages) == 1 and storages <= rests
+        pieces = {block.memory.untyped_storage().data_ptr() for block in stage_c._packed}
+        assert len(pieces) == 1 and len(stage_c._packed) == len(blocks)
+        for block, packed in zip(blocks, stage_c._packed, strict=True):
+            first, end = packed.memory.data_ptr(), packed.memory.data_ptr() + packed.size
+            assert all(first <= p.data_ptr() < end for p in block.parameters())
     assert all("forward" not in vars(block) for block in blocks)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_blocks_share_pieces_of_memory_and_keep_their_values(
+    monkeypatch: pytest.MonkeyPatch, int8: bool
+) -> None:
+    blocks = [ResBlock(width) for width in (8, 8, 8, 64, 8, 8)]
+    before = [[p.detach().clone() for p in block.parameters()] for block in blocks]
+    small, large = (PackedBlock("x", ResBlock(width), int8).size for width in (8, 64))
+    monkeypatch.setattr(offload, "PIECE", 2 * small)
+    assert large > 2 * small  # it has a piece of its own
+    packed = packed_blocks(blocks, int8)
+    pieces = [block.memory.untyped_storage().nbytes() for block in packed]
+    assert pieces == [2 * small, 2 * small, small, large, 2 * small, 2 * small]
+    for block, own in zip(packed, before, strict=True):
+        for opened, tensor in zip(block.open(block.memory), own, strict=True):
+            assert opened.data_ptr() % offload.ALIGNED == block.memory.data_ptr() % offload.ALIGNED or int8
+            torch.testing.assert_close(opened, tensor, rtol=0, atol=0.01 if int8 else 0)
 
 
 def test_blocks_are_their_own_again_after_an_error() -> None:
     block = ResBlock(8)
-    packed = PackedBlock("x", block, pinned=False)
+    (packed,) = packed_blocks([block])
     before = [p.data_ptr() for p in block.parameters()]
     with pytest.raises(RuntimeError), BlockStream([packed], CPU).in_use():
         block(torch.ones(1, 9, 4, 4))
@@ -147,7 +172,7 @@ def test_copies_and_computing_wait_for_each_other(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: computing)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     blocks = nn.ModuleList(ResBlock(4) for _ in range(3))
-    stream = BlockStream([PackedBlock(str(i), b, pinned=False) for i, b in enumerate(blocks)], CPU)
+    stream = BlockStream(packed_blocks(blocks), CPU)
     stream._copying = copying
     bring, x = stream._bring, torch.ones(1, 4, 3, 3)
 
@@ -357,7 +382,7 @@ def test_8_bit_weights_take_a_quarter_of_float32_and_are_off_by_half_a_level() -
     block = ResBlock(32)
     nn.init.normal_(block.channelwise[0].weight)
     before = [p.detach().clone() for p in block.parameters()]
-    packed = PackedBlock("x", block, pinned=False, int8=True)
+    (packed,) = packed_blocks([block], int8=True)
     assert packed.memory.nbytes < 0.4 * sum(p.nbytes for p in before)
     assert all(p.is_meta for p in block.parameters())
     for a, b in zip(packed.open(packed.memory), before, strict=True):

@@ -24,6 +24,7 @@ STREAMED = (ResBlock, AttnBlock)  # they hold nearly all weights of Stages B and
 ENTRIES = ("keys_values", "forward")  # the methods of these that use weights
 INT8_MAX, TINY = 127, 1e-30  # of rows that are all zeros the scale is any
 ALIGNED = 256  # bytes; each tensor of a block begins at a multiple, as torch's own do
+PIECE = 1 << 29  # bytes of host memory that blocks share, at most, where they are not larger
 
 
 @dataclass
@@ -147,9 +148,10 @@ class Offloaded(Generic[M]):
 
     def _blocks(self, module: M) -> list[PackedBlock]:
         if not self._packed:
-            pinned = self._placement.device.type == "cuda"
             found = [(name, block) for name, block in module.named_modules() if isinstance(block, STREAMED)]
-            self._packed = [PackedBlock(name, block, pinned, self._int8) for name, block in found]
+            packed = [PackedBlock(name, block, self._int8) for name, block in found]
+            pack(packed, pinned=self._placement.device.type == "cuda")
+            self._packed = packed
             self.settle()
         return self._packed
 
@@ -197,26 +199,33 @@ def _in_place_of(tensor: Tensor, other: Tensor) -> Tensor:
 class PackedBlock:
     """A block whose tensors lie in one piece of memory, so that one copy moves them.
 
-    With `int8` its matrices are 8-bit integers there, with a scale for each row, and have no other place.
+    `rest_in` puts them there. With `int8` its matrices are 8-bit integers there, with a scale for each row,
+    and have no other place.
     """
 
-    def __init__(self, name: str, block: nn.Module, pinned: bool, int8: bool = False) -> None:
+    memory: Tensor
+
+    def __init__(self, name: str, block: nn.Module, int8: bool = False) -> None:
         self.name, self.block, self._int8 = name, block, int8
         self._held = _tensors(block)
-        stored = [part for _, _, tensor in self._held for part in self._stored(tensor.detach())]
         self._parts: list[tuple[int, torch.dtype, torch.Size]] = []  # where each begins
-        end = 0
-        for part in stored:
-            self._parts.append((end, part.dtype, part.shape))
-            end += -(-part.nbytes // ALIGNED) * ALIGNED
-        self.memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
-        views = self._views(self.memory)
+        self.size = 0  # bytes
+        for _, _, tensor in self._held:
+            for dtype, shape in self._kinds(tensor):
+                self._parts.append((self.size, dtype, shape))
+                self.size += -(-dtype.itemsize * shape.numel() // ALIGNED) * ALIGNED
+
+    def rest_in(self, memory: Tensor) -> None:
+        """Copy the tensors into memory of `size` bytes, where they rest from now on."""
+        self.memory = memory
+        views = self._views(memory)
+        stored = (part for _, _, tensor in self._held for part in self._stored(tensor.detach()))
         for view, part in zip(views, stored, strict=True):
             view.copy_(part)
-        rests = [tensor.detach().to("meta") for _, _, tensor in self._held] if int8 else views
+        rests = [tensor.detach().to("meta") for _, _, tensor in self._held] if self._int8 else views
         for (owner, own_name, tensor), rest in zip(self._held, rests, strict=True):
             setattr(owner, own_name, _in_place_of(tensor, rest))
-        self._held = _tensors(block)
+        self._held = _tensors(self.block)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -227,6 +236,12 @@ class PackedBlock:
         """The block's tensors from a piece of memory that holds what `memory` does."""
         parts = iter(self._views(memory))
         return [self._opened(next(parts), tensor.dtype, parts) for tensor in self.tensors]
+
+    def _kinds(self, tensor: Tensor) -> list[tuple[torch.dtype, torch.Size]]:
+        """Of the parts that are stored of a tensor."""
+        if not self._int8 or tensor.dim() < 2:
+            return [(tensor.dtype, tensor.shape)]
+        return [(torch.int8, tensor.shape), (torch.float32, torch.Size((len(tensor), 1)))]
 
     def _stored(self, tensor: Tensor) -> list[Tensor]:
         if not self._int8 or tensor.dim() < 2:
@@ -256,6 +271,23 @@ class PackedBlock:
         finally:
             for owner, name, tensor in self._held:
                 setattr(owner, name, tensor)
+
+
+def pack(blocks: Sequence[PackedBlock], pinned: bool) -> None:
+    """Give blocks their memory, several of them a piece.
+
+    torch rounds pinned memory up to a power of two bytes: for blocks of a little over 64 MiB, as Stage C's
+    are, one by one that would be nearly twice as much.
+    """
+    together: list[PackedBlock] = []
+    for number, block in enumerate(blocks):
+        together.append(block)
+        size = sum(one.size for one in together)
+        if number + 1 == len(blocks) or size + blocks[number + 1].size > PIECE:
+            piece = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            for one, memory in zip(together, piece.split([one.size for one in together]), strict=True):
+                one.rest_in(memory)
+            together = []
 
 
 # (number of a block, a method's name, the method, its arguments) -> what that returns
