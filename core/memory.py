@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Sequence
 
 import psutil
 import torch
+from torch import Tensor
 
 try:
     import resource
@@ -40,3 +43,17 @@ def free_memory(device: torch.device) -> int:
         device
     )  # by torch, for what comes
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def host_memory(shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> Tensor:
+    """A tensor without content in system memory, *pinned* there if a GPU copies from and to it.
+
+    Systems can limit what may be pinned (Windows with WSL, containers): then it is not, with a warning.
+    """
+    if pinned:
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"the system pins no more memory, so copies are slower: {reason}", stacklevel=2)
+    return torch.empty(shape, dtype=dtype)

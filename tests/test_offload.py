@@ -142,6 +142,21 @@ def test_blocks_share_pieces_of_memory_and_keep_their_values(
             torch.testing.assert_close(opened, tensor, rtol=0, atol=0.01 if int8 else 0)
 
 
+def test_blocks_rest_in_usual_memory_where_no_more_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def limited(*given: object, pin_memory: bool = False, **named: object) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nand much more")
+        return empty(*given, **named)
+
+    monkeypatch.setattr(torch, "empty", limited)
+    packed = [PackedBlock("x", ResBlock(8))]
+    with pytest.warns(UserWarning, match=r"pins no more memory.*slower: CUDA error: out of memory$"):
+        pack(packed, pinned=True)
+    assert len(packed[0].memory) == packed[0].size
+
+
 def test_blocks_are_their_own_again_after_an_error() -> None:
     block = ResBlock(8)
     (packed,) = packed_blocks([block])

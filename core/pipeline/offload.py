@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config.offloading import AUTO, BLOCK, NONE
+from core.memory import host_memory
 from modules.blocks import AttnBlock, ResBlock
 
 M = TypeVar("M", bound=nn.Module)
@@ -284,7 +285,7 @@ def pack(blocks: Sequence[PackedBlock], pinned: bool) -> None:
         together.append(block)
         size = sum(one.size for one in together)
         if number + 1 == len(blocks) or size + blocks[number + 1].size > PIECE:
-            piece = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            piece = host_memory((size,), torch.uint8, pinned)
             for one, memory in zip(together, piece.split([one.size for one in together]), strict=True):
                 one.rest_in(memory)
             together = []

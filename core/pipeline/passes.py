@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from core.config.settings import TRAINING_R, Settings
+from core.memory import host_memory
 from core.pipeline.conditioning import Conditions
 from core.pipeline.entries import Entries, Maps, PassEntries
 from core.pipeline.graphs import Recordings
@@ -501,8 +502,11 @@ def decode_picture(
     latent = latent.to(next(stage_a.parameters()).dtype)
     with tensor_float32(tf32 and of_nvidia(latent.device)):
         if tiled or max(latent.shape[-2:]) > tile:
-            place = {"pin_memory": latent.is_cuda} if to_host else {"device": latent.device}
-            pixels = torch.empty(stage_a.picture_shape(latent), dtype=latent.dtype, **place)
+            shape = stage_a.picture_shape(latent)
+            if to_host:
+                pixels = host_memory(shape, latent.dtype, pinned=latent.is_cuda)
+            else:
+                pixels = latent.new_empty(shape)
             stage_a.decode_tiled(latent, tile, out=pixels)
         else:
             pixels = stage_a.decode(latent).clamp(0, 1)
