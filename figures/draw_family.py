@@ -17,11 +17,13 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image, ImageOps
 
+from core.pictures.sheets import MARGIN
+
 FIGURES = Path(__file__).parent
 PROJECT = FIGURES.parent
 QUALITY = 90  # of the JPEGs
 GAP = 8  # pixels between pictures
-SCENES = 2  # of the LoRA's sheet
+SCENES, CONTROLLED = 2, 8  # of the LoRA's sheet, and of the ControlNet's
 
 
 def documented(page: str, *words: str) -> list[str]:
@@ -77,13 +79,20 @@ def tiny_lora(folder: Path) -> Image.Image:
     """The first scenes at 512 x 512, each with the token and without it: half of what the benchmark shows."""
     command = ["benchmarks/tiny_personalized.py", "--num_image", str(SCENES)]
     (sheet,) = opened(*made(command, folder))
-    down = sheet.height // SCENES
+    down = (sheet.height - MARGIN) // SCENES
     return row([sheet.crop((0, y * down, sheet.width // 2, (y + 1) * down)) for y in range(SCENES)])
 
 
 def tiny_control(folder: Path) -> Image.Image:
-    command = ["benchmarks/tiny_control.py", "--num_image", "8", "--height", "128"]
-    return opened(*made(command, folder))[0]
+    """Eight scenes, the second half of them beside the first under the same titles."""
+    command = ["benchmarks/tiny_control.py", "--num_image", str(CONTROLLED), "--height", "128"]
+    (sheet,) = opened(*made(command, folder))
+    cell = sheet.width // 4  # a square: drawing, edges, with control, without
+    title = sheet.height - CONTROLLED * cell
+    half = (sheet.height + title) // 2
+    second = sheet.copy()
+    second.paste(sheet.crop((0, half, sheet.width, sheet.height)), (0, title))
+    return row([part.crop((0, 0, sheet.width, half)) for part in (sheet, second)], 608)
 
 
 def explore(folder: Path) -> Image.Image:

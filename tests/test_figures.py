@@ -18,6 +18,7 @@ WRITTEN = {  # what the scripts write, by a flag
     "canny:": ["a.png", "a_control.png", "a_control_2.png"],
     "inpainting": ["a.png", "a_control.png"],
 }
+SIZES = {"benchmarks/tiny_control.py": (1024, 24 + 8 * 256)}  # of other sheets than squares
 
 
 def pretend(command: list[str], folder: Path) -> list[Path]:
@@ -25,7 +26,7 @@ def pretend(command: list[str], folder: Path) -> list[Path]:
     names = next((n for flag, n in WRITTEN.items() if any(w.startswith(flag) for w in command)), ["a.png"])
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        Image.new("RGB", (512, 512)).save(folder / name)
+        Image.new("RGB", SIZES.get(command[0], (512, 512))).save(folder / name)
     return [folder / name for name in names]
 
 
