@@ -148,5 +148,6 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", nargs="*", choices=[*DRAWN, []], help="(default: all)")
+    names = f"of {', '.join(DRAWN)} (default: all)"
+    parser.add_argument("name", nargs="*", choices=[*DRAWN, []], metavar="NAME", help=names)
     main(parser.parse_args().name or list(DRAWN))

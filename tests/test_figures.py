@@ -18,7 +18,9 @@ WRITTEN = {  # what the scripts write, by a flag
     "canny:": ["a.png", "a_control.png", "a_control_2.png"],
     "inpainting": ["a.png", "a_control.png"],
 }
-SIZES = {"benchmarks/tiny_control.py": (1024, 24 + 8 * 256)}  # of other sheets than squares
+SIZES = {  # of other sheets than squares
+    "benchmarks/tiny_control.py": (1024, 24 + 8 * 256), "benchmarks/tiny_personalized.py": (1616, 1016),
+}  # fmt: skip
 
 
 def pretend(command: list[str], folder: Path) -> list[Path]:
