@@ -6,17 +6,17 @@ All of them take about ten minutes on two cores; a name, such as grid, makes tha
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from PIL import Image, ImageOps
 
+from core.commands.flags import Parser, run
 from core.pictures.sheets import MARGIN
 
 FIGURES = Path(__file__).parent
@@ -30,16 +30,17 @@ def documented(page: str, *words: str) -> list[str]:
     """The one command on a page of docs/ that has all the words, without `python`."""
     blocks = re.findall(r"```sh\n(.*?)```", (PROJECT / "docs" / page).read_text("utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if all(word in line for word in words)]
-    (line,) = lines
-    return shlex.split(line)[1:]
+    if len(lines) != 1:
+        raise ValueError(f"docs/{page} has {len(lines)} commands with {' and '.join(words)}, not one")
+    return shlex.split(lines[0])[1:]
 
 
 def made(command: list[str], folder: Path) -> list[Path]:
-    """The pictures that a command of this repository writes into a folder, in the order of their names."""
-    run = [sys.executable, *command, "--output_dir", str(folder)]
-    ended = subprocess.run(run, cwd=PROJECT, capture_output=True, text=True, check=False)
+    """The pictures that a command of this repository writes into a folder, the shortest names first."""
+    whole = [sys.executable, *command, "--output_dir", str(folder)]
+    ended = subprocess.run(whole, cwd=PROJECT, capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise RuntimeError(f"{shlex.join(command)} ended with {ended.returncode}:\n{ended.stderr[-2000:]}")
+        raise ValueError(f"{shlex.join(command)} ended with {ended.returncode}:\n{ended.stderr[-2000:]}")
     found = [path for path in folder.rglob("*") if path.suffix in {".png", ".jpg"}]
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
@@ -139,15 +140,20 @@ DRAWN: dict[str, Callable[[Path], Image.Image]] = {
 }  # fmt: skip
 
 
-def main(names: list[str]) -> None:
+def main(given: Sequence[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    known = ", ".join(DRAWN)
+    parser.add_argument("name", nargs="*", metavar="NAME", help=f"of {known} (default: all)")
+    names = parser.parse_args(given).name
     for name in names:
+        if name not in DRAWN:
+            raise ValueError(f"{name} is none of these pictures: {known}")
+    for name in names or DRAWN:
         with TemporaryDirectory() as folder:
             picture = DRAWN[name](Path(folder))
         picture.save(FIGURES / f"{name}.jpg", quality=QUALITY)
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    names = f"of {', '.join(DRAWN)} (default: all)"
-    parser.add_argument("name", nargs="*", choices=[*DRAWN, []], metavar="NAME", help=names)
-    main(parser.parse_args().name or list(DRAWN))
+    run(main)

@@ -47,12 +47,17 @@ def test_each_picture_is_made_by_its_pages_commands(
 
 
 def test_a_command_that_fails_is_told_with_what_it_said(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"--stepz.*did you mean"):
+    with pytest.raises(ValueError, match=r"--stepz.*did you mean"):
         draw_family.made(["inference/test_t2i.py", "--stepz", "3"], tmp_path)
 
 
 def test_commands_come_from_the_pages() -> None:
     command = draw_family.documented("text_to_image.md", "--grid", "cfg=1,2,4")
     assert command[0] == "inference/test_t2i.py" and "a small yellow boat on the sea, at dusk" in command
-    with pytest.raises(ValueError, match="unpack"):
+    with pytest.raises(ValueError, match=r"text_to_image.md has 0 commands with --no_such_flag"):
         draw_family.documented("text_to_image.md", "--no_such_flag")
+
+
+def test_a_name_that_is_no_picture_is_told() -> None:
+    with pytest.raises(ValueError, match="nope is none of these pictures: tiny_family, "):
+        draw_family.main(["grid", "nope"])

@@ -138,7 +138,6 @@ def test_blocks_share_pieces_of_memory_and_keep_their_values(
     assert pieces == [2 * small, 2 * small, small, large, 2 * small, 2 * small]
     for block, own in zip(packed, before, strict=True):
         for opened, tensor in zip(block.open(block.memory), own, strict=True):
-            assert opened.data_ptr() % offload.ALIGNED == block.memory.data_ptr() % offload.ALIGNED or int8
             torch.testing.assert_close(opened, tensor, rtol=0, atol=0.01 if int8 else 0)
 
 

@@ -29,11 +29,9 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--minutes_guidance", type=float, help="of the guidance's alone (default: a share of --minutes)")
     add("--max_updates", type=int, help="of each training, for a trial")
     add(
-        "--batch",
-        type=float,
-        default=1.0,
-        help="times the batches of a large GPU; below 1 its root times the rates",
-    )
+        "--batch", type=float, default=1.0,
+        help="times the batches of a large GPU; below 1, the rates are times its root",
+    )  # fmt: skip
     add("--pool", type=float, default=1.0, help="times the scenes that are kept on a large GPU")
     add(
         "--scenes", type=int,

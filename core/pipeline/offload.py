@@ -25,7 +25,7 @@ STREAMED = (ResBlock, AttnBlock)  # they hold nearly all weights of Stages B and
 ENTRIES = ("keys_values", "forward")  # the methods of these that use weights
 INT8_MAX, TINY = 127, 1e-30  # of rows that are all zeros the scale is any
 ALIGNED = 256  # bytes; each tensor of a block begins at a multiple, as torch's own do
-PIECE = 1 << 29  # bytes of host memory that blocks share, at most, where they are not larger
+PIECE = 1 << 29  # bytes of system memory that several blocks share, at most
 
 
 @dataclass
