@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal
 
 import torch
@@ -22,11 +23,20 @@ FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
 CAPABILITY = (8, 9)  # of NVIDIA's first cards that compute in float8
 MULTIPLE = 16  # which both sides of a matrix must divide by
+CHUNK = 1 << 26  # numbers of an input that are rounded at a time, in float32
 
 
+@cache
 def computes_in_fp8(device: torch.device) -> bool:
-    """Whether a device has products in float8."""
-    return of_nvidia(device) and torch.cuda.get_device_capability(device) >= CAPABILITY
+    """Whether a device has products in float8: a small one is tried, as PyTorch lacks them on some systems."""
+    if not of_nvidia(device) or torch.cuda.get_device_capability(device) < CAPABILITY:
+        return False
+    rows, scales = to_fp8(torch.ones(MULTIPLE, MULTIPLE, device=device))
+    try:
+        product(rows, scales, rows, scales, torch.ones(MULTIPLE, device=device))
+    except RuntimeError:
+        return False
+    return True
 
 
 def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,6 +44,17 @@ def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     rows = rows.float()
     scales = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST
     return (rows / scales).to(FLOAT8), scales
+
+
+def product(rows: Tensor, scales: Tensor, weight: Tensor, own: Tensor, bias: Tensor | None) -> Tensor:
+    """Rows (N, K) times a weight (out, K), transposed, + bias (out): (N, out), rounded to bfloat16.
+
+    Both are in float8, with scales (N, 1) and (out, 1). The product in float8 takes no other result, and no
+    other bias.
+    """
+    inside = bias if bias is not None and bias.dtype == torch.bfloat16 else None
+    y = torch._scaled_mm(rows, weight.t(), scales, own.t(), bias=inside, out_dtype=torch.bfloat16)
+    return y if bias is inside else y + bias
 
 
 class Fp8Linear(nn.Module):
@@ -48,15 +69,19 @@ class Fp8Linear(nn.Module):
         self.computes = computes_in_fp8(weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, scales = to_fp8(x.flatten(0, -2))
-        if self.computes:
-            y = torch._scaled_mm(
-                rows, self.weight.t(), scales, self.scale.t(), bias=self.bias, out_dtype=x.dtype
-            )
-        else:
-            rows, weight = (a.float() * scale for a, scale in ((rows, scales), (self.weight, self.scale)))
-            y = F.linear(rows.to(x.dtype), weight.to(x.dtype), self.bias)
+        rows = x.flatten(0, -2)
+        count = max(1, CHUNK // rows.shape[1])
+        y = rows.new_empty(len(rows), len(self.weight))
+        for start in range(0, len(rows), count):
+            y[start : start + count] = self._product(rows[start : start + count])
         return y.unflatten(0, x.shape[:-1])
+
+    def _product(self, x: Tensor) -> Tensor:
+        rows, scales = to_fp8(x)
+        if self.computes:
+            return product(rows, scales, self.weight, self.scale, self.bias)
+        rows, weight = (a.float() * scale for a, scale in ((rows, scales), (self.weight, self.scale)))
+        return F.linear(rows.to(x.dtype), weight.to(x.dtype), self.bias)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ GELU_ROWS, GELU_COLUMNS, GELU_STEPS = 16, 128, 16  # of a program: rows at a tim
 WEIGHT_ROWS, WEIGHT_COLUMNS = 8, 1024  # of a weight that a program scales, and as many columns at a time
 QUERIES = 64  # of one head that a program adds the condition to
 SMALLEST_DOT = 16  # keys that tl.dot takes at least
+MOST_TOKENS = 256  # of a condition that a program holds: more do not fit into every card's shared memory
 
 
 def _on_device(x: Tensor):
@@ -282,15 +283,16 @@ def pixel_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def attention(q: Tensor, k: Tensor, v: Tensor, condition: KeysValues) -> Tensor:
     """Attention (B, N, C) over k, v and the condition's, each (B, heads, tokens, C / heads).
 
-    Heads lie side by side in memory, as `PackedAttention` makes them; a width that is no power of two is left
-    to the plain twin.
+    A width that is no power of two, and a long prompt's condition, are left to the plain twin.
     """
     batch, heads, rows, width = q.shape
-    if width != triton.next_power_of_2(width) or width < SMALLEST_DOT:
+    tokens = condition[0].shape[2]
+    if width != triton.next_power_of_2(width) or width < SMALLEST_DOT or tokens > MOST_TOKENS:
         return blocks.attention(q, k, v, condition)
+    if (q.stride(1), q.stride(3)) != (width, 1):  # the kernel reads heads that lie side by side
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
     y, sums = pixel_attention(q, k, v)
     keys, values = (t.transpose(1, 2).contiguous() for t in condition)  # (B, tokens, heads, width)
-    tokens = keys.shape[1]
     block = max(SMALLEST_DOT, triton.next_power_of_2(tokens))
     strides = (q.stride(0), q.stride(2), keys.stride(0), keys.stride(1), y.stride(0), y.stride(1))
     with _on_device(q):

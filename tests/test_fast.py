@@ -18,6 +18,7 @@ from core.pipeline.passes import needs_unconditional
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan
 from modules.blocks import ResBlock
+from modules import fp8
 from modules.fp8 import Fp8Linear, products_in_fp8, to_fp8
 from modules.unet import InnerMaps
 
@@ -77,6 +78,29 @@ def test_float8_is_exact_up_to_its_rounding() -> None:
     x = torch.randn(2, 3, 32)
     exact, found = layer(x), Fp8Linear(layer)(x)
     assert found.shape == exact.shape and 0 < (found - exact).norm() < 0.06 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_gpus_product_gets_only_what_it_takes(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    def scaled_mm(a, b, scale_a, scale_b, *, bias, out_dtype):
+        """The rules of the product whose every row has a scale."""
+        assert a.dtype == b.dtype == fp8.FLOAT8 and out_dtype == torch.bfloat16
+        assert a.is_contiguous() and b.t().is_contiguous()
+        assert bias is None or bias.dtype == torch.bfloat16
+        y = (a.float() * scale_a) @ (b.float() * scale_b)
+        return (y if bias is None else y + bias.float()).to(out_dtype)
+
+    torch.manual_seed(0)
+    layer, x = nn.Linear(32, 16).to(dtype), torch.randn(5, 7, 32, dtype=dtype)
+    rounded = Fp8Linear(layer)
+    simulated = rounded(x)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(fp8, "CHUNK", 100)  # three rows at a time
+    rounded.computes = True
+    found = rounded(x)
+    assert found.dtype == dtype and found.shape == simulated.shape
+    assert (found - simulated).float().norm() < 0.01 * simulated.float().norm()
 
 
 def test_layers_are_what_they_were_after_a_pass_in_float8(family_folder: Path) -> None:

@@ -115,7 +115,19 @@ def test_attention_in_two_parts(
     packed = 3 * torch.randn(batch, rows, 3 * heads * width)  # scores far apart
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in packed.chunk(3, dim=-1))
     condition = tuple(torch.randn(batch, tokens, heads, width).transpose(1, 2) for _ in "kv")
-    check(ops.attention(q, k, v, condition), PLAIN.attention(q, k, v, condition))
+    wanted = PLAIN.attention(q, k, v, condition)
+    check(ops.attention(q, k, v, condition), wanted)
+    # Heads one after the other, as processes that share a picture exchange them.
+    check(ops.attention(*(t.contiguous() for t in (q, k, v)), condition), wanted)
+
+
+@torch.no_grad()
+def test_attention_to_a_long_prompt_is_not_the_kernels(fused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "add_condition_kernel", None)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 20, 16)
+    condition = tuple(torch.randn(1, 2, fused.MOST_TOKENS + 1, 16) for _ in "kv")
+    check(fused.attention(q, k, v, condition), PLAIN.attention(q, k, v, condition))
 
 
 # --- offsets of 64 bits ---------------------------------------------------------------------------
