@@ -26,11 +26,14 @@ MULTIPLE = 16  # which both sides of a matrix must divide by
 CHUNK = 1 << 26  # numbers of an input that are rounded at a time, in float32
 
 
-@cache
 def computes_in_fp8(device: torch.device) -> bool:
-    """Whether a device has products in float8: a small one is tried, as PyTorch lacks them on some systems."""
-    if not of_nvidia(device) or torch.cuda.get_device_capability(device) < CAPABILITY:
-        return False
+    """Whether a device has products in float8."""
+    return of_nvidia(device) and torch.cuda.get_device_capability(device) >= CAPABILITY and _tried(device)
+
+
+@cache
+def _tried(device: torch.device) -> bool:
+    """Whether a small product works there: PyTorch is built without them for some systems."""
     rows, scales = to_fp8(torch.ones(MULTIPLE, MULTIPLE, device=device))
     try:
         product(rows, scales, rows, scales, torch.ones(MULTIPLE, device=device))

@@ -15,6 +15,7 @@ from core.pipeline import offload
 from core.pipeline.graphs import PassRecordings
 from core.pipeline.passes import tensor_float32
 from core.pipeline.pipeline import UltraPixelPipeline
+from modules import fp8
 from modules.blocks import PLAIN
 from modules.fp8 import computes_in_fp8
 from modules.operators import of_nvidia, operators_for
@@ -80,6 +81,7 @@ def test_apples_gpu_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatc
 def test_amds_cards_get_nothing_that_is_for_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch calls both cuda, and AMD's tell numbers of their own as the capability."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 4))
+    monkeypatch.setattr(fp8, "_tried", lambda _: True)
     assert of_nvidia(CUDA) and computes_in_fp8(CUDA) and not of_nvidia(MPS)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert not of_nvidia(CUDA) and not computes_in_fp8(CUDA)

@@ -17,8 +17,8 @@ from core.pictures.images import save_image
 from core.pipeline.passes import needs_unconditional
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan
-from modules.blocks import ResBlock
 from modules import fp8
+from modules.blocks import ResBlock
 from modules.fp8 import Fp8Linear, products_in_fp8, to_fp8
 from modules.unet import InnerMaps
 
@@ -91,11 +91,19 @@ def test_a_gpus_product_gets_only_what_it_takes(monkeypatch: pytest.MonkeyPatch,
         y = (a.float() * scale_a) @ (b.float() * scale_b)
         return (y if bias is None else y + bias.float()).to(out_dtype)
 
+    def missing(dtype: torch.dtype) -> None:
+        raise NotImplementedError(f"no kernel for {dtype}")
+
     torch.manual_seed(0)
     layer, x = nn.Linear(32, 16).to(dtype), torch.randn(5, 7, 32, dtype=dtype)
     rounded = Fp8Linear(layer)
     simulated = rounded(x)
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **named: missing(named["out_dtype"]))
+    fp8._tried.cache_clear()
+    assert not fp8._tried(torch.device("cpu"))
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    fp8._tried.cache_clear()
+    assert fp8._tried(torch.device("cpu"))
     monkeypatch.setattr(fp8, "CHUNK", 100)  # three rows at a time
     rounded.computes = True
     found = rounded(x)

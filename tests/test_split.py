@@ -32,7 +32,8 @@ FAMILY = Family(
 )
 
 WORKER = """
-import sys
+import sys, warnings
+from dataclasses import replace
 from pathlib import Path
 import torch
 from torch.distributed import TCPStore
@@ -45,6 +46,7 @@ from core.pipeline.split import Split
 folder, (rank, count, port) = Path(sys.argv[1]), map(int, sys.argv[2:])
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
+warnings.simplefilter("ignore")
 names = "stage_c.yaml", "stage_b.yaml", "ultrapixel_t2i.safetensors"
 pipeline = UltraPixelPipeline.from_config(*(folder / name for name in names), "cpu", "float32")
 jobs = [Job("a fox", 448, 384, 3)]
@@ -69,7 +71,7 @@ for name, values in cases.items():
             print(*(share.half is not None and f"half {share.half}" for share in shares.values()),
                   *(share.bounds for share in shares.values()))
     pipeline.split = split
-    for one, several in zip(alone, latents(settings)):
+    for one, several in zip(alone, latents(replace(settings, fp8="on"))):  # which is left out
         assert (one - several).abs().max() <= 1e-5 * one.abs().max(), (name, one - several)
         assert several.std() > 0.1
 part()

@@ -125,11 +125,12 @@ def on_one_picture(
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not LOST.search(str(error)):
             raise
-        way = "the same command makes what is missing"
-        raise ValueError(f"another process of --split was lost: {way}") from None
+        reason = f"another process of --split may be lost ({str(error).splitlines()[0]})"
+        raise ValueError(f"{reason}: the same command makes what is missing") from None
+    else:
+        launch.part()  # after an error the others may still wait in the group, and it would for them
     finally:
         pipeline.split = None
-        launch.part()
 
 
 @cache

@@ -443,12 +443,17 @@ class Stages:
         return held.to(self.device, DTYPES[self.config_c.dtype])
 
     def _without_fp8(self, settings: Settings) -> Settings:
-        """The settings, without fp8 where blocks come and go, as its weights would have to do, or on mps."""
-        apple = self.device.type == "mps"  # which has no such numbers
-        if settings.fp8 == "off" or not (self._int8 or self.offload == BLOCK or apple):
+        """The settings, without fp8 where it does not go with something else."""
+        reasons = {
+            "the device mps": self.device.type == "mps",  # which has no such numbers
+            "int8": self._int8,
+            "offload block": self.offload == BLOCK,  # its weights would have to come and go
+            "--split": self.split is not None,  # whose processes share what is inside the blocks
+        }
+        what = next((what for what, true in reasons.items() if true), None)
+        if settings.fp8 == "off" or what is None:
             return settings
         if settings.fp8 == "on":
-            what = "the device mps" if apple else "int8" if self._int8 else "offload block"
             warnings.warn(f"fp8 does not go with {what}, and is left out", stacklevel=2)
         return replace(settings, fp8="off")
 
