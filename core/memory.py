@@ -16,6 +16,9 @@ except ImportError:  # Windows
     resource = None
 
 
+COMMON = (0, 0)  # of torch's pools of a GPU's memory, the one that all tensors share
+
+
 def peak_memory(device: torch.device) -> int:
     """The most memory in bytes: a GPU's since the last reset, on the CPU the process's since its start.
 
@@ -39,9 +42,12 @@ def free_memory(device: torch.device) -> int:
     """What this process can still take on a device, in bytes."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-        device
-    )  # by torch, for what comes
+    number = torch.cuda.current_device() if device.index is None else device.index
+    kept = sum(  # by torch, for what comes; what it keeps for recorded steps nothing else can take
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == number and segment.get("segment_pool_id", COMMON) == COMMON
+    )
     return torch.cuda.mem_get_info(device)[0] + kept
 
 

@@ -17,6 +17,7 @@ from modules.blocks import PLAIN, AttnBlock, Operators, ResBlock
 HEAD_WIDTH = 64  # of the published networks
 TRIED_SIZE, TRIED_TOKENS, TOLERANCE = (32, 33), 85, 0.02  # of the trial of kernels
 TRIED_SCALE = 0.01  # of its map: norms undo it, and what blocks add is large beside the map's own rounding
+KNOWN: dict[tuple[torch.device, int, torch.dtype], bool] = {}  # what trials found
 ONE_TRIAL = Lock()  # a thread that asks meanwhile waits, and compiles nothing twice
 FEW_PIXELS = 32**2  # of a map, below which a GPU's own kernels are slower than PyTorch's
 
@@ -59,11 +60,13 @@ def fused_works(device: torch.device, c: int, dtype: torch.dtype = torch.bfloat1
 
     It is tried once, on small blocks with random weights; a warning says what does not work.
     """
-    with ONE_TRIAL:
-        return _tried(device, c, dtype)
+    if (device, c, dtype) not in KNOWN:
+        with ONE_TRIAL:
+            if (device, c, dtype) not in KNOWN:
+                KNOWN[device, c, dtype] = _tried(device, c, dtype)
+    return KNOWN[device, c, dtype]
 
 
-@lru_cache
 def _tried(device: torch.device, c: int, dtype: torch.dtype) -> bool:
     try:
         from modules import fused

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -108,6 +110,21 @@ def test_the_last_ones_used_are_kept(recorder: Recorder) -> None:
         assert recorder.recorded == recorded
 
 
+def test_each_thread_runs_a_step_as_it_is_first(recorder: Recorder) -> None:
+    made, x = Recordings(9, recorder), torch.ones(3)
+
+    def run() -> None:
+        made.run(lambda x, _: (2 * x,), x, None)
+
+    run()
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    assert recorder.recorded == 0
+    run()
+    assert recorder.recorded == 1
+
+
 def test_what_is_no_tensor_is_a_part_of_the_shape(recorder: Recorder) -> None:
     made, x = Recordings(9, recorder), torch.ones(3)
     for factor in (2.0, 2.0, 3.0, 3.0, 2.0):
@@ -133,10 +150,14 @@ def test_a_failed_recording_costs_a_warning(stage_c: StageC) -> None:
     def failing(_) -> Outputs:
         raise RuntimeError("no capture here")
 
+    def doubled(x: torch.Tensor, _) -> Outputs:
+        assert sys.exc_info()[0] is None  # an error would hold the memory of what failed
+        return (2 * x,)
+
     made, x = Recordings(9, failing), torch.ones(3)
-    made.run(lambda x, _: (2 * x,), x, None)
+    made.run(doubled, x, None)
     with pytest.warns(UserWarning, match="no capture here"):
-        (found,) = made.run(lambda x, _: (2 * x,), x, None)
+        (found,) = made.run(doubled, x, None)
     assert torch.equal(found, 2 * x) and made.for_pass(x.device, stage_c) is None
     assert torch.equal(made.run(lambda x, _: (2 * x,), x, None)[0], 2 * x)
 

@@ -22,6 +22,7 @@ from core.commands.report import describe_plan
 from core.config.offloading import MODES, NONE, STAGE, offload_named
 from core.config.schema import LatentGeometry, stage_c_sizes
 from core.config.settings import Job, Settings
+from core.memory import free_memory
 from core.pipeline import offload
 from core.pipeline.control import Control
 from core.pipeline.entries import Entries
@@ -289,6 +290,48 @@ def test_a_full_memory_in_stage_a_makes_its_tiles_smaller(
     with pytest.warns(UserWarning, match="memory is full in stage A: it goes on with tiles of 128"):
         assert same(pixels(pipeline_of(family_folder)), expected)
     assert tiles == [None, 128, 128]
+
+
+@pytest.mark.parametrize("mode", ["none", "stage"])
+def test_where_memory_is_full_recordings_go_first(
+    family_folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    settings = replace(QUICK, steps_b=3)
+    wanted = pipeline_of(family_folder).run(JOBS, settings)
+    work = core.pipeline.batches.stage_b_pass
+    monkeypatch.setattr(core.pipeline.stages, "of_nvidia", lambda _: True)
+    pipeline = pipeline_of(family_folder, mode)
+    pipeline._kept = PassRecordings.of_all(Recorder())
+    # Stage B's steps are recorded in the first picture's pass, and the second one's finds the memory full.
+    monkeypatch.setattr(core.pipeline.batches, "stage_b_pass", once(work, 2))
+    with pytest.warns(UserWarning, match="full in stage B: it goes on with steps that are not recorded"):
+        made = pipeline.run(JOBS, settings)
+    assert pipeline.offload == mode and pipeline._kept == PassRecordings()
+    assert same([picture.pixels for picture in made], [picture.pixels for picture in wanted])
+
+
+def test_what_is_loaded_ahead_goes_too_where_memory_is_full() -> None:
+    offloaded = Offloaded(lambda home, _: nn.Linear(2, 2, device=home), Placement(CPU))
+    offloaded.load_ahead()
+    loaded = offloaded._ahead.result()
+    offloaded.settle()
+    assert offloaded._ahead is None and offloaded.module is loaded
+    broken = Offloaded(broken_file, Placement(CPU))
+    broken.load_ahead()
+    broken.settle()
+    with pytest.raises(CheckpointError, match="b.safetensors is damaged"):
+        _ = broken.module
+
+
+def test_memory_that_recordings_keep_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def segment(device: int, pool: tuple[int, int]) -> dict:
+        return {"device": device, "segment_pool_id": pool, "total_size": 100, "allocated_size": 30}
+
+    segments = [segment(0, (0, 0)), segment(0, (0, 0)), segment(0, (0, 3)), segment(1, (0, 0))]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert [free_memory(torch.device(name)) for name in ("cuda:0", "cuda")] == [1140, 1070]
 
 
 def test_a_full_memory_while_texts_are_read_costs_nothing(

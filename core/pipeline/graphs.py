@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +18,7 @@ Outputs = tuple[Tensor, ...]
 # Runs a function and returns how to run it again, from and to the same memory, and its outputs there.
 Recorder = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 RECORDED_PIXELS = 2560**2  # of pictures made at once; with more, steps take longer than their launches
-MOST_LOW = 16  # recordings of the low-resolution step, which take little memory
+MOST_LOW = 4  # recordings of the low-resolution step: two shapes, with and without the unconditional half
 MOST_HIGH = 2  # of others: with and without the unconditional half
 FIRST_REPLAYED = 2  # step of a pass: the first is run as it is, the second recorded
 T = TypeVar("T")
@@ -25,12 +27,24 @@ T = TypeVar("T")
 def cuda_graph(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
     """A function of tensors on the current GPU as a CUDA graph: how to replay it, and its outputs.
 
-    It must have run before, so that libraries have made their choices.
+    It must have run before in this thread, so that libraries have made their choices.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may load meanwhile
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
+    # The outer context ends on today's stream even where the inner one fails at its end.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(
+            graph, stream=stream, capture_error_mode="thread_local"
+        ),  # others may load meanwhile
+    ):
         outputs = function()
     return graph.replay, outputs
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for each GPU: PyTorch's own is of the GPU that recorded first."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass
@@ -94,8 +108,9 @@ class Recordings:
         """
         tensors = list(_tensors(step)), list(_tensors(held))
         key = tuple((t.shape, t.dtype) for part in tensors for t in part), tuple(_constants((step, held)))
-        if self._failed or key not in self._seen:
-            self._seen.add(key)
+        seen = threading.get_ident(), key  # libraries make their choices in every thread
+        if self._failed or seen not in self._seen:
+            self._seen.add(seen)
             return function(step, held)
         recording = self._recordings.pop(key, None)
         if recording is None:
@@ -105,9 +120,10 @@ class Recordings:
                 recording = self._record(function, step, held)
             except RuntimeError as error:
                 self._failed = True
-                self.clear()
                 warnings.warn(f"steps could not be recorded, and are run one by one: {error}", stacklevel=2)
-                return function(step, held)
+        if recording is None:  # here, where the error no longer holds what it found
+            self.clear()
+            return function(step, held)
         self._recordings[key] = recording
         torch._foreach_copy_(recording.step, tensors[0])
         if tensors[1] and not recording.holds(tensors[1]):

@@ -86,14 +86,20 @@ class Offloaded(Generic[M]):
         Where it stays on a GPU, `warm` then computes something small, so that its kernels are ready too.
         """
         if self._module is None and self._ahead is None:
-            self._ahead = _in_thread(lambda: self._loaded_and_warmed(warm))
+            on_gpu = self._placement.home.type == "cuda"
+            current = torch.cuda.current_device() if on_gpu else None  # which threads do not share
+            self._ahead = _in_thread(lambda: self._loaded_and_warmed(warm, current))
 
     def forget(self) -> None:
         """Let the module go: it is loaded anew at its next use."""
         self._module, self._ahead, self._packed = None, None, []
 
     def settle(self) -> None:
-        """Move the weights to where they rest now."""
+        """Move the weights, also those that are being loaded, to where they rest now."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            with suppress(Exception):  # it is loaded anew at its use
+                self._module = ahead.result()
         if self._module is None or self._away or self._placement.device.type != "cuda":
             return
         home = self._placement.home
@@ -133,12 +139,13 @@ class Offloaded(Generic[M]):
             self._check = None  # the weights are looked at as they arrive
         return self._load(home, self._check is None)
 
-    def _loaded_and_warmed(self, warm: Callable[[M], object] | None) -> M:
+    def _loaded_and_warmed(self, warm: Callable[[M], object] | None, current: int | None) -> M:
         home = self._placement.home
-        if home.type != "cuda":
+        if current is None or home.type != "cuda":
             return self._loaded()
-        stream = torch.cuda.Stream(home)  # not to wait for what is computed meanwhile
-        with torch.cuda.stream(stream):
+        with torch.cuda.device(current):
+            stream = torch.cuda.Stream(home)  # not to wait for what is computed meanwhile
+        with torch.cuda.device(current), torch.cuda.stream(stream):
             module = self._loaded()
             if warm is not None and not self._int8:
                 # What goes wrong here is no reason to make no picture.

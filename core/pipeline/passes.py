@@ -94,7 +94,9 @@ class NoiseSources:
 
 def _placed(drawn: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device; a GPU's work is not waited for."""
-    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+    if device.type != "cuda":
+        return drawn.to(device)
+    return host_memory(drawn.shape, drawn.dtype, pinned=True).copy_(drawn).to(device, non_blocking=True)
 
 
 def _r(logsnr: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -545,6 +546,7 @@ def _until_error(made: Iterator[T]) -> tuple[list[T], Exception | KeyboardInterr
         for one in made:
             finished.append(one)
     except (Exception, KeyboardInterrupt) as error:
+        traceback.clear_frames(error.__traceback__)  # which hold what filled the device's memory
         return finished, error
     return finished, None
 

@@ -125,6 +125,7 @@ class Stages:
         self._allow_download = allow_download
         self.plain = False  # without kernels, recordings and number formats of a GPU's own
         self._kept = PassRecordings.of_all()
+        self._filled = False  # the device's memory was full while there were recordings
         self._text_encoder: TextEncoder | None = None
         self._guidance_path = guidance_path
         build_c = partial(StageC, **asdict(stage_c_sizes(config_c)))
@@ -203,8 +204,9 @@ class Stages:
     def _shrink(self, stage: str) -> bool:
         """Take less memory from now on, and say so; False where there is no way left."""
         tile, mode = (self._tile or MAX_TILE) // 2, smaller(self.offload)
-        if self._kept.are_any:
-            self._kept, way = PassRecordings(), "steps that are not recorded"
+        if self._filled or self._kept.are_any:
+            self._kept, self._filled = PassRecordings(), False
+            way = "steps that are not recorded"
         elif stage in ("stage C", "stage B") and self._batch > 1:
             self._most = self._batch = self._batch // 2
             way = f"{self._batch} pictures at once" if self._batch > 1 else "one picture at a time"
@@ -470,6 +472,7 @@ class Stages:
             torch.zeros(1, B_LATENT, MIN_TILE, MIN_TILE, device=self.device),
             plan_for(self.config_c, MIN_SIDE, MIN_SIDE),
             tiled=False,
+            tf32=False,  # that is set for all threads, of which others compute
         )
 
     @contextmanager
@@ -477,6 +480,9 @@ class Stages:
         """Recordings of steps, which go before the weights that they read leave the device."""
         try:
             yield self._kept if of_nvidia(self.device) and not self.plain else PassRecordings()
+        except torch.OutOfMemoryError:
+            self._filled = self._kept.are_any
+            raise
         finally:
             if self._placement.mode != NONE:
                 self._kept.clear()
@@ -493,6 +499,7 @@ class Stages:
     def _measured(self, name: str) -> Iterator[None]:
         use = self.uses.setdefault(name, StageUse(name))
         if self.device.type == "cuda":
+            torch.cuda.init()  # of which a device with a number is no reason
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         yield

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.memory import host_memory
+
 PIECES, PIECE_BYTES = 3, 1 << 25
 READERS = 4  # threads that fill a piece
 LEAST_SHARE = 1 << 19  # bytes that are worth a thread
@@ -25,7 +27,7 @@ class Ring:
     def __init__(self, device: torch.device, pieces: int = PIECES, size: int = PIECE_BYTES) -> None:
         on_gpu = device.type == "cuda"
         self._device = device
-        self._pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(pieces)]
+        self._pieces = [host_memory((size,), torch.uint8, pinned=on_gpu) for _ in range(pieces)]
         self._sent: list[torch.cuda.Event | None] = [None] * pieces
         self._stream = torch.cuda.Stream(device) if on_gpu else None
         self._readers: ThreadPoolExecutor | None = None  # while in use
