@@ -18,11 +18,13 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import date
+from datetime import date, datetime
 from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +253,17 @@ def _decoded(networks: Networks, latent: Tensor, sizes: Plan, plain: bool) -> Te
     return decode_picture(networks.stage_a, latent, sizes, False, tf32=not plain)
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, parameters are made in this dtype."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def peer_steps(networks: Networks, side: int) -> Iterator[tuple[str, Step, tuple]]:
     """The same of diffusers' networks with the same weights; without guidance, which they lack."""
     from peers import unet_of
@@ -259,11 +272,8 @@ def peer_steps(networks: Networks, side: int) -> Iterator[tuple[str, Step, tuple
     r = torch.full((2,), 0.5, device=networks.device, dtype=networks.dtype)
     for stage in ("stage_c", "stage_b"):
         ours = getattr(networks, stage)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(networks.dtype)
-        with networks.device:
+        with default_dtype(networks.dtype), networks.device:
             theirs = unet_of(ours).requires_grad_(False)
-        torch.set_default_dtype(before)
         if stage == "stage_c":
             text, pooled, image = networks.text()
             for name, latent in zip(STAGES[:2], (sizes.lr_latent, sizes.hr_latent), strict=True):
@@ -300,7 +310,7 @@ class Run:
     networks: Networks
     figures: Figures
     settings: Settings
-    counts: dict[int, dict[str, float]] = field(default_factory=dict)
+    counts: Mapping[int, Future[dict[str, float]]]  # by the picture's side; another process counts meanwhile
 
     @property
     def device(self) -> torch.device:
@@ -308,9 +318,7 @@ class Run:
 
     def floor(self, side: int, stage: str) -> tuple[float, float]:
         """Floating-point operations of a step, and the seconds that they take at least."""
-        if side not in self.counts:
-            self.counts[side] = counted(self.networks.sizes, side)
-        flops = self.counts[side][stage]
+        flops = self.counts[side].result()[stage]
         return flops, flops / self.figures.known["ceiling"]["flops"]
 
 
@@ -481,8 +489,9 @@ def measure(run: Run, sides: tuple[int, ...], minutes: float) -> None:
             continue
         try:
             part(run)
-        except (torch.OutOfMemoryError, ImportError) as error:
-            run.figures.add("left_out", what=name, why=str(error).splitlines()[0])
+        except Exception as error:  # whatever a driver or a compiler raises: the other parts may work
+            reason = next(iter(str(error).splitlines()), "")
+            run.figures.add("left_out", what=name, why=f"{type(error).__name__}: {reason}")
         longest = max(longest, time.monotonic() - start)
 
 
@@ -521,6 +530,15 @@ def draw(known: dict[str, Any], path: Path) -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
+def keep_earlier(path: Path) -> None:
+    """Give an earlier run's figures another name, with the time when they were written."""
+    if path.exists():
+        written = datetime.fromtimestamp(path.stat().st_mtime)
+        earlier = path.with_stem(f"{path.stem}_{written:%Y-%m-%d_%H-%M-%S}")
+        os.replace(path, earlier)
+        print(f"the earlier figures are in {earlier} now", flush=True)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -548,6 +566,7 @@ def main() -> None:
         sys.exit("error: torch finds no CUDA device; --small shows on a CPU that all of this runs")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    keep_earlier(options.out)
     figures = Figures(options.out)
     name = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -558,9 +577,14 @@ def main() -> None:
     print(", ".join(about.values()), flush=True)
     sizes = small_sizes() if options.small else Sizes()
     settings = Settings(steps=2, steps_b=2) if options.small else Settings()
-    run = Run(Networks(sizes, device), figures, settings)
-    with suppress(KeyboardInterrupt):
-        measure(run, tuple(options.sides or (SMALL_SIDES if options.small else SIDES)), options.minutes)
+    sides = tuple(options.sides or (SMALL_SIDES if options.small else SIDES))
+    counting = ProcessPoolExecutor(1, get_context("spawn"))  # one that does not hold up this one's launches
+    counts = {side: counting.submit(counted, sizes, side) for side in sides}
+    try:
+        with suppress(KeyboardInterrupt):
+            measure(Run(Networks(sizes, device), figures, settings, counts), sides, options.minutes)
+    finally:
+        counting.shutdown(wait=False, cancel_futures=True)
     print(f"{options.out} holds the figures; --plot FILE draws them", flush=True)
 
 

@@ -75,12 +75,15 @@ def cold_files(flags: Sequence[str]) -> list[Path]:
     code = "import sys, torch\nfrom core.commands.flags import make_pipeline\nfrom test_t2i import parse\n"
     code += "print(*make_pipeline(parse(sys.argv[1:])).files().values(), torch.__path__[0], sep='\\n')"
     command = [sys.executable, "-c", code, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "inference", check=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "inference")
+    if done.returncode:
+        raise SystemExit(done.stderr)
     *weights, libraries = (ROOT / line for line in done.stdout.splitlines())
     folders = [path for path in weights if path.is_dir()]
     found = [path for path in weights if path.is_file()]
     found += [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return found + list(libraries.rglob("*.so"))
+    nvidia = libraries.parent / "nvidia"  # CUDA's own, in packages beside torch
+    return found + [path for folder in (libraries, nvidia) for path in folder.rglob("*.so*")]
 
 
 def measure(command: float, flags: Sequence[str]) -> None:
@@ -205,15 +208,19 @@ def main() -> None:
     variants = {"cold": (), "warm": (), "two": ("--num_image", "2")}
     variants |= {mode: ("--offload", mode) for mode in options.offload}
     runs: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as cache:
-        print(forget(cold_files(flags)), flush=True)
-        for name, added in variants.items():
-            runs[name] = run([*flags, *added], cache)
-            if options.out is not None:  # after each, as the next one may fail
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps({"flags": flags, "runs": runs}, indent=2) + "\n", "utf-8")
-    print(f"{runs['cold']['device']}, offload {runs['cold']['offload']}")
-    show(runs)
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            print(forget(cold_files(flags)), flush=True)
+            for name, added in variants.items():
+                runs[name] = run([*flags, *added], cache)
+                if options.out is not None:  # after each, as the next one may fail
+                    text = json.dumps({"flags": flags, "runs": runs}, indent=2) + "\n"
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    options.out.write_text(text, "utf-8")
+    finally:
+        if runs:
+            print(f"{runs['cold']['device']}, offload {runs['cold']['offload']}")
+            show(runs)
 
 
 if __name__ == "__main__":

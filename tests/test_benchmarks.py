@@ -28,6 +28,8 @@ def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gpu") / "figures" / "gpu.json"
+    path.parent.mkdir()
+    path.write_text("an earlier run's")
     done = script("gpu.py", "--small", "--out", path)
     assert done.returncode == 0, done.stderr
     return path
@@ -48,7 +50,9 @@ def test_all_parts_are_measured(measured: Path) -> None:
     assert len(known["pictures"]) == 2 * len(gpu.STAGES)
     assert {line["name"] for line in known["operators"]} >= {"depthwise_norm", "hidden", "attention"}
     assert all(line["error"] < 1e-5 for line in known["operators"])
-    assert [path.name for path in measured.parent.iterdir()] == ["gpu.json"]
+    assert len([*measured.parent.iterdir()]) == 2
+    (earlier,) = measured.parent.glob("gpu_20??-*.json")
+    assert earlier.read_text() == "an earlier run's"
 
 
 def test_the_plot_is_drawn_from_the_file_alone(measured: Path, tmp_path: Path) -> None:
@@ -63,7 +67,7 @@ def parts_within(
     figures = gpu.Figures(tmp_path / "f.json")
     monkeypatch.setattr(gpu, "parts", lambda _: parts)
     monkeypatch.setattr(gpu, "measure_ceiling", mock.Mock())
-    gpu.measure(gpu.Run(None, figures, None), (), minutes)
+    gpu.measure(gpu.Run(None, figures, None, {}), (), minutes)
     return figures.known
 
 
@@ -79,8 +83,20 @@ def test_what_time_does_not_suffice_for_is_named(tmp_path: Path, monkeypatch: py
 
     known = parts_within(tmp_path, monkeypatch, [("a", done), ("b", full), ("c", done)], 4)
     assert known["done"] == [{"x": 1}]
-    assert known["left_out"] == [{"what": "b", "why": "no memory"}, {"what": "c", "why": "no time was left"}]
+    full_memory = {"what": "b", "why": "OutOfMemoryError: no memory"}
+    assert known["left_out"] == [full_memory, {"what": "c", "why": "no time was left"}]
     assert json.loads((tmp_path / "f.json").read_text()) == known
+
+
+def test_a_failed_part_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed(_: gpu.Run) -> None:
+        raise NotImplementedError
+
+    def done(run: gpu.Run) -> None:
+        run.figures.add("done", x=1)
+
+    known = parts_within(tmp_path, monkeypatch, [("a", failed), ("b", done)], 4)
+    assert known == {"left_out": [{"what": "a", "why": "NotImplementedError: "}], "done": [{"x": 1}]}
 
 
 def test_operations_are_those_that_were_counted_on_the_published_networks() -> None:
