@@ -90,11 +90,7 @@ class Fp8Linear(nn.Module):
 @contextmanager
 def products_in_fp8(network: nn.Module, fp8: Fp8) -> Iterator[None]:
     """Within it, the linear layers of a network's ResBlocks multiply in float8; after it, as before."""
-    device = next(network.parameters()).device
-    replaced = []
-    if fp8 == "on" or (fp8 == "auto" and computes_in_fp8(device)):
-        for layers in [block.channelwise for block in network.modules() if isinstance(block, ResBlock)]:
-            replaced += [(layers, i, layer) for i, layer in enumerate(layers) if _fits(layer)]
+    replaced = replaced_layers(network) if uses_fp8(next(network.parameters()).device, fp8) else []
     try:
         for layers, i, layer in replaced:
             layers[i] = Fp8Linear(layer)
@@ -104,5 +100,17 @@ def products_in_fp8(network: nn.Module, fp8: Fp8) -> Iterator[None]:
             layers[i] = layer
 
 
-def _fits(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) and not any(side % MULTIPLE for side in layer.weight.shape)
+def uses_fp8(device: torch.device, fp8: Fp8) -> bool:
+    """Whether products of a device are in float8, or rounded so."""
+    return fp8 == "on" or (fp8 == "auto" and computes_in_fp8(device))
+
+
+def replaced_layers(network: nn.Module) -> list[tuple[nn.Sequential, int, nn.Linear]]:
+    """The layers of a network that products in float8 take the place of, each with where it is."""
+    return [
+        (block.channelwise, i, layer)
+        for block in network.modules()
+        if isinstance(block, ResBlock)
+        for i, layer in enumerate(block.channelwise)
+        if isinstance(layer, nn.Linear) and not any(side % MULTIPLE for side in layer.weight.shape)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -42,6 +43,7 @@ from core.weights.checkpoint import CheckpointError
 from core.weights.lora.files import LoraFile
 from core.weights.lora.merging import WeightedLora
 from modules.blocks import AttnBlock, ResBlock
+from modules.fp8 import replaced_layers
 from modules.lora import LoraUpdate
 from modules.stage_a import StageA
 
@@ -484,6 +486,29 @@ def test_a_dry_run_says_where_weights_would_rest(family_folder: Path) -> None:
     pipeline.device = torch.device("cuda")  # as if there were one
     pipeline.best_offload = lambda *_: ("stage", "8.0 GiB are free on the device")
     assert "\noffload: none; auto would choose stage (8.0 GiB" in describe_plan(pipeline, JOBS, QUICK)
+
+
+def test_copies_in_float8_are_counted(family_folder: Path) -> None:
+    pipeline, sizes = pipeline_of(family_folder), plan(64, 64, LatentGeometry())
+    off, on, auto = (
+        [stage.weights for stage in pipeline.estimate(sizes, replace(QUICK, fp8=fp8))]
+        for fp8 in ("off", "on", "auto")
+    )
+    for number, network in enumerate((pipeline.stage_c.module, pipeline.stage_b.module)):
+        layers = [layer for _, _, layer in replaced_layers(network)]
+        assert on[number] - off[number] == sum(layer.weight.numel() for layer in layers) > 0
+    assert on[2] == off[2] and auto == off  # a CPU has no such products
+
+
+def test_a_card_without_bfloat16_is_told(family_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core.pipeline.stages, "of_nvidia", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.warns(UserWarning, match="Tesla T4 does not compute in bfloat16: use --dtype float32"):
+        core.pipeline.stages._warn_of_bfloat16(CPU, "float32", "bfloat16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        core.pipeline.stages._warn_of_bfloat16(CPU, "float32", "float32")
 
 
 def test_8_bit_weights_are_counted_as_such(family_folder: Path) -> None:

@@ -16,6 +16,7 @@ from core.pipeline.graphs import RECORDED_PIXELS
 from core.pipeline.resolution import Plan
 from core.weights.checkpoint import build_empty
 from modules.blocks import CHUNK_HIDDEN, KEPT_HIDDEN
+from modules.fp8 import replaced_layers
 from modules.guidance import Guidance
 from modules.stage_a import MAX_TILE, StageA
 from modules.stage_b import StageB
@@ -49,9 +50,11 @@ class StageEstimate:
         return self.weights + self.activations
 
 
-def parameter_count(build: Callable[[], nn.Module]) -> int:
-    """Number of parameters of a module, built on the meta device."""
-    return sum(p.numel() for p in build_empty(build).parameters())
+def weight_bytes(build: Callable[[], nn.Module], element: int, fp8: bool = False) -> int:
+    """Bytes of a module's weights, `element` bytes each; with `fp8` also of their copies in float8."""
+    module = build_empty(build)
+    beside = sum(layer.weight.numel() for _, _, layer in replaced_layers(module)) if fp8 else 0
+    return element * sum(p.numel() for p in module.parameters()) + beside
 
 
 def stage_c_activations(plan: Plan, width: int, halves: int, element: int) -> int:
@@ -90,25 +93,27 @@ def estimate_stages(
     sizes: Plan,
     both: tuple[bool, bool],
     int8: bool = False,
+    fp8: bool = False,
 ) -> list[StageEstimate]:
     """Device memory of each stage for a picture; `both` as `core.pipeline.passes.needs_unconditional`.
 
     With `int8` all weights of Stages C and B are counted as 8-bit integers, which nearly all of them are.
+    With `fp8` there are copies in float8 during the high-resolution pass and Stage B.
     """
     c, b, a = stage_c_sizes(config_c), stage_b_sizes(config_b), stage_a_sizes(config_b)
     bytes_c, bytes_b = (ELEMENT[config.dtype] for config in (config_c, config_b))
-    count_c = parameter_count(partial(StageC, **asdict(c)))
+    weights_c = weight_bytes(partial(StageC, **asdict(c)), 1 if int8 else bytes_c, fp8)
     if guidance is not None:
-        count_c += parameter_count(partial(Guidance, **asdict(guidance)))
-    count_b = parameter_count(partial(StageB, **asdict(b)))
+        weights_c += weight_bytes(partial(Guidance, **asdict(guidance)), 1 if int8 else bytes_c)
+    weights_b = weight_bytes(partial(StageB, **asdict(b)), 1 if int8 else bytes_b, fp8)
     stage_a = build_empty(partial(StageA, **asdict(a)))
     maps_c = stage_c_activations(sizes, c.c_hidden[0], 1 + both[0], bytes_c)
     maps_b = stage_b_activations(sizes, b.c_hidden[0], 1 + both[1], bytes_b)
     maps_a = stage_a_activations(sizes, a.c_hidden, stage_a.halo)
     recorded = sizes.height * sizes.width <= RECORDED_PIXELS
     return [
-        StageEstimate("stage C", count_c * (1 if int8 else bytes_c), maps_c, maps_c * recorded),
-        StageEstimate("stage B", count_b * (1 if int8 else bytes_b), maps_b, maps_b * recorded),
+        StageEstimate("stage C", weights_c, maps_c, maps_c * recorded),
+        StageEstimate("stage B", weights_b, maps_b, maps_b * recorded),
         StageEstimate("stage A", sum(p.numel() for p in stage_a.parameters()) * 4, maps_a),
     ]
 

@@ -58,6 +58,7 @@ from core.weights.lora.merging import LoraMerger
 from core.weights.prompting import Reading, encode_prompts
 from gdf.targets import target_named
 from modules.controlnet import ControlNet
+from modules.fp8 import uses_fp8
 from modules.guidance import Guidance
 from modules.operators import of_nvidia
 from modules.stage_a import MAX_TILE, StageA
@@ -106,6 +107,7 @@ class Stages:
         self.device = device_named(device)
         config_c, config_b = (_on(self.device, config) for config in (config_c, config_b))
         self.config_c, self.config_b = config_c, config_b
+        _warn_of_bfloat16(self.device, config_c.dtype, config_b.dtype)
         self.controls = SetControls()
         self.uses: dict[str, StageUse] = {}
         self.split: Split | None = None  # the other processes, where several make each picture
@@ -180,7 +182,8 @@ class Stages:
         """Device memory of each stage for a picture, counted from the networks' sizes."""
         guidance = None if self.guidance is None else self.guidance_sizes
         both = needs_unconditional(settings)
-        return estimate_stages(self.config_c, self.config_b, guidance, sizes, both, self._int8)
+        fp8 = self._against_fp8() is None and uses_fp8(self.device, settings.fp8)
+        return estimate_stages(self.config_c, self.config_b, guidance, sizes, both, self._int8, fp8)
 
     def memory_needed(self, sizes: Plan, settings: Settings) -> int:
         """Bytes that should be free on the device for a picture, as the stages rest now."""
@@ -444,15 +447,19 @@ class Stages:
         held = stack(*halves) if both else halves[0]
         return held.to(self.device, DTYPES[self.config_c.dtype])
 
-    def _without_fp8(self, settings: Settings) -> Settings:
-        """The settings, without fp8 where it does not go with something else."""
+    def _against_fp8(self) -> str | None:
+        """What fp8 does not go with; None where it goes with all."""
         reasons = {
             "the device mps": self.device.type == "mps",  # which has no such numbers
             "int8": self._int8,
             "offload block": self.offload == BLOCK,  # its weights would have to come and go
             "--split": self.split is not None,  # whose processes share what is inside the blocks
         }
-        what = next((what for what, true in reasons.items() if true), None)
+        return next((what for what, true in reasons.items() if true), None)
+
+    def _without_fp8(self, settings: Settings) -> Settings:
+        """The settings, without fp8 where it does not go with something else."""
+        what = self._against_fp8()
         if settings.fp8 == "off" or what is None:
             return settings
         if settings.fp8 == "on":
@@ -509,6 +516,13 @@ class Stages:
         use.peak_memory = max(use.peak_memory, peak)
         use.host_memory = max(use.host_memory, peak_host_memory() if self.device.type == "cuda" else peak)
         use.seconds += time.perf_counter() - start
+
+
+def _warn_of_bfloat16(device: torch.device, *dtypes: str) -> None:
+    """Say so where a card does not compute in bfloat16, which PyTorch then does slowly and in more memory."""
+    if "bfloat16" in dtypes and of_nvidia(device) and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        warnings.warn(f"the card {name} does not compute in bfloat16: use --dtype float32", stacklevel=2)
 
 
 def _on(device: torch.device, config: C) -> C:
