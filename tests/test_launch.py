@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -107,6 +108,19 @@ def test_fewer_joined_processes_than_were_started_are_refused(monkeypatch: pytes
         accelerator.return_value.num_processes = 1
         with pytest.raises(ValueError, match="speaks of 3 processes, of which 1 met"):
             distributed.join()
+
+
+def test_processes_of_srun_alone_do_not_train_each_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ValueError, match="srun started 4 processes .* put torchrun between"):
+        distributed.join()
+    for name, value in (("WORLD_SIZE", "8"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with mock.patch.object(distributed, "Accelerator") as accelerator:
+        accelerator.return_value.num_processes = 8
+        distributed.join()
+    (handler,) = accelerator.call_args.kwargs["kwargs_handlers"]
+    assert handler.timeout > timedelta(hours=1)  # as one process may cache its data for long
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

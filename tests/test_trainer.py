@@ -7,18 +7,22 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT
 from peers import random_stage_c
 from torch import nn
 from toy_training import read_weights, train
 from training_lesson import torchrun
 
+from core.training import trainer
 from core.training.trainer import check_batch_size, compile_blocks
 from gdf.loss_weights import constant
 
@@ -92,6 +96,43 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     train(tmp_path, updates=2)
     with pytest.raises(ValueError, match="another training"):
         train(tmp_path, updates=4, width=5)
+
+
+def test_an_optimiser_can_compute_otherwise_later_but_not_be_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("one", "two"):
+        train(tmp_path / folder, updates=4)
+    (plain,) = train(tmp_path / "one", updates=8).optimizer.param_groups
+    (fused,) = train(tmp_path / "two", updates=8, optimizer="adamw_fused").optimizer.param_groups
+    assert fused["fused"] and not plain["fused"] and fused["lr"] == plain["lr"]
+    one, two = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
+    other = types.SimpleNamespace(AdamW8bit=torch.optim.SGD)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=other))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", other)
+    with pytest.raises(ValueError, match="step_00000008.pt does not fit optimizer adamw_8bit .*as before"):
+        train(tmp_path / "one", updates=9, optimizer="adamw_8bit")
+
+
+def test_machines_that_see_other_folders_do_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, updates=2)
+    monkeypatch.setattr(Accelerator, "gather", lambda _, own: torch.cat([own, torch.tensor([-1])]))
+    with pytest.raises(ValueError, match="different checkpoints in .* .updates 2, none.: all machines must"):
+        train(tmp_path, updates=4)
+
+
+def test_a_full_disk_ends_a_training_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "save_archive", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(tmp_path, updates=40, save_every=10, pause=0.01)
+    assert 10 <= len(losses(tmp_path)) < 20
 
 
 @pytest.mark.parametrize(("then", "now"), [(0.5, 0.0), (0.0, 0.5)])

@@ -40,8 +40,9 @@ def train(
     loss_weight: LossWeight | None = None,
     ema: float = 0.9,
     compile: bool = False,
+    optimizer: str = "adamw",
     sample: Callable[[int], None] | None = None,
-) -> None:
+) -> Trainer:
     """Fit a linear map to twice its input; the samples follow from their keys, the data from the position.
 
     The last process raises at update `dies_at`; after `stop` updates the training is stopped as by Ctrl-C.
@@ -52,7 +53,7 @@ def train(
     settings = TrainSettings(
         lr=0.05, updates=updates, batch_size=BATCH, grad_accum_steps=grad_accum_steps,
         warmup_updates=warmup_updates, lr_end=lr_end, save_every=save_every, keep=keep,
-        backup_every=backup_every, ema=ema, compile=compile,
+        backup_every=backup_every, ema=ema, compile=compile, optimizer=optimizer,
         adaptive_loss_weight=loss_weight is None, loss_weight=loss_weight or constant,
     )  # fmt: skip
     per_process = BATCH // accelerator.num_processes // grad_accum_steps
@@ -89,6 +90,7 @@ def train(
     trainer.resume()
     log = RunLog(folder / "log.jsonl", trainer.step) if accelerator.is_main_process else None
     trainer.run(log)
+    return trainer
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

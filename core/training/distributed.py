@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -20,7 +21,10 @@ from core import launch
 from modules.blocks import AttnBlock, ResBlock
 from modules.unet import CascadeUNet
 
+# That processes wait for each other at most: one may read and cache its data for long while others are done.
+PATIENCE = timedelta(hours=3)
 WAY_OUT = "start them with torchrun, or unset WORLD_SIZE to train in one"
+WAYS = {"fused", "foreach"}  # in which an optimiser computes the same
 # Methods that use weights.
 BESIDE_FORWARD = ("keys_values", "pass_times", "prepare", "predict", "predict_with_features")
 
@@ -43,10 +47,17 @@ def join(**settings: Any) -> Accelerator:
     if started > 1 and "RANK" not in os.environ:
         raise ValueError(f"the environment speaks of {started} processes, but not of RANK: {WAY_OUT}")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and not launch.is_launched():
+        raise ValueError(
+            f"srun started {tasks} processes that do not know of each other: put torchrun between srun and "
+            "the script (docs/training.md), or start one task"
+        )
     if 0 < gpus < here:
         raise ValueError(f"{here} processes were started on a machine with {gpus} GPUs: start {gpus} of them")
     try:
-        accelerator = Accelerator(cpu=gpus == 0, **settings)
+        handlers = [InitProcessGroupKwargs(timeout=PATIENCE)]
+        accelerator = Accelerator(cpu=gpus == 0, kwargs_handlers=handlers, **settings)
     except torch.distributed.DistError as error:
         raise ValueError(f"{started} processes could not be joined: {str(error).splitlines()[0]}") from None
     if accelerator.num_processes != started:
@@ -65,7 +76,10 @@ def distribute(
     FSDP's own mixed precision would round the inputs too, and bfloat16 destroys a timestep.
     """
     if not shard or accelerator.num_processes == 1:
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
+        accelerator.ddp_handler = DistributedDataParallelKwargs(
+            find_unused_parameters=some_unused,
+            gradient_as_bucket_view=True,  # instead of a second copy of all gradients
+        )
         return accelerator.prepare_model(module)
     module.to(accelerator.device)
     plain_forward = module.forward
@@ -89,11 +103,11 @@ def distribute(
 
 @contextmanager
 def accumulating(module: nn.Module, accelerator: Accelerator, last: bool) -> Iterator[None]:
-    """Within it, gradients are summed over the processes only if this is the last micro-batch."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
-        yield
-    elif last:
+    """Within it, gradients are summed over the processes only if this is the last micro-batch.
+
+    Where they are sharded they are always summed, as they would be whole in every process until then.
+    """
+    if last or isinstance(module, FSDPModule):
         yield
     else:
         with accelerator.no_sync(module):
@@ -108,9 +122,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole of each tensor, on the CPU, detached; every process must ask for them."""
-    return {name: whole(tensor.detach()).cpu() for name, tensor in tensors.items()}
+def copied(tensor: Tensor, kept: bool) -> Tensor | None:
+    """A copy of the whole of a tensor on the CPU, or None where not `kept`; every process must ask for it."""
+    value = whole(tensor.detach())
+    return value.to("cpu", copy=True) if kept else None
+
+
+def wholes(tensors: Mapping[str, Tensor], kept: bool = True) -> dict[str, Tensor | None]:
+    """The same of each of the tensors, one after the other, so that one at a time is whole on a GPU."""
+    return {name: copied(tensor, kept) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -129,15 +149,18 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state, of whole tensors; every process must ask for it."""
+def optimizer_state(optimizer: torch.optim.Optimizer, kept: bool = True) -> dict[str, Any]:
+    """The optimiser's state, with its tensors as of `copied`; every process must ask for it."""
     state = optimizer.state_dict()
-    entries = {number: _each(whole, entry) for number, entry in state["state"].items()}
-    return {**state, "state": entries}
+    copy = partial(copied, kept=kept)
+    return {**state, "state": {number: _each(copy, entry) for number, entry in state["state"].items()}}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up a state of `optimizer_state`, whether it was sharded or not."""
+    """Take up a state of `optimizer_state`, whether it was sharded or not.
+
+    How the optimiser computes stays as it is. ValueError where the state is of another kind of optimiser.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def part(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -145,7 +168,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         return as_shard(tensor, parameter) if sharded else tensor
 
     entries = {n: _each(partial(part, parameter=parameters[n]), e) for n, e in state["state"].items()}
-    optimizer.load_state_dict({**state, "state": entries})
+    plain = isinstance(optimizer, torch.optim.AdamW)
+    if any(("exp_avg" in entry) != plain for entry in entries.values()):
+        raise ValueError("its state is of another kind of optimiser")
+    groups = [
+        {**group, **{way: own[way] for way in WAYS & own.keys()}}
+        for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
 def _each(change: Callable[[Tensor], Tensor], entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -200,6 +200,7 @@ class Trainer:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         self._written.result()
+        self.accelerator.wait_for_everyone()  # as the end of one ends its machine's processes
 
     def _loop(
         self,
@@ -209,6 +210,8 @@ class Trainer:
     ) -> None:
         saved = self.step
         while self.step < self.settings.updates and not self._stop_everywhere():
+            if self._written.done():
+                self._written.result()  # raises what went wrong, such as a full disk
             start = time.perf_counter()
             figures = self._update(batches)
             self.rate.step()
@@ -331,14 +334,15 @@ class Trainer:
         The state is copied before this returns; a kill at any moment leaves the checkpoint before.
         """
         self._written.result()
+        kept = self.accelerator.is_main_process  # the others only give their shards
         state = {
             "step": self.step, "position": self.position, "skipped": self.skipped,
-            "parameters": wholes(self._parameters), "ema": wholes(self.ema), "buffers": wholes(self._buffers),
-            "optimizer": optimizer_state(self.optimizer), "rate": self.rate.state_dict(),
-            "loss_weight": self.weight.state_dict(),
+            "parameters": wholes(self._parameters, kept), "ema": wholes(self.ema, kept),
+            "buffers": wholes(self._buffers, kept), "optimizer": optimizer_state(self.optimizer, kept),
+            "rate": _copied(self.rate.state_dict()), "loss_weight": _copied(self.weight.state_dict()),
         }  # fmt: skip
-        if self.accelerator.is_main_process:
-            self._written = self._writer.submit(self._write, _copied(state))
+        if kept:
+            self._written = self._writer.submit(self._write, state)
         self.accelerator.wait_for_everyone()
 
     def _write(self, state: dict[str, Any]) -> None:
@@ -363,6 +367,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # all have read them
         if self.accelerator.is_main_process:
             _set_aside(damaged)
+        self._check_agreed(-1 if path is None else state["step"])
         if path is None:
             return
         stored = {n: tuple(p.shape) for n, p in state["parameters"].items()}
@@ -378,11 +383,27 @@ class Trainer:
         for own, kept in ((self._parameters, "parameters"), (self.ema, "ema"), (self._buffers, "buffers")):
             for name, tensor in own.items():
                 fill(tensor, state[kept][name])
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        try:
+            load_optimizer_state(self.optimizer, state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"{path} does not fit optimizer {self.settings.optimizer} ({error}): set it as before, or "
+                "choose another experiment_id"
+            ) from None
         self.rate.resume(state.get("rate"), state["step"])  # those of earlier versions have none
         self.weight.load_state_dict(state["loss_weight"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
         log.info("resumed from %s", path)
+
+    def _check_agreed(self, step: int) -> None:
+        """ValueError where processes would go on from different updates, as of folders of their own."""
+        steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
+        if len({*steps}) > 1:
+            told = ", ".join("none" if each < 0 else str(each) for each in steps)
+            raise ValueError(
+                f"the processes found different checkpoints in {self.folder} (updates {told}): all machines "
+                "must see the same folder"
+            )
 
 
 def checkpoints(folder: Path) -> list[Path]:
