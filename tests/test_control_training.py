@@ -61,6 +61,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("control")
     done = run(folder, "control")
     assert done.returncode == 0, done.stderr[-3000:]
+    few = "the encoder's norms are over the pictures at once, and 2 are few: use pictures_at_once=4 or more"
+    assert done.stderr.count(few) == 1
     return folder
 
 
@@ -80,7 +82,7 @@ def test_a_run_leaves_a_controlnet_that_tells_its_sizes(trained: Path) -> None:
 def test_the_projections_can_be_trained_alone(trained: Path) -> None:
     before = trained / "control" / "canny.safetensors"
     done = run(trained, "projections", f"pretrained_path={before}", "train_encoder=false", "updates=2")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0 and "are few" not in done.stderr, done.stderr[-3000:]
     old, new = (read_tensors(trained / name / "canny.safetensors") for name in ("control", "projections"))
     for name in old:
         assert torch.equal(old[name], new[name]) == name.startswith("backbone"), name
@@ -92,6 +94,7 @@ def test_the_projections_can_be_trained_alone(trained: Path) -> None:
         ("train_encoder=false", "needs 'pretrained_path'"),
         ("effnet_checkpoint_path=", "needs 'effnet_checkpoint_path'"),
         ("use_fsdp=true", "'use_fsdp' is for"),
+        ("controlnet_filter=super_resolution", "latents, which are too small for 'bottleneck_mode: effnet'"),
     ],
 )
 def test_what_cannot_be_trained_is_told(override: str, part: str) -> None:

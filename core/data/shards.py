@@ -104,7 +104,7 @@ class _Pack:
 
     epoch: int
     samples: tuple[Encoded, ...] = ()
-    spare: tuple[Encoded, ...] = ()  # the bucket's batch before, for pictures that cannot be decoded
+    spare: tuple[Encoded, ...] = ()  # one of the bucket's batch before, where none of these can be decoded
     seen: int = 0
     broken: tuple[Broken, ...] = ()
     thin: dict[Size, int] = field(default_factory=dict)
@@ -374,7 +374,7 @@ def _packs(data: ShardData, settings: LoaderSettings, worker: int, workers: int)
 
 def _pass(entries: Iterable[Encoded | Broken | LeftOut], epoch: int, batch_size: int) -> Iterator[_Pack]:
     buffers: dict[Size, list[Encoded]] = {}
-    last: dict[Size, tuple[Encoded, ...]] = {}  # of every bucket that filled a batch
+    last: dict[Size, tuple[Encoded, ...]] = {}  # one of every bucket that filled a batch
     seen, broken, left_out = 0, [], Counter()
     for entry in entries:
         if isinstance(entry, LeftOut):
@@ -390,7 +390,7 @@ def _pass(entries: Iterable[Encoded | Broken | LeftOut], epoch: int, batch_size:
         if len(buffer) == batch_size:
             full = tuple(buffer)
             yield _Pack(epoch, full, last.get(size, ()), seen, tuple(broken))
-            last[size], seen, broken = full, 0, []
+            last[size], seen, broken = full[:1], 0, []  # encoded pictures of all buckets take memory
             buffer.clear()
     rest = {size: buffer for size, buffer in buffers.items() if buffer}
     for size, buffer in rest.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,9 +42,12 @@ from gdf.targets import target_named
 from modules.controlnet import ControlNet
 from modules.stage_c import StageC
 
+log = logging.getLogger(__name__)
+
 HOLE_SIDES = (0.2, 0.7)  # of the picture's, of the ellipses and rectangles that are holes
 INVERTED_SHARE = 0.4  # of the holes, which are turned inside out, so that what is around is filled
 PREVIEWED = 4  # pictures on a sheet
+FEW = 4  # pictures at once, of which less are too few for the statistics of the encoder's norms
 SETTINGS = Settings(cfg=1.0, shift=2.0)  # as inference/test_controlnet.py samples
 
 Seen = Callable[[Tensor, Sequence[Sequence[int]]], tuple[Tensor, Tensor]]
@@ -221,6 +225,10 @@ def make_export(run: Run) -> Callable[[Mapping[str, Tensor], int], None]:
 def build(run: Run) -> Recipe:
     """The ControlNet's recipe."""
     export = make_export(run)
+    sizes, count = controlnet_sizes(run.config), run.config.pictures_at_once
+    if run.config.train_encoder and sizes.bottleneck_mode == "effnet" and count < FEW:
+        few = f"the encoder's norms are over the pictures at once, and {count} are few"
+        log.warning("%s: use pictures_at_once=%d or more, or train_encoder=false", few, FEW)
     networks = load_networks(run.config, run.device)
     if run.config.compile:
         compile_blocks(networks.controlled.stage_c)
@@ -243,6 +251,12 @@ def check(config: ControlTrainConfig) -> None:
         raise ValueError("training needs 'effnet_checkpoint_path' in the configuration")
     if config.use_fsdp:
         raise ValueError("'use_fsdp' is for trainings of whole stages: a ControlNet is small, leave it out")
+    if training_of(config.controlnet_filter) == "latents":
+        if controlnet_sizes(config).bottleneck_mode == "effnet":
+            raise ValueError(
+                f"a ControlNet for {config.controlnet_filter} sees latents, which are too small for "
+                "'bottleneck_mode: effnet': use large or simple"
+            )
     if not config.train_encoder and config.pretrained_path is None:
         raise ValueError("'train_encoder: false' needs 'pretrained_path': the encoder would stay random")
 
