@@ -94,11 +94,16 @@ def test_the_projections_can_be_trained_alone(trained: Path) -> None:
         ("train_encoder=false", "needs 'pretrained_path'"),
         ("effnet_checkpoint_path=", "needs 'effnet_checkpoint_path'"),
         ("use_fsdp=true", "'use_fsdp' is for"),
-        ("controlnet_filter=super_resolution", "latents, which are too small for 'bottleneck_mode: effnet'"),
+        (
+            "controlnet_filter=super_resolution controlnet.c_in=16 controlnet.c_proj=192 controlnet.proj_blocks=[0]",
+            "latents, which are too small for 'bottleneck_mode: effnet'",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_told(override: str, part: str) -> None:
-    config = load(ControlTrainConfig, ROOT / "configs" / "tiny" / "train_control_canny.yaml", [override])
+    config = load(
+        ControlTrainConfig, ROOT / "configs" / "tiny" / "train_control_canny.yaml", override.split()
+    )
     with pytest.raises((ValueError, OSError), match=part):
         check(config)
 
