@@ -94,18 +94,19 @@ def test_the_projections_can_be_trained_alone(trained: Path) -> None:
         ("train_encoder=false", "needs 'pretrained_path'"),
         ("effnet_checkpoint_path=", "needs 'effnet_checkpoint_path'"),
         ("use_fsdp=true", "'use_fsdp' is for"),
-        (
-            "controlnet_filter=super_resolution controlnet.c_in=16 controlnet.c_proj=192 controlnet.proj_blocks=[0]",
-            "latents, which are too small for 'bottleneck_mode: effnet'",
-        ),
     ],
 )
 def test_what_cannot_be_trained_is_told(override: str, part: str) -> None:
-    config = load(
-        ControlTrainConfig, ROOT / "configs" / "tiny" / "train_control_canny.yaml", override.split()
-    )
+    config = load(ControlTrainConfig, ROOT / "configs" / "tiny" / "train_control_canny.yaml", [override])
     with pytest.raises((ValueError, OSError), match=part):
         check(config)
+
+
+def test_a_controlnet_for_latents_has_no_encoder_of_pictures() -> None:
+    published = ROOT / "configs" / "training" / "cfg_control_lr.yaml"
+    overrides = ["controlnet_filter=super_resolution", "controlnet.c_in=16", "webdataset_path=pictures"]
+    with pytest.raises(ValueError, match="latents, which are too small for 'bottleneck_mode: effnet': use l"):
+        check(load(ControlTrainConfig, published, overrides))
 
 
 def test_a_text_encoder_that_is_not_there_is_told() -> None:

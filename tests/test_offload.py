@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -516,4 +517,39 @@ def test_8_bit_weights_are_counted_as_such(family_folder: Path) -> None:
     for int8 in (False, True):
         stages = pipeline_of(family_folder, int8=int8).estimate(sizes, QUICK)
         weights.append([stage.weights for stage in stages])
+    guidance = sum(p.nbytes for p in pipeline_of(family_folder).guidance.module.parameters())
+    for column in weights:
+        column[0] -= guidance  # which is kept as it is
     assert [a / b for a, b in zip(*weights, strict=True)] == [4, 4, 1]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_weights_that_come_and_go_are_counted_as_such(family_folder: Path, int8: bool) -> None:
+    pipeline, sizes = pipeline_of(family_folder, "block", int8=int8), plan(64, 64, LatentGeometry())
+    counted = pipeline.estimate(sizes, QUICK)
+    guidance = sum(p.nbytes for p in pipeline.guidance.module.parameters())
+    for stage, offloaded, beside in zip(
+        counted, (pipeline.stage_c, pipeline.stage_b), (guidance, 0), strict=False
+    ):
+        blocks = offloaded._blocks(offloaded.module)
+        streamed = {tensor for block in blocks for tensor in block.tensors}
+        stays = sum(p.nbytes for p in offloaded.module.parameters() if p not in streamed)
+        places = 2 * max(len(block.memory) for block in blocks)
+        opened = max(sum(p.nbytes for p in block.tensors) for block in blocks) if int8 else 0
+        assert stage.weights_in("block") == pytest.approx(beside + stays + places + opened, rel=0.1)
+        assert stage.weights_in("stage") == stage.weights > 0
+
+
+def test_a_plan_counts_blocks_and_pictures_at_once() -> None:
+    jobs = [Job("a house", 1024, 1024, seed) for seed in range(3)]
+    found = {}
+    for mode, batch in (("stage", 1), ("block", 1), ("block", 2), ("block", 8)):
+        text = describe_plan(
+            UltraPixelPipeline.from_preset("small-big", "cpu", offload=mode), jobs, QUICK, batch
+        )
+        told = re.search(r"stage C: .*weights ([\d.]+), maps ([\d.]+)", text)
+        found[mode, batch] = float(told[1]), float(told[2])
+    assert found["stage", 1][0] > 6 and found["block", 1][0] < 1
+    assert [found["block", n][1] / found["stage", 1][1] for n in (1, 2, 8)] == pytest.approx(
+        [1, 2, 3], rel=0.1
+    )

@@ -35,7 +35,7 @@ from core.commands.flags import (
     usage_table,
 )
 from core.commands.report import describe_plan
-from core.commands.sharing import agreed, gathered, on_its_own, on_one_picture, share
+from core.commands.sharing import agreed, check_together, gathered, on_its_own, on_one_picture, share
 from core.config.settings import Job, Settings
 from core.config.sizes import Size
 from core.devices import cores
@@ -231,11 +231,13 @@ def make_pictures(
     `model_flags` are those whose values go into the pictures, besides the jobs and the settings. `control`
     steers all of them, and what it gives is saved beside each.
     """
-    at_once(getattr(arguments, "batch", 1))
+    batch = at_once(getattr(arguments, "batch", 1))
+    if getattr(arguments, "split", False):
+        check_together([job.settings or settings for job in jobs], batch, arguments.dry_run)
     check_jobs(pipeline, jobs, settings, control)
     Continued.of(arguments, pipeline).check(jobs, settings)
     if arguments.dry_run:
-        tell_plan(pipeline, jobs, settings)
+        tell_plan(pipeline, jobs, settings, batch)
         return 0
     prepare(arguments, pipeline, jobs, settings)
     make_and_save(arguments, pipeline, jobs, settings, model_flags, control)
@@ -257,10 +259,10 @@ def check_jobs(
         say(f"warning: {sentence}", sys.stderr)
 
 
-def tell_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings) -> None:
+def tell_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings, batch: int = 1) -> None:
     """Say what would be done."""
     if launch.is_main():
-        say(describe_plan(pipeline, jobs, settings), sys.stdout)
+        say(describe_plan(pipeline, jobs, settings, batch), sys.stdout)
 
 
 def tell_uses(pipeline: UltraPixelPipeline) -> None:

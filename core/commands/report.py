@@ -13,7 +13,9 @@ from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import guidance_strength, low_picture, plan_for
 
 
-def describe_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings) -> str:
+def describe_plan(
+    pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Settings, batch: int = 1
+) -> str:
     """The resolved configurations, sizes, steps, memory and files of a run, as text."""
     own: dict[tuple[Size, Settings], list[Job]] = {}
     for job in jobs:
@@ -32,8 +34,9 @@ def describe_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: S
     if len({size for size, _ in own}) > 1:
         lines.append(f"of the largest, {_by(largest)} px:")
     for stage in pipeline.estimate(plan_for(pipeline.config_c, *largest, of_it.lr_size), of_it):
-        weights, maps = stage.weights / GIB, stage.activations / GIB
-        lines.append(f"{stage.name}: {stage.total / GIB:.2f} GiB (weights {weights:.2f}, maps {maps:.2f})")
+        at_once = 1 if stage.name == "stage A" else min(batch, len(own[largest, of_it]))
+        weights, maps = stage.weights_in(pipeline.offload) / GIB, at_once * stage.activations / GIB
+        lines.append(f"{stage.name}: {weights + maps:.2f} GiB (weights {weights:.2f}, maps {maps:.2f})")
     lines += [describe_offload(pipeline, own[largest, of_it][0], of_it), "# files"]
     lines += [f"{what}: {path}, {_file_size(path)}" for what, path in pipeline.files().items()]
     return "\n".join(lines)

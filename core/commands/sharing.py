@@ -105,20 +105,26 @@ def on_its_own(told: Callable[[Exception], tuple[str, int]]) -> Iterator[None]:
     _end(lambda: launch.is_main() and _count(STARTED) < launch.processes())
 
 
-@contextmanager
-def on_one_picture(
-    pipeline: UltraPixelPipeline, settings: Sequence[Settings], batch: int = 1
-) -> Iterator[None]:
-    """Within it, all processes make each picture of the pipeline together.
+def check_together(settings: Sequence[Settings], batch: int, planned: bool = False) -> None:
+    """ValueError for settings with which processes cannot make a picture together.
 
-    ValueError where there is one process alone, or for settings with which that is not possible.
+    The same where there is one process alone, unless the run is only `planned`.
     """
-    if launch.processes() < 2:
+    if launch.processes() < 2 and not planned:
         raise ValueError("--split is for several processes: start them with torchrun --nproc_per_node N")
     if batch > 1:
         raise ValueError(f"--split and --batch {batch} do not go together: use --batch 1")
     if (reuse := max((each.reuse for each in settings), default=1)) > 1:
-        raise ValueError(f"--split and --reuse {reuse} do not go together: use --reuse 1")
+        told = f"--reuse {reuse}, which --fast sets too,"
+        raise ValueError(f"--split and {told} do not go together: use --reuse 1")
+
+
+@contextmanager
+def on_one_picture(
+    pipeline: UltraPixelPipeline, settings: Sequence[Settings], batch: int = 1
+) -> Iterator[None]:
+    """Within it, all processes make each picture of the pipeline together; errors as of `check_together`."""
+    check_together(settings, batch)
     pipeline.split = Split(pipeline.device, common_store(), launch.rank(), launch.processes())
     try:
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from core.config.offloading import BLOCK, NONE, STAGE
 from core.config.schema import StageBConfig, StageCConfig, stage_a_sizes, stage_b_sizes, stage_c_sizes
 from core.config.sizes import GuidanceSizes
 from core.pipeline.graphs import RECORDED_PIXELS
+from core.pipeline.offload import STREAMED
 from core.pipeline.resolution import Plan
 from core.weights.checkpoint import build_empty
 from modules.blocks import CHUNK_HIDDEN, KEPT_HIDDEN
@@ -44,17 +45,34 @@ class StageEstimate:
     weights: int
     activations: int
     kept: int = 0  # by recorded steps, where the weights stay on the device
+    by_blocks: int | None = None  # weights where they come and go block by block; None: as ever
 
     @property
     def total(self) -> int:
         return self.weights + self.activations
 
+    def weights_in(self, mode: str) -> int:
+        """Those that are on the device, where weights rest as `mode` says."""
+        return self.weights if mode != BLOCK or self.by_blocks is None else self.by_blocks
 
-def weight_bytes(build: Callable[[], nn.Module], element: int, fp8: bool = False) -> int:
+
+def weight_bytes(module: nn.Module, element: int, fp8: bool = False) -> int:
     """Bytes of a module's weights, `element` bytes each; with `fp8` also of their copies in float8."""
-    module = build_empty(build)
     beside = sum(layer.weight.numel() for _, _, layer in replaced_layers(module)) if fp8 else 0
-    return element * sum(p.numel() for p in module.parameters()) + beside
+    return element * parameter_count(module) + beside
+
+
+def bytes_by_blocks(module: nn.Module, element: int, int8: bool = False) -> int:
+    """Bytes of a module's weights where two blocks at a time are on the device, of 8-bit integers opened."""
+    blocks = [parameter_count(block) for block in module.modules() if isinstance(block, STREAMED)]
+    beside = parameter_count(module) - sum(blocks)
+    largest = max(blocks, default=0)
+    return element * beside + largest * (2 + element if int8 else 2 * element)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of a module's parameters."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def stage_c_activations(plan: Plan, width: int, halves: int, element: int) -> int:
@@ -102,28 +120,34 @@ def estimate_stages(
     """
     c, b, a = stage_c_sizes(config_c), stage_b_sizes(config_b), stage_a_sizes(config_b)
     bytes_c, bytes_b = (ELEMENT[config.dtype] for config in (config_c, config_b))
-    weights_c = weight_bytes(partial(StageC, **asdict(c)), 1 if int8 else bytes_c, fp8)
+    stage_c, stage_b = (build_empty(partial(kind, **asdict(own))) for kind, own in ((StageC, c), (StageB, b)))
+    beside = 0
     if guidance is not None:
-        weights_c += weight_bytes(partial(Guidance, **asdict(guidance)), 1 if int8 else bytes_c)
-    weights_b = weight_bytes(partial(StageB, **asdict(b)), 1 if int8 else bytes_b, fp8)
+        beside = bytes_c * parameter_count(build_empty(partial(Guidance, **asdict(guidance))))
+    weights_c = beside + weight_bytes(stage_c, 1 if int8 else bytes_c, fp8)
+    weights_b = weight_bytes(stage_b, 1 if int8 else bytes_b, fp8)
     stage_a = build_empty(partial(StageA, **asdict(a)))
     maps_c = stage_c_activations(sizes, c.c_hidden[0], 1 + both[0], bytes_c)
     maps_b = stage_b_activations(sizes, b.c_hidden[0], 1 + both[1], bytes_b)
     maps_a = stage_a_activations(sizes, a.c_hidden, stage_a.halo)
     recorded = sizes.height * sizes.width <= RECORDED_PIXELS
     return [
-        StageEstimate("stage C", weights_c, maps_c, maps_c * recorded),
-        StageEstimate("stage B", weights_b, maps_b, maps_b * recorded),
+        StageEstimate(
+            "stage C", weights_c, maps_c, maps_c * recorded, beside + bytes_by_blocks(stage_c, bytes_c, int8)
+        ),
+        StageEstimate(
+            "stage B", weights_b, maps_b, maps_b * recorded, bytes_by_blocks(stage_b, bytes_b, int8)
+        ),
         StageEstimate("stage A", sum(p.numel() for p in stage_a.parameters()) * 4, maps_a),
     ]
 
 
 def taken(mode: str, stages: Sequence[StageEstimate], text: int) -> int:
-    """Bytes of the device's memory at most, where weights rest as `mode` says; block is counted as stage."""
+    """Bytes of the device's memory at most, where weights rest as `mode` says."""
     if mode == NONE:
         stay = sum(stage.weights + stage.kept for stage in stages)
         return text + stay + max(stage.activations - stage.kept for stage in stages)
-    return max(text, *(stage.total for stage in stages))
+    return max(text, *(stage.weights_in(mode) + stage.activations for stage in stages))
 
 
 def best_mode(stages: Sequence[StageEstimate], text: int, free: int) -> tuple[str, str]:

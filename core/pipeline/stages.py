@@ -463,7 +463,8 @@ class Stages:
         if settings.fp8 == "off" or what is None:
             return settings
         if settings.fp8 == "on":
-            warnings.warn(f"fp8 does not go with {what}, and is left out", stacklevel=2)
+            # Named as of this line, so that it is said once for all stages.
+            warnings.warn(f"fp8 does not go with {what}, and is left out", stacklevel=1)
         return replace(settings, fp8="off")
 
     def _warm_stage_b(self, stage_b: StageB) -> None:
