@@ -46,7 +46,7 @@ from core.pipeline.passes import (
     low_resolution_pass,
     stage_b_pass,
 )
-from core.pipeline.resolution import Plan, plan
+from core.pipeline.resolution import MIN_SIDE, Plan, plan
 from core.pipeline.steps import high_step, low_step, of_short_steps, step_b
 from gdf.targets import EPSILON
 from modules import blocks
@@ -266,7 +266,10 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def peer_steps(networks: Networks, side: int) -> Iterator[tuple[str, Step, tuple]]:
     """The same of diffusers' networks with the same weights; without guidance, which they lack."""
-    from peers import unet_of
+    try:
+        from peers import unet_of
+    except ImportError:
+        raise ImportError("diffusers is not installed") from None
 
     sizes = plan(side, side, networks.sizes.geometry)
     r = torch.full((2,), 0.5, device=networks.device, dtype=networks.dtype)
@@ -539,7 +542,7 @@ def keep_earlier(path: Path) -> None:
         print(f"the earlier figures are in {earlier} now", flush=True)
 
 
-def parse() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -551,19 +554,28 @@ def parse() -> argparse.Namespace:
         help=f"of the pictures, by importance (default: {' '.join(map(str, SIDES))})",
     )  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what --out holds, and stop")
-    return parser.parse_args()
+    return parser
 
 
 @torch.no_grad()
 def main() -> None:
-    options = parse()
+    parser = make_parser()
+    options = parser.parse_args()
     if options.plot is not None:
         if not options.out.is_file():
-            sys.exit(f"error: {options.out} does not exist: measure first, or name the figures with --out")
-        draw(json.loads(options.out.read_text("utf-8")), options.plot)
+            parser.error(f"{options.out} does not exist: measure first, or name the figures with --out")
+        known = json.loads(options.out.read_text("utf-8"))
+        if not known.get("steps"):
+            parser.error(f"{options.out} has no step's figures to draw: measure with more --minutes")
+        try:
+            draw(known, options.plot)
+        except ImportError:
+            parser.error("the plot needs a package: pip install matplotlib")
         return
     if not (torch.cuda.is_available() or options.small):
-        sys.exit("error: torch finds no CUDA device; --small shows on a CPU that all of this runs")
+        parser.error("torch finds no CUDA device; --small shows on a CPU that all of this runs")
+    if options.minutes <= 0 or min(options.sides or SIDES) < MIN_SIDE:
+        parser.error(f"--minutes must be above 0, and --sides at least {MIN_SIDE}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     keep_earlier(options.out)

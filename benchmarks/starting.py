@@ -22,7 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 STARTED = time.time()  # before what takes long to import
 
@@ -77,7 +77,7 @@ def cold_files(flags: Sequence[str]) -> list[Path]:
     command = [sys.executable, "-c", code, *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "inference")
     if done.returncode:
-        raise SystemExit(done.stderr)
+        failed(done)
     *weights, libraries = (ROOT / line for line in done.stdout.splitlines())
     folders = [path for path in weights if path.is_dir()]
     found = [path for path in weights if path.is_file()]
@@ -140,7 +140,7 @@ def run(flags: Sequence[str], cache: str) -> dict[str, Any]:
         process = time.time() - begin
         files = sorted(path.stat().st_mtime for path in Path(out).iterdir())
     if done.returncode:
-        raise SystemExit(done.stderr)
+        failed(done)
     told = json.loads(done.stdout.splitlines()[-1])
     values = {part: sum(told["calls"].get(part, [])) for part in PARTS}
     values |= {"file": files[0] - begin, "process": process, **printed(done.stderr)}
@@ -174,6 +174,18 @@ def random_weights(folder: str, small: bool) -> list[str]:
     return [*shlex.split(done.stdout), *PROMPT, *size]
 
 
+def torch_finds_a_gpu() -> bool:
+    """As a new process tells: this one imports nothing that takes long."""
+    code = "import sys, torch\nsys.exit(not torch.cuda.is_available())"
+    return not subprocess.run([sys.executable, "-c", code]).returncode
+
+
+def failed(done: subprocess.CompletedProcess[str]) -> NoReturn:
+    """End with what a process told last."""
+    sys.stderr.write((done.stderr.strip().splitlines() or ["error: a process failed"])[-1] + "\n")
+    raise SystemExit(2)
+
+
 def show(runs: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a column for each run."""
     print(f"{'seconds':<12}" + "".join(f"{name:>9}" for name in runs))
@@ -202,8 +214,11 @@ def main() -> None:
         return
     if options.small and options.random_weights is None:
         parser.error("--small is for --random_weights")
-    flags = options.flags or DEFAULT
+    asked = any(flag.split("=")[0] in ("--prompt", "--prompt_file") for flag in options.flags)
+    flags = [*options.flags, *(() if asked else PROMPT)] if options.flags else DEFAULT
     if options.random_weights is not None:
+        if not options.small and not torch_finds_a_gpu():
+            parser.error("--random_weights takes a GPU, and torch finds none: --small shows that it runs")
         flags = [*random_weights(options.random_weights, options.small), *options.flags]
     variants = {"cold": (), "warm": (), "two": ("--num_image", "2")}
     variants |= {mode: ("--offload", mode) for mode in options.offload}

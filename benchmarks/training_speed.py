@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_memory import SMALL, Job, Training, micro_batch, prepare, update
 
 from core import launch
+from core.pipeline.resolution import MIN_SIDE
 
 SIDES, SMALL_SIDES = (1024, 2048, 4096), (64, 128, 256)
 RUNS = 5  # updates, after one to warm up, of which the fastest counts
@@ -142,7 +143,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--sides", type=int, nargs="+", help="of the pictures, in pixels")
     parser.add_argument("--compile", action="store_true", help="compile the networks")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if min(options.sides or SIDES) < MIN_SIDE:
+        parser.error(f"--sides must be at least {MIN_SIDE}, not {min(options.sides)}")
+    return options
 
 
 def told(line: str) -> None:

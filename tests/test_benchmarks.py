@@ -133,6 +133,29 @@ def test_starting_is_measured_with_random_weights(tmp_path: Path) -> None:
     assert rows[-3:] == ["all", "device", "host"] and "second" in rows
 
 
+@pytest.mark.parametrize(("words", "part"), [
+    (("gpu.py", "--plot", "a.png", "--out", "nowhere.json"), "nowhere.json does not exist: measure first"),
+    (("gpu.py", "--plot", "a.png", "--out", "empty.json"), "empty.json has no step's figures to draw"),
+    (("gpu.py", "--small", "--minutes", "0"), "--minutes must be above 0, and --sides at least 64"),
+    (("gpu.py", "--small", "--sides", "10"), "--minutes must be above 0, and --sides at least 64"),
+    (("training_speed.py", "--sides", "0"), "--sides must be at least 64, not 0"),
+    (("starting.py", "--", "--preset", "huge"), "huge"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_one_sentence(tmp_path: Path, words: tuple[str, ...], part: str) -> None:
+    (tmp_path / "empty.json").write_text('{"about": {}}')
+    own = (tmp_path / word if word.endswith((".json", ".png")) else word for word in words[1:])
+    done = script(words[0], *own)
+    assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "error: " in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_large_random_weights_are_not_written_for_a_cpu(tmp_path: Path) -> None:
+    done = script("starting.py", "--random_weights", tmp_path / "weights")
+    assert done.returncode == 2 and "takes a GPU, and torch finds none" in done.stderr, done.stderr
+    assert not (tmp_path / "weights").exists()
+
+
 def test_random_weights_have_the_published_sizes(tmp_path: Path) -> None:
     found = random_weights.networks(*random_weights.configured(tmp_path, small=False))
     published = {str(tmp_path / file.name): file.size for file in FILES}

@@ -528,9 +528,8 @@ def test_weights_that_come_and_go_are_counted_as_such(family_folder: Path, int8:
     pipeline, sizes = pipeline_of(family_folder, "block", int8=int8), plan(64, 64, LatentGeometry())
     counted = pipeline.estimate(sizes, QUICK)
     guidance = sum(p.nbytes for p in pipeline.guidance.module.parameters())
-    for stage, offloaded, beside in zip(
-        counted, (pipeline.stage_c, pipeline.stage_b), (guidance, 0), strict=False
-    ):
+    for number, offloaded in enumerate((pipeline.stage_c, pipeline.stage_b)):
+        stage, beside = counted[number], 0 if number else guidance
         blocks = offloaded._blocks(offloaded.module)
         streamed = {tensor for block in blocks for tensor in block.tensors}
         stays = sum(p.nbytes for p in offloaded.module.parameters() if p not in streamed)
@@ -544,12 +543,10 @@ def test_a_plan_counts_blocks_and_pictures_at_once() -> None:
     jobs = [Job("a house", 1024, 1024, seed) for seed in range(3)]
     found = {}
     for mode, batch in (("stage", 1), ("block", 1), ("block", 2), ("block", 8)):
-        text = describe_plan(
-            UltraPixelPipeline.from_preset("small-big", "cpu", offload=mode), jobs, QUICK, batch
-        )
+        pipeline = UltraPixelPipeline.from_preset("small-big", "cpu", offload=mode)
+        text = describe_plan(pipeline, jobs, QUICK, batch)
         told = re.search(r"stage C: .*weights ([\d.]+), maps ([\d.]+)", text)
         found[mode, batch] = float(told[1]), float(told[2])
     assert found["stage", 1][0] > 6 and found["block", 1][0] < 1
-    assert [found["block", n][1] / found["stage", 1][1] for n in (1, 2, 8)] == pytest.approx(
-        [1, 2, 3], rel=0.1
-    )
+    maps = [found["block", batch][1] / found["stage", 1][1] for batch in (1, 2, 8)]
+    assert maps == pytest.approx([1, 2, 3], rel=0.1)
