@@ -507,7 +507,7 @@ class Stages:
     def _measured(self, name: str) -> Iterator[None]:
         use = self.uses.setdefault(name, StageUse(name))
         if self.device.type == "cuda":
-            torch.cuda.init()  # of which a device with a number is no reason
+            torch.cuda.init()  # PyTorch does not by itself for a device with a number
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         yield
