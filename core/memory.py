@@ -42,6 +42,9 @@ def free_memory(device: torch.device) -> int:
     """What this process can still take on a device, in bytes."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
+    if torch.cuda.get_allocator_backend() != "native":  # such as ComfyUI may choose: it tells no more
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     number = torch.cuda.current_device() if device.index is None else device.index
     kept = sum(  # by torch, for what comes; what it keeps for recorded steps nothing else can take
         segment["total_size"] - segment["allocated_size"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraUpdate:
     """One weight's update lora_up @ lora_down·alpha / rank: down (rank, in), up (out, rank).
 
@@ -71,12 +71,19 @@ class MergedLora:
             for name, update in each.items():
                 check_update(module, name, update)
                 parts.setdefault(name, []).append((update, factor))
-        with torch.no_grad():
+        try:
             for name, added in parts.items():
-                parameter = module.get_parameter(name)
-                self._saved[name] = parameter.detach().to("cpu", copy=True)
-                delta = sum(update.delta(parameter.shape) * factor for update, factor in added)
-                parameter.copy_(parameter.float() + delta.to(parameter.device))
+                self._merge(name, added)
+        except BaseException:  # such as full memory: the weights must not stay half merged
+            self.undo()
+            raise
+
+    @torch.no_grad()
+    def _merge(self, name: str, added: Sequence[tuple[LoraUpdate, float]]) -> None:
+        parameter = self._module.get_parameter(name)
+        self._saved[name] = parameter.detach().to("cpu", copy=True)
+        delta = sum(update.delta(parameter.shape) * factor for update, factor in added)
+        parameter.copy_(parameter.float() + delta.to(parameter.device))
 
     def undo(self) -> None:
         """Put the original weights back."""

@@ -30,7 +30,7 @@ from core.weights.lora.merging import (
 )
 from core.weights.lora.names import published_orders, stage_c_weights
 from core.weights.lora.reading import find_lora_file, read_lora
-from modules.lora import LoraUpdate
+from modules.lora import LoraUpdate, MergedLora
 from modules.stage_c import StageC
 
 sys.path.insert(0, str(ROOT / "models"))
@@ -229,6 +229,23 @@ def test_several_add_up_in_any_order_and_are_undone_exactly(dtype: torch.dtype) 
                     if name in x.file.updates)  # fmt: skip
         assert torch.equal(merged[0][name], (weight.float() + delta).to(dtype))
     assert not same(merged[0], merged[2])
+
+
+def test_a_merge_that_fails_halfway_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage_c = StageC(**asdict(SIZES))
+    randomise(stage_c)
+    before, file, delta, calls = state(stage_c), make_lora(1), LoraUpdate.delta, []
+
+    def full(update: LoraUpdate, shape: torch.Size) -> torch.Tensor:
+        calls.append(update)
+        if len(calls) == len(file.updates):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return delta(update, shape)
+
+    monkeypatch.setattr(LoraUpdate, "delta", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        MergedLora(stage_c, file.updates)
+    assert len(calls) > 1 and same(state(stage_c), before)
 
 
 def test_what_fails_leaves_everything_as_it_was(family_folder: Path) -> None:

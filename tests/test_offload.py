@@ -330,11 +330,17 @@ def test_memory_that_recordings_keep_is_not_free(monkeypatch: pytest.MonkeyPatch
     def segment(device: int, pool: tuple[int, int]) -> dict:
         return {"device": device, "segment_pool_id": pool, "total_size": 100, "allocated_size": 30}
 
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     segments = [segment(0, (0, 0)), segment(0, (0, 0)), segment(0, (0, 3)), segment(1, (0, 0))]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 5000))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert [free_memory(torch.device(name)) for name in ("cuda:0", "cuda")] == [1140, 1070]
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")  # tells no segments
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
+    assert free_memory(torch.device("cuda:0")) == 1200
 
 
 def test_a_full_memory_while_texts_are_read_costs_nothing(
@@ -459,7 +465,11 @@ def test_loras_are_merged_before_blocks_are_brought(family_folder: Path, named: 
     update = LoraUpdate(torch.ones(1, shape[1]), torch.ones(shape[0], 1))
     sizes = stage_c_sizes(pipeline.config_c)
     pipeline.set_loras(WeightedLora(LoraFile({name: update}, sizes)))
-    assert not same(pixels(pipeline), plain)
+    one = pixels(pipeline)
+    assert not same(one, plain)
+    again = replace(update, up=update.up.clone())  # as a file that is read again
+    pipeline.set_loras(WeightedLora(LoraFile({name: again}, sizes), 0.5))
+    assert not same(pixels(pipeline), one)
     pipeline.set_loras([])
     assert same(pixels(pipeline), plain)
 

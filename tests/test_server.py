@@ -23,12 +23,13 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from core.commands.pictures import Previewing
 from core.config.given_control import GivenControl
 from core.config.settings import Job as Wanted
 from core.pictures.images import save_image
 from core.pipeline import UltraPixelPipeline
 from core.pipeline.made import picture_metadata
-from core.server import shown
+from core.server import shown, worker
 from core.server.accounts import Accounts, Keys, add_user
 from core.server.form import TEXT, Filled, whole
 from core.server.guard import CLIENT, Guard, Hosts
@@ -41,6 +42,7 @@ from core.server.service import Service
 from core.server.stored import from_settings
 from core.server.uploads import from_base64, hole_of, read_upload
 from core.server.worker import STAGES
+from core.weights.lora.merging import load_loras
 
 LIMITS = Limits()
 PASSWORD = "a long password"
@@ -387,6 +389,50 @@ def test_an_error_is_a_sentence_and_ends_its_job_alone(
     told = [each.status.error for each in jobs]
     assert told[0] == "the sea is too blue" and "secret" not in told[1] and "No space left" in told[2]
     assert "secret" in capsys.readouterr().err
+
+
+def test_one_clients_controls_and_failed_previews_touch_no_other_job(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doubts = UltraPixelPipeline.doubts
+    failing = [OSError("the previewer is damaged")]
+
+    def sometimes(*given: object) -> list[str]:
+        if failing:
+            raise failing.pop()
+        return doubts(*given)
+
+    def broken(_: object, progress: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(UltraPixelPipeline, "doubts", sometimes)
+    monkeypatch.setattr(Previewing, "of", broken)
+    with service.running():
+        controlled = service.submit(
+            Order("a house", "tiny", 64, 64, controls=(GivenControl("canny", RED),)), "a"
+        )
+        wait(lambda: controlled.status.over)
+        assert controlled.status.state == "failed" and "damaged" in controlled.status.error
+        assert not service.models.pipeline("tiny").controls.steerings
+        with pytest.warns(UserWarning, match="previews failed .CUDA out of memory.; the run goes on without"):
+            long = service.submit(Order("a house", "tiny", 64, 64, changes={"steps": 50}), "b")
+            wait(lambda: any(bar.done > 2 for bar in long.status.stages))
+            service.jobs.cancel(long)
+            wait(lambda: long.status.over)
+    assert long.status.state == "cancelled"
+
+
+def test_loras_that_stay_the_same_are_read_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(worker, "load_loras", lambda *given: read.append(given) or load_loras(*given))
+    quick = Order("a house", "tiny", 64, 64, changes={"steps": 1, "steps_b": 1})
+    with service.running():
+        for weight in (0.5, 0.5, 0.8):
+            order = replace(quick, loras={"lora_striped_balloon": weight})
+            made = service.submit(order, "a")
+            wait(lambda made=made: made.status.over)
+            assert made.status.state == "done", made.status.error
+    assert len(read) == 2
 
 
 class FakePipeline:

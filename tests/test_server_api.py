@@ -264,6 +264,7 @@ def test_a_job_takes_several_controls_and_a_picture_beside_the_prompt(web: httpx
         ([{**canny, "image": "/etc/passwd"}], "no base64"),
         ([{**canny, "heft": 1}], "controls.0.heft"),
         ([{**canny, "control": "cany"}], "canny"),
+        ([canny] * 9, "controls"),
     ):
         answer = web.post("/v1/jobs", json={**body, "controls": wrong})
         assert answer.status_code == 400 and told in answer.json()["error"]["message"]

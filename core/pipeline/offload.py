@@ -102,6 +102,8 @@ class Offloaded(Generic[M]):
                 self._module = ahead.result()
         if self._module is None or self._away or self._placement.device.type != "cuda":
             return
+        if self._int8 and not self._packed:  # they are packed first, and go there smaller
+            return
         home = self._placement.home
         for owner, name, tensor in _tensors(self._module):
             if tensor.device.type not in (home.type, "meta"):
@@ -158,7 +160,8 @@ class Offloaded(Generic[M]):
         if not self._packed:
             found = [(name, block) for name, block in module.named_modules() if isinstance(block, STREAMED)]
             packed = [PackedBlock(name, block, self._int8) for name, block in found]
-            pack(packed, pinned=self._placement.device.type == "cuda")
+            stays = self._placement.mode == NONE
+            pack(packed, pinned=self._placement.device.type == "cuda" and not stays)
             self._packed = packed
             self.settle()
         return self._packed

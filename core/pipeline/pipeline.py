@@ -223,6 +223,10 @@ class UltraPixelPipeline(Stages):
 
     def source_of(self, begun: Origin, size: tuple[int, int]) -> Source:
         """What the passes of pictures of a size (height, width) go out from, by what a user named."""
+        with self._turn:
+            return self._source_of(begun, size)
+
+    def _source_of(self, begun: Origin, size: tuple[int, int]) -> Source:
         begun.size(*size)
         sizes, stage_c = plan_for(self.config_c, *size), stage_c_sizes(self.config_c)
         unit = 2 ** sum(stage_c.switch_level)
@@ -237,6 +241,7 @@ class UltraPixelPipeline(Stages):
             self._image_encoder = load_image_encoder(self.image_encoder, dtype, self._allow_download)
         with self._measured("image"):
             image = embedding(begun.prompts, self._image_encoder, stage_c.c_clip_img, self.device)
+            self._image_encoder.to(self._placement.home)
         return replace(source, image=image)
 
     def upscale(
@@ -289,7 +294,7 @@ class UltraPixelPipeline(Stages):
     ) -> list[Source]:
         """What the passes of pictures that are made large go out from."""
         plans = [plan_for(self.config_c, job.height, job.width) for job in jobs]
-        with self.encoding() as encode:
+        with self._turn, self.encoding() as encode:
             return [how.source(one, encode, sizes) for one, sizes in zip(given, plans, strict=True)]
 
     def doubts(self, jobs: Sequence[Job], settings: Settings) -> list[str]:
@@ -497,7 +502,9 @@ class UltraPixelPipeline(Stages):
         given = [loras] if isinstance(loras, str | Path | WeightedLora) else list(loras or ())
         wanted = tuple(self._lora(lora) for lora in given)
         check_loras(wanted, self.config_c)
-        if self._int8 and wanted != self._loras.wanted:  # nothing is left that could be undone
+        if wanted == self._loras.wanted:  # of the same files as they were read: what is merged stays
+            return
+        if self._int8:  # nothing is left that could be undone
             self.stage_c.forget()
             self._loras.forget_stage_c()
         self._loras.wanted = wanted

@@ -12,6 +12,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model
 from core.config.settings import Settings
 from core.server.orders import Order, going_on
 
+MOST_CONTROLS = 8  # at once: each is a picture in memory
 SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 REGION = re.compile(",".join([r" *(\d{1,6}) *"] * 4))
 SETTINGS = tuple(field.name for field in fields(Settings) if field.default is not MISSING)
@@ -151,4 +152,6 @@ class JobBody(Generation, Editing):
     image: str | None = Field(None, description="a picture, as base64; no URL is fetched")
     mask: str | None = Field(None, description="its mask, as base64")
     image_prompt: str | None = Field(None, description="a picture that says what to show, as base64")
-    controls: list[ControlBody] = Field(default_factory=list, description="pictures that control together")
+    controls: list[ControlBody] = Field(
+        default_factory=list, max_length=MOST_CONTROLS, description="pictures that control together"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import time
@@ -70,8 +71,14 @@ class Outputs:
         small = image.convert("RGB")
         small.thumbnail((SMALL_SIDE, SMALL_SIDE))
         with suppress(OSError):  # it is made again when it is asked for
-            self._small(name).parent.mkdir(exist_ok=True)
-            small.save(self._small(name), "JPEG", quality=88)
+            path = self._small(name)
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_suffix(f".{secrets.token_hex(8)}.part")
+            try:
+                small.save(part, "JPEG", quality=88)
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -49,7 +49,7 @@ from gdf.names import SAMPLER_NAMES
 LOOK = 0.2  # seconds between two looks at a job
 KEPT_OPEN = 10  # seconds between two signs of life to a window
 PICKED_FROM = 60  # newest pictures that the history shows
-UPLOADS_KEPT = (600, 3600)  # seconds: how often is looked, and after how long an upload goes
+UPLOADS_KEPT = (600, 24 * 3600)  # seconds: how often is looked, and after how long an upload goes
 HERE = Path(__file__).parent
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none is fetched
 PICK = """element.addEventListener('click', (event) => {

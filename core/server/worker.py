@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 
 from core.commands.flags import is_mistake, told
 from core.commands.pictures import Previewing
@@ -18,7 +19,7 @@ from core.server.jobs import Job, Jobs, StageBar
 from core.server.models import Models
 from core.server.orders import Order
 from core.server.outputs import Outputs, png_bytes
-from core.weights.lora.merging import load_loras, uncalled
+from core.weights.lora.merging import WeightedLora, load_loras, uncalled
 
 STAGES = ("stage C, low resolution", "stage C, high resolution", "stage B", "stage A")
 UNEXPECTED = "something went wrong in the server, which its own output tells more about"
@@ -30,6 +31,7 @@ class Worker(threading.Thread):
     def __init__(self, jobs: Jobs, models: Models, outputs: Outputs) -> None:
         super().__init__(name="pictures", daemon=True)
         self._jobs, self._models, self._outputs = jobs, models, outputs
+        self._loras: tuple[object, tuple[WeightedLora, ...]] = (None, ())  # the last ones, by their files
 
     def run(self) -> None:
         """Work until the queue is closed."""
@@ -47,33 +49,48 @@ class Worker(threading.Thread):
         order = job.order
         job.update(stages=_bars(order), doing="loading the models")
         pipeline = self._models.pipeline(order.preset)
-        self._prepare(pipeline, job)
-        telling = Telling(job, self._models.previews(order.preset))
         try:
-            made = self._pictures(pipeline, job, telling)
-        except Exception:
-            self._save(job, pipeline.rescued)
-            raise
+            self._prepare(pipeline, job)
+            telling = Telling(job, self._models.previews(order.preset))
+            made = self._rescued(pipeline, job, telling)
         finally:
-            pipeline.set_control(None)
+            pipeline.set_control(None)  # the next job's pictures are another's
         if made and not (job.stop.is_set() or order.settings.lr_only or order.mends):
             size = made[0].job.height, made[0].job.width
             self._models.learn(order.preset, size, order.settings, telling.seconds / len(made))
         self._save(job, made)
 
+    def _rescued(self, pipeline: UltraPixelPipeline, job: Job, telling: Telling) -> Pictures:
+        """The job's pictures; those that are done before an error are saved."""
+        try:
+            return self._pictures(pipeline, job, telling)
+        except Exception:
+            self._save(job, pipeline.rescued)
+            raise
+
     def _prepare(self, pipeline: UltraPixelPipeline, job: Job) -> None:
         """Set what the order changes of the models, and note what may not do what it is meant to do."""
         order = job.order
-        paths = self._models.loras(order.preset)
-        loras = load_loras(
-            [f"{paths[name]}:{weight}" for name, weight in order.loras.items()], pipeline.config_c
-        )
+        loras = self._read(order, pipeline)
         pipeline.set_loras(loras)
         if order.controls:
             pipeline.set_controls(order.controls)
         wanted = Wanted(order.prompt, *order.size, job.seed, order.negative_prompt)
         doubts = pipeline.doubts([wanted], order.settings)
         job.update(notes=(*doubts, *uncalled(loras, [order.prompt])))
+
+    def _read(self, order: Order, pipeline: UltraPixelPipeline) -> tuple[WeightedLora, ...]:
+        """The order's LoRAs: the last ones, if they are the same files, as these are merged already."""
+        paths = self._models.loras(order.preset)
+        if lacking := [name for name in order.loras if name not in paths]:
+            raise ValueError(f"the LoRA {lacking[0]} is not there any longer")
+        stamps = {name: paths[name].stat() for name in order.loras}
+        own = [(paths[name], s.st_mtime_ns, s.st_size, order.loras[name]) for name, s in stamps.items()]
+        key = order.preset, tuple(own)
+        if self._loras[0] != key:
+            named = [f"{path}:{weight}" for path, _, _, weight in own]
+            self._loras = key, tuple(load_loras(named, pipeline.config_c))
+        return self._loras[1]
 
     def _pictures(self, pipeline: UltraPixelPipeline, job: Job, telling: Telling) -> Pictures:
         order, begin = job.order, job.order.begin
@@ -92,8 +109,14 @@ class Worker(threading.Thread):
 
     def _save(self, job: Job, made: Pictures) -> None:
         job.update(doing="saving")
+        errors: list[OSError] = []
         for picture in made:
-            job.update(pictures=(*job.status.pictures, self._outputs.add(picture)))
+            try:
+                job.update(pictures=(*job.status.pictures, self._outputs.add(picture)))
+            except OSError as error:  # the next one may be smaller than what is left of the disk
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 class Telling:
@@ -118,9 +141,17 @@ class Telling:
             for bar in self._job.status.stages
         )
         self._job.update(stages=stages, doing=progress.stage)
-        if self._previews is not None and (image := self._previews.of(progress)) is not None:
-            self._job.update(preview=png_bytes(image))
+        self._show(progress)
         return self._job.stop.is_set()
+
+    def _show(self, progress: Progress) -> None:
+        """A preview, if there are any; its first error ends them alone."""
+        try:
+            if self._previews is not None and (image := self._previews.of(progress)) is not None:
+                self._job.update(preview=png_bytes(image))
+        except Exception as error:  # whatever it is: the picture does not depend on it
+            self._previews = None
+            warnings.warn(f"the page's previews failed ({error}); the run goes on without", stacklevel=2)
 
 
 def _bars(order: Order) -> tuple[StageBar, ...]:

@@ -23,7 +23,10 @@ class PictureEncoder(Protocol):
     """What makes embeddings of pictures."""
 
     def encode(self, image: Image.Image, device: torch.device | str) -> Tensor:
-        """The embedding (1, 1, I) of a picture, on `device`."""
+        """The embedding (1, 1, I) of a picture, on `device`, where the encoder is afterwards."""
+
+    def to(self, device: torch.device | str) -> PictureEncoder:
+        """Move the encoder and return it."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,16 @@ class SmallImageEncoder:
 
     model: Recogniser
 
+    def to(self, device: torch.device | str) -> SmallImageEncoder:
+        """Move the model and return self."""
+        self.model.to(device)
+        return self
+
     @torch.no_grad()
     def encode(self, image: Image.Image, device: torch.device | str) -> Tensor:
         """The embedding (1, 1, I) of a picture, on `device`."""
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
-        return self.model.to(device).embed(pixels.to(device).float() / 255)[:, None]
+        return self.to(device).model.embed(pixels.to(device).float() / 255)[:, None]
 
 
 def load_image_encoder(source: str, dtype: torch.dtype, allow_download: bool = False) -> PictureEncoder:

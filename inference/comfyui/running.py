@@ -175,11 +175,12 @@ class Run:
         pipeline = self.model.ready()
         plans = [plan_for(pipeline.config_c, job.height, job.width) for job in jobs]
         watch = Watch(ProgressBar(len(jobs) * steps), self.model.held.previewer() if self.preview else None)
-        needed = pipeline.memory_needed(plans[0], self.settings)
-        model_management.free_memory(needed, pipeline.device)
-        pipeline.settle_offload(jobs[0].height, jobs[0].width, self.settings)
         try:
+            # First of all, as ComfyUI's own encoder may do it, on the device.
             texts = self.texts.encoded(self.model, jobs) if encodes else {}
+            needed = pipeline.memory_needed(plans[0], self.settings)
+            model_management.free_memory(needed, pipeline.device)
+            pipeline.settle_offload(jobs[0].height, jobs[0].width, self.settings)
             yield Started(pipeline, jobs, plans, texts, self.settings, watch)
         finally:
             model_management.soft_empty_cache()
