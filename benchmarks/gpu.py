@@ -564,16 +564,20 @@ def main() -> None:
     if options.plot is not None:
         if not options.out.is_file():
             parser.error(f"{options.out} does not exist: measure first, or name the figures with --out")
-        known = json.loads(options.out.read_text("utf-8"))
-        if not known.get("steps"):
-            parser.error(f"{options.out} has no step's figures to draw: measure with more --minutes")
         try:
+            known = json.loads(options.out.read_text("utf-8"))
+            if not known.get("steps"):
+                parser.error(f"{options.out} has no step's figures to draw: measure with more --minutes")
             draw(known, options.plot)
         except ImportError:
             parser.error("the plot needs a package: pip install matplotlib")
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            parser.error(f"{options.out} holds no figures of this script ({error}): measure again")
         return
     if not (torch.cuda.is_available() or options.small):
         parser.error("torch finds no CUDA device; --small shows on a CPU that all of this runs")
+    if options.out.is_dir():
+        parser.error(f"--out {options.out} is a folder: name a file")
     if options.minutes <= 0 or min(options.sides or SIDES) < MIN_SIDE:
         parser.error(f"--minutes must be above 0, and --sides at least {MIN_SIDE}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -182,7 +182,8 @@ def torch_finds_a_gpu() -> bool:
 
 def failed(done: subprocess.CompletedProcess[str]) -> NoReturn:
     """End with what a process told last."""
-    sys.stderr.write((done.stderr.strip().splitlines() or ["error: a process failed"])[-1] + "\n")
+    last = (done.stderr.strip().splitlines() or ["error: a process failed"])[-1]
+    sys.stderr.write(re.sub(r"^\w+Error: ", "error: ", last) + "\n")
     raise SystemExit(2)
 
 

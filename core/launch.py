@@ -25,6 +25,11 @@ def processes() -> int:
     return next((_number(name, 1) for name in COUNTS if name in os.environ), 1)
 
 
+def tasks_of_srun() -> int:
+    """How many tasks Slurm's srun started, each perhaps a launcher; 1 without it."""
+    return _number("SLURM_STEP_NUM_TASKS", 1)
+
+
 def is_launched() -> bool:
     """Whether a launcher started this process, if only this one."""
     return any(name in os.environ for name in COUNTS)

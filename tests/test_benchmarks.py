@@ -136,13 +136,19 @@ def test_starting_is_measured_with_random_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("words", "part"), [
     (("gpu.py", "--plot", "a.png", "--out", "nowhere.json"), "nowhere.json does not exist: measure first"),
     (("gpu.py", "--plot", "a.png", "--out", "empty.json"), "empty.json has no step's figures to draw"),
+    (("gpu.py", "--plot", "a.png", "--out", "damaged.json"), "damaged.json holds no figures of this script"),
+    (("gpu.py", "--plot", "a.png", "--out", "other.json"), "other.json holds no figures of this script"),
+    (("gpu.py", "--small", "--out", "folder.json"), "folder.json is a folder: name a file"),
     (("gpu.py", "--small", "--minutes", "0"), "--minutes must be above 0, and --sides at least 64"),
     (("gpu.py", "--small", "--sides", "10"), "--minutes must be above 0, and --sides at least 64"),
     (("training_speed.py", "--sides", "0"), "--sides must be at least 64, not 0"),
     (("starting.py", "--", "--preset", "huge"), "huge"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_one_sentence(tmp_path: Path, words: tuple[str, ...], part: str) -> None:
-    (tmp_path / "empty.json").write_text('{"about": {}}')
+    (tmp_path / "folder.json").mkdir()
+    contents = {"empty": '{"about": {}}', "damaged": '{"steps": [', "other": '{"steps": [1]}'}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(content)
     own = (tmp_path / word if word.endswith((".json", ".png")) else word for word in words[1:])
     done = script(words[0], *own)
     assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, done.stderr

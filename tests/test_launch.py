@@ -49,7 +49,8 @@ def test_each_shipped_file_fits_one_to_sixteen_processes(path: Path, processes: 
     given = config(batch_size=values["batch_size"], pictures_at_once=values["pictures_at_once"])
     fitted, changes = fit_batch(given, processes)
     assert fitted.batch_size == processes * fitted.pictures_at_once * fitted.grad_accum_steps
-    assert given.batch_size <= fitted.batch_size < given.batch_size + processes
+    together = processes * (given.pictures_at_once or 1)
+    assert given.batch_size <= fitted.batch_size < given.batch_size + together
     assert len(changes) == (fitted.batch_size != given.batch_size)
     assert not (changes and path.parent.name == "training") and "grad_accum_steps" not in values
     assert fit_batch(fitted, processes) == (fitted, [])
@@ -114,7 +115,10 @@ def test_processes_of_srun_alone_do_not_train_each_on_its_own(monkeypatch: pytes
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ValueError, match="srun started 4 processes .* put torchrun between"):
         distributed.join()
-    for name, value in (("WORLD_SIZE", "8"), ("RANK", "0")):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "x")
+    with pytest.raises(ValueError, match="SLURM_STEP_NUM_TASKS is 'x'"):
+        distributed.join()
+    for name, value in (("WORLD_SIZE", "8"), ("RANK", "0"), ("SLURM_STEP_NUM_TASKS", "2")):
         monkeypatch.setenv(name, value)
     with mock.patch.object(distributed, "Accelerator") as accelerator:
         accelerator.return_value.num_processes = 8

@@ -511,6 +511,19 @@ def test_copies_in_float8_are_counted(family_folder: Path) -> None:
     assert on[2] == off[2] and auto == off  # a CPU has no such products
 
 
+def test_a_plan_counts_the_passes_that_are_made() -> None:
+    pipeline = UltraPixelPipeline.from_preset("small-big", "cpu")
+    small, large = (plan(side, side, LatentGeometry()) for side in (1024, 4096))
+    low = pipeline.estimate(large, replace(QUICK, lr_only=True))
+    assert low == pipeline.estimate(small, replace(QUICK, lr_only=True))
+    assert low[1].activations < pipeline.estimate(large, QUICK)[1].activations / 4
+    least = pipeline.estimate(plan(64, 64, LatentGeometry()), QUICK)[0].activations
+    assert least == low[0].activations  # the low-resolution pass is the larger one then
+    jobs = [Job("a", 256, 256, seed, settings=replace(QUICK, cfg=cfg)) for seed, cfg in enumerate((1.0, 4.0))]
+    texts = {describe_plan(pipeline, order, QUICK).partition("# memory")[2] for order in (jobs, jobs[::-1])}
+    assert len(texts) == 1
+
+
 def test_a_card_without_bfloat16_is_told(family_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core.pipeline.stages, "of_nvidia", lambda _: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")

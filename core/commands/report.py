@@ -9,6 +9,7 @@ from core.config.settings import Job, Settings
 from core.config.sizes import Size
 from core.config.yaml import as_yaml
 from core.pipeline.estimate import GIB, weights_on_disk
+from core.pipeline.passes import needs_unconditional
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import guidance_strength, low_picture, plan_for
 
@@ -29,7 +30,13 @@ def describe_plan(
     ]
     for (_, of_these), alike in own.items():
         lines += _plan_lines(pipeline, alike, of_these, settings)
-    largest, of_it = max(own, key=lambda key: key[0][0] * key[0][1])
+
+    def maps(key: tuple[Size, Settings]) -> int:
+        """What the maps grow with."""
+        (height, width), of_these = key
+        return height * width * min(batch, len(own[key])) * (1 + needs_unconditional(of_these)[0])
+
+    largest, of_it = max(own, key=maps)
     lines.append("# memory on the device (estimate)")
     if len({size for size, _ in own}) > 1:
         lines.append(f"of the largest, {_by(largest)} px:")

@@ -76,8 +76,9 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def stage_c_activations(plan: Plan, width: int, halves: int, element: int) -> int:
-    """Bytes of Stage C's maps in the high-resolution pass, `element` bytes each."""
-    return plan.hr_latent[0] * plan.hr_latent[1] * width * halves * element * MAPS_AT_PEAK
+    """Bytes of Stage C's maps in the larger of its passes, `element` bytes each."""
+    pixels = max(height * columns for height, columns in (plan.lr_latent, plan.hr_latent))
+    return pixels * width * halves * element * MAPS_AT_PEAK
 
 
 def stage_b_activations(plan: Plan, width: int, halves: int, element: int) -> int:

@@ -49,7 +49,7 @@ from core.pipeline.passes import (
     stage_b_pass,
 )
 from core.pipeline.progress import Observer, Progress
-from core.pipeline.resolution import MIN_SIDE, Plan, plan_for
+from core.pipeline.resolution import MIN_SIDE, Plan, low_picture, plan_for
 from core.pipeline.sources import NOISE_ALONE, Encode, Source, latent_of
 from core.pipeline.split import Split
 from core.weights.checkpoint import check_finite, load_module
@@ -181,6 +181,7 @@ class Stages:
     def estimate(self, sizes: Plan, settings: Settings) -> list[StageEstimate]:
         """Device memory of each stage for a picture, counted from the networks' sizes."""
         guidance = None if self.guidance is None else self.guidance_sizes
+        sizes = low_picture(sizes, self.config_c.geometry) if settings.lr_only else sizes
         both = needs_unconditional(settings)
         fp8 = self._against_fp8() is None and uses_fp8(self.device, settings.fp8)
         return estimate_stages(self.config_c, self.config_b, guidance, sizes, both, self._int8, fp8)

@@ -228,7 +228,8 @@ def build(run: Run) -> Recipe:
     sizes, count = controlnet_sizes(run.config), run.config.pictures_at_once
     if run.config.train_encoder and sizes.bottleneck_mode == "effnet" and count < FEW:
         few = f"the encoder's norms are over the pictures at once, and {count} are few"
-        log.warning("%s: use pictures_at_once=%d or more, or train_encoder=false", few, FEW)
+        log.warning("%s: use pictures_at_once=%d or more (and a batch_size of as many in each process), or "
+                    "train_encoder=false", few, FEW)  # fmt: skip
     networks = load_networks(run.config, run.device)
     if run.config.compile:
         compile_blocks(networks.controlled.stage_c)

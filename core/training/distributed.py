@@ -47,7 +47,7 @@ def join(**settings: Any) -> Accelerator:
     if started > 1 and "RANK" not in os.environ:
         raise ValueError(f"the environment speaks of {started} processes, but not of RANK: {WAY_OUT}")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    tasks = launch.tasks_of_srun()
     if tasks > 1 and not launch.is_launched():
         raise ValueError(
             f"srun started {tasks} processes that do not know of each other: put torchrun between srun and "

@@ -346,7 +346,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _write(self, state: dict[str, Any]) -> None:
-        save_archive(self.folder / CHECKPOINT.format(state["step"]), state)
+        path = self.folder / CHECKPOINT.format(state["step"])
+        try:
+            save_archive(path, state)
+        except OSError as error:  # such as a full disk
+            error.filename = error.filename or str(path)
+            raise
         self._prune()
         if self.recipe.export is not None:
             tensors = {**self._frozen, **state["parameters"], **state["buffers"], **state["ema"]}
