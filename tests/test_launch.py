@@ -49,8 +49,7 @@ def test_each_shipped_file_fits_one_to_sixteen_processes(path: Path, processes: 
     given = config(batch_size=values["batch_size"], pictures_at_once=values["pictures_at_once"])
     fitted, changes = fit_batch(given, processes)
     assert fitted.batch_size == processes * fitted.pictures_at_once * fitted.grad_accum_steps
-    together = processes * (given.pictures_at_once or 1)
-    assert given.batch_size <= fitted.batch_size < given.batch_size + together
+    assert given.batch_size <= fitted.batch_size < given.batch_size + processes
     assert len(changes) == (fitted.batch_size != given.batch_size)
     assert not (changes and path.parent.name == "training") and "grad_accum_steps" not in values
     assert fit_batch(fitted, processes) == (fitted, [])
