@@ -30,12 +30,11 @@ def cuda_graph(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Out
     It must have run before in this thread, so that libraries have made their choices.
     """
     graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
+    mode = "thread_local"  # others may load meanwhile
     # The outer context ends on today's stream even where the inner one fails at its end.
     with (
         torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(
-            graph, stream=stream, capture_error_mode="thread_local"
-        ),  # others may load meanwhile
+        torch.cuda.graph(graph, stream=stream, capture_error_mode=mode),
     ):
         outputs = function()
     return graph.replay, outputs
