@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LoraUpdate:
     """One weight's update lora_up @ lora_down·alpha / rank: down (rank, in), up (out, rank).
 

@@ -43,7 +43,7 @@ NOTHING = "the LoRA has no update that is not zero: there is nothing to write"
 # --- the one form ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LoraTokens:
     """Rows that a LoRA brings for the text encoder's token embedding.
 
@@ -68,7 +68,7 @@ class LoraTokens:
                 raise ValueError(f"the LoRA brings {len(self.values)} token rows, but {len(given)} {what}")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # one that is read again is another: tensors have no one truth value
 class LoraFile:
     """A LoRA of Stage C, whatever layout it came in; `MergedLora` takes `updates` and `text_updates`.
 
