@@ -501,6 +501,20 @@ def measure(run: Run, sides: tuple[int, ...], minutes: float) -> None:
 # --- the plot -------------------------------------------------------------------------------------
 
 
+def known_figures(path: Path) -> dict[str, Any]:
+    """The figures in a file; ValueError where it has none of this script's."""
+    try:
+        known = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        known = None
+    steps = known.get("steps", []) if isinstance(known, dict) and "about" in known else None
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise ValueError(f"{path} holds no figures of this script: measure again")
+    if not steps:
+        raise ValueError(f"{path} has no step's figures to draw: measure with more --minutes")
+    return known
+
+
 def draw(known: dict[str, Any], path: Path) -> None:
     """Seconds and memory of a picture by its side, stacked by stage, and the floor as a line."""
     from matplotlib.figure import Figure
@@ -565,14 +579,11 @@ def main() -> None:
         if not options.out.is_file():
             parser.error(f"{options.out} does not exist: measure first, or name the figures with --out")
         try:
-            known = json.loads(options.out.read_text("utf-8"))
-            if not known.get("steps"):
-                parser.error(f"{options.out} has no step's figures to draw: measure with more --minutes")
-            draw(known, options.plot)
+            draw(known_figures(options.out), options.plot)
         except ImportError:
             parser.error("the plot needs a package: pip install matplotlib")
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            parser.error(f"{options.out} holds no figures of this script ({error}): measure again")
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
         return
     if not (torch.cuda.is_available() or options.small):
         parser.error("torch finds no CUDA device; --small shows on a CPU that all of this runs")

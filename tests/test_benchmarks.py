@@ -138,6 +138,7 @@ def test_starting_is_measured_with_random_weights(tmp_path: Path) -> None:
     (("gpu.py", "--plot", "a.png", "--out", "empty.json"), "empty.json has no step's figures to draw"),
     (("gpu.py", "--plot", "a.png", "--out", "damaged.json"), "damaged.json holds no figures of this script"),
     (("gpu.py", "--plot", "a.png", "--out", "other.json"), "other.json holds no figures of this script"),
+    (("gpu.py", "--plot", "nowhere/a.png", "--out", "full.json"), "nowhere"),
     (("gpu.py", "--small", "--out", "folder.json"), "folder.json is a folder: name a file"),
     (("gpu.py", "--small", "--minutes", "0"), "--minutes must be above 0, and --sides at least 64"),
     (("gpu.py", "--small", "--sides", "10"), "--minutes must be above 0, and --sides at least 64"),
@@ -146,7 +147,14 @@ def test_starting_is_measured_with_random_weights(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_one_sentence(tmp_path: Path, words: tuple[str, ...], part: str) -> None:
     (tmp_path / "folder.json").mkdir()
-    contents = {"empty": '{"about": {}}', "damaged": '{"steps": [', "other": '{"steps": [1]}'}
+    contents = {
+        "empty": '{"about": {"device": "a card"}}',
+        "damaged": '{"steps": [',
+        "other": '{"steps": [1]}',
+    }
+    about = {"device": "a card", "torch": "2", "date": "today", "networks": "tiny"}
+    step = {"side": 64, "way": gpu.OURS, "stage": "Stage B", "of_picture": 1.0, "floor": 0.5}
+    contents["full"] = json.dumps({"about": about, "steps": [step]})
     for name, content in contents.items():
         (tmp_path / f"{name}.json").write_text(content)
     own = (tmp_path / word if word.endswith((".json", ".png")) else word for word in words[1:])
