@@ -250,14 +250,14 @@ def test_a_merge_that_fails_halfway_is_undone(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_fails_leaves_everything_as_it_was(family_folder: Path) -> None:
     encoder = TextEncoder.load(str(family_folder), torch.float32)
-    before, vocabulary, merger = state(encoder.model), encoder.tokenizer.get_vocab(), LoraMerger()
+    before, vocabulary, merger = state(encoder.model), encoder.tokenizer.backend.get_vocab(), LoraMerger()
     broken = LoraFile({}, SIZES, {"text_model.nothing.weight": update_of((8, 8))}, new_token())
     merger.wanted = (WeightedLora(broken),)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"text_model\.nothing\.weight"):
             merger.into_text(encoder)
         assert same(before, state(encoder.model))
-        assert encoder.tokenizer.get_vocab() == vocabulary
+        assert encoder.tokenizer.backend.get_vocab() == vocabulary
 
 
 # --- in the pipeline ------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_conversion_to_kohya_writes_whole_rows(cat: Path, tmp_path: Path) -> Non
         convert.main(arguments)
     convert.main([*arguments, "--text_encoder", str(folder), "--leave_out", "text"])
     encoder = TextEncoder.load(str(folder), torch.float32)
-    row = encoder.tokenizer.get_vocab()["balloon</w>"]
+    row = encoder.tokenizer.backend.get_vocab()["balloon</w>"]
     tokens = read_lora(out).tokens
     assert (tokens.names, tokens.absolute) == (("[x]",), True)
     base = encoder.model.get_input_embeddings().weight[row]

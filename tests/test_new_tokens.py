@@ -35,8 +35,8 @@ def encoder(loaded: TextEncoder) -> TextEncoder:
 def state(encoder: TextEncoder) -> tuple[object, list[Tensor]]:
     """All that may not be different afterwards."""
     texts = encoder.encode(PROMPTS, "cpu").values()
-    ids = [encoder.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    known = encoder.tokenizer.get_vocab(), ids, encoder.model.config.vocab_size
+    ids = [encoder.tokenizer.encode(prompt).ids for prompt in PROMPTS]
+    known = encoder.tokenizer.backend.get_vocab(), ids, encoder.model.config.vocab_size
     weights = [parameter.clone() for parameter in encoder.model.parameters()]
     return known, [*weights, *(t for text in texts for t in (text.tokens, text.pooled))]
 
@@ -50,7 +50,7 @@ def width(encoder: TextEncoder) -> int:
 
 
 def ids(encoder: TextEncoder, prompt: str) -> list[int]:
-    return encoder.tokenizer(prompt)["input_ids"][1:-1]
+    return encoder.tokenizer.encode(prompt).ids[1:-1]
 
 
 def encode(encoder: TextEncoder, prompt: str) -> TextCondition:
@@ -67,7 +67,7 @@ def offsets(encoder: TextEncoder, count: int, **known: object) -> LoraTokens:
 
 
 def test_expressions_find_vocabulary_entries_but_no_added_ones(encoder: TextEncoder) -> None:
-    vocabulary = encoder.tokenizer.get_vocab()
+    vocabulary = encoder.tokenizer.backend.get_vocab()
     assert matching_rows(encoder.tokenizer, "^balloon</w>") == [vocabulary["balloon</w>"]]
     both = matching_rows(encoder.tokenizer, "^(red|blue)</w>$")
     assert both == sorted([vocabulary["red</w>"], vocabulary["blue</w>"]])
@@ -215,7 +215,7 @@ def test_what_is_not_known_is_asked_for_and_nothing_is_changed(
 def test_text_is_pooled_at_its_end_and_not_at_the_highest_row(encoder: TextEncoder) -> None:
     tokens = offsets(encoder, 1, names=("[a]",), initialise_from=("^red</w>",))
     merged = MergedTokens(encoder, tokens)
-    assert merged.rows[0] > encoder.tokenizer.eos_token_id
+    assert merged.rows[0] > encoder.tokenizer.end_id
     ends = [encode(encoder, f"[a] balloon {last}").pooled for last in ("by day", "by night")]
     assert not torch.equal(*ends)  # what stands behind the token counts
     merged.undo()

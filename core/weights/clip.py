@@ -21,10 +21,11 @@ from torch import Tensor
 
 from core.weights.checkpoint import build_empty, read_tensors
 from core.weights.published import fetching, published_at
+from core.weights.tokenizer import Tokenizer
 from modules.clip_text import ClipText, ClipTextConfig
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase
+    from transformers import CLIPVisionModelWithProjection
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]  # of the pixels CLIP was trained on, RGB
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -61,7 +62,7 @@ class TextEncoder:
     """CLIP's text tower with its tokenizer."""
 
     model: ClipText
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
 
     @classmethod
     def load(
@@ -115,20 +116,21 @@ class TextEncoder:
         """The same of token ids and their attention mask, both (B, L) on the model's device."""
         tokens = self.model(ids, mask)  # (B, L, D)
         # The first end of text: padding repeats it, and an added token may have a higher id.
-        ends = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)
+        ends = (ids == self.tokenizer.end_id).int().argmax(dim=1)
         last = tokens[torch.arange(len(ids), device=ids.device), ends][:, None]  # (B, 1, D)
         return tokens, self.model.project(last)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and their mask, both (B, L), of prompts; one that is too long is cut with a warning."""
         length = self.model.config.max_position_embeddings
-        for whole in self.tokenizer(list(prompts), verbose=False)["input_ids"]:
-            if len(whole) > length:
-                self.warn_of_cut(whole[length - 1 : -1])  # the end-of-text token stays
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return tokens["input_ids"], tokens["attention_mask"]
+        rows = []
+        for prompt in prompts:
+            ids = self.tokenizer.encode(prompt).ids
+            if len(ids) > length:
+                self.warn_of_cut(ids[length - 1 : -1])  # the end-of-text token stays
+            rows.append(self.tokenizer.padded(ids, length))
+        ids, masks = (torch.tensor(part) for part in zip(*rows, strict=True))
+        return ids, masks
 
     def warn_of_cut(self, cut: Sequence[int]) -> None:
         """Warn that these ids, of tokens at a prompt's end, are left out."""
@@ -272,11 +274,9 @@ def _complete(root: Path, folder: Path, missing: Sequence[str], what: str) -> Pa
     return folder
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import CLIPTokenizer
-
+def _load_tokenizer(folder: Path) -> Tokenizer:
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return Tokenizer.load(folder)
     except Exception as error:  # what the tokenizers library raises for a damaged file is a plain Exception
         raise ValueError(f"{folder}: the tokenizer cannot be loaded ({_one_line(error)})") from None
 

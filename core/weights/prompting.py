@@ -65,8 +65,8 @@ def _condition(
 
 def _chunks(encoder: TextEncoder, read: WeightedText, long: bool) -> list[_Chunk]:
     """A prompt's tokens, as many at a time as the encoder takes; unless `long` the first, with a warning."""
-    found = encoder.tokenizer(read.text, return_offsets_mapping=True, verbose=False)
-    ids, places = found["input_ids"][1:-1], found["offset_mapping"][1:-1]
+    found = encoder.tokenizer.encode(read.text)
+    ids, places = found.ids[1:-1], found.offsets[1:-1]
     weights = [read.weights[start] for start, _ in places]
     room = encoder.model.config.max_position_embeddings - 2  # start and end
     if not long and len(ids) > room:
@@ -78,9 +78,7 @@ def _chunks(encoder: TextEncoder, read: WeightedText, long: bool) -> list[_Chunk
 
 def _embed(encoder: TextEncoder, chunk: _Chunk, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Tokens (1, L, D) and pooled embedding (1, 1, P) of a chunk, padded as the tokenizer does it."""
-    tokenizer, length = encoder.tokenizer, encoder.model.config.max_position_embeddings
-    ids = [tokenizer.bos_token_id, *chunk.ids, tokenizer.eos_token_id]
-    padding = length - len(ids)
-    mask = [1] * len(ids) + [0] * padding
-    ids += [tokenizer.pad_token_id] * padding
+    tokenizer = encoder.tokenizer
+    whole = [tokenizer.start_id, *chunk.ids, tokenizer.end_id]
+    ids, mask = tokenizer.padded(whole, encoder.model.config.max_position_embeddings)
     return encoder.embed_ids(torch.tensor([ids], device=device), torch.tensor([mask], device=device))

@@ -7,7 +7,6 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken, Regex, normalizers
@@ -15,12 +14,9 @@ from torch import Tensor, nn
 
 from core.weights.clip import TextEncoder
 from core.weights.lora.files import LoraTokens
+from core.weights.tokenizer import WORD_END, Tokenizer
 from modules.clip_text import ClipText
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-WORD_END = "</w>"  # of a vocabulary entry that ends a word
 PRIVATE = 0xF0000  # the first of the characters that stand for the rows of a token with several
 NEAR = 4  # vocabulary entries that an error lists
 
@@ -28,7 +24,7 @@ NEAR = 4  # vocabulary entries that an error lists
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def matching_rows(tokenizer: PreTrainedTokenizerBase, expression: str) -> list[int]:
+def matching_rows(tokenizer: Tokenizer, expression: str) -> list[int]:
     """Rows of the vocabulary entries, such as `cat</w>`, in which a regular expression finds something.
 
     Added tokens are left out. ValueError where it finds nothing, or is no regular expression.
@@ -37,7 +33,7 @@ def matching_rows(tokenizer: PreTrainedTokenizerBase, expression: str) -> list[i
         pattern = re.compile(expression)
     except re.error as error:
         raise ValueError(f"{expression!r} is no regular expression: {error}") from None
-    vocabulary = _vocabulary(tokenizer)
+    vocabulary = tokenizer.vocabulary()
     rows = sorted(row for entry, row in vocabulary.items() if pattern.search(entry))
     if not rows:
         near = difflib.get_close_matches(re.sub(r"[\^$\\]", "", expression), vocabulary, NEAR)
@@ -60,7 +56,7 @@ def add_tokens(encoder: TextEncoder, names: Sequence[str]) -> list[int]:
         if key not in known:
             _check_name(encoder.tokenizer, name)
     new = [name for name, key in zip(names, keys, strict=True) if key not in known]
-    encoder.tokenizer.add_tokens([AddedToken(name, single_word=_is_word(name)) for name in new])
+    encoder.tokenizer.backend.add_tokens([AddedToken(name, single_word=_is_word(name)) for name in new])
     rows = _added(encoder.tokenizer)
     found = [rows[key] for key in keys]
     _resize(encoder.model, max([len(_embedding(encoder.model)), *(row + 1 for row in found)]))
@@ -73,7 +69,7 @@ def base_rows(encoder: TextEncoder, expressions: Sequence[str | None], rows: Seq
     Without an expression a new one starts from 0. The base row of a vocabulary entry is its own.
     """
     embedding = _embedding(encoder.model).detach()
-    ordinary = {*encoder.tokenizer.get_vocab().values()} - {*_added(encoder.tokenizer).values()}
+    ordinary = {*encoder.tokenizer.backend.get_vocab().values()} - {*encoder.tokenizer.added().values()}
     base = torch.zeros(len(rows), embedding.shape[1], device=embedding.device)
     for i, (expression, row) in enumerate(zip(expressions, rows, strict=True)):
         if row in ordinary:
@@ -182,7 +178,7 @@ class MergedTokens:
             first = PRIVATE + len(tokenizer)
             characters = [chr(first + i) for i in range(count)]
             self._several[_key(name)] = add_tokens(self._encoder, characters)
-            backend = tokenizer.backend_tokenizer
+            backend = tokenizer.backend
             spelt = normalizers.Replace(Regex(_pattern(name)), "".join(characters))
             backend.normalizer = normalizers.Sequence([backend.normalizer, spelt])
         return self._several[_key(name)]
@@ -201,11 +197,11 @@ def _bases(encoder: TextEncoder, tokens: LoraTokens) -> Tensor:
     return base_rows(encoder, expressions or [None] * count, [-1 if row is None else row for row in known])
 
 
-def _known_row(tokenizer: PreTrainedTokenizerBase, tokens: LoraTokens, i: int) -> int | None:
+def _known_row(tokenizer: Tokenizer, tokens: LoraTokens, i: int) -> int | None:
     """The row of a LoRA's i-th token if that is a vocabulary entry; its index alone may be of another one."""
-    if tokens.indices is None or tokens.indices[i] in _added(tokenizer).values():
+    if tokens.indices is None or tokens.indices[i] in tokenizer.added().values():
         return None
-    entry = tokenizer.convert_ids_to_tokens(tokens.indices[i]) if tokens.indices[i] < len(tokenizer) else None
+    entry = tokenizer.backend.id_to_token(tokens.indices[i])
     fits = tokens.names is None or tokens.names[i] in (entry, (entry or "").removesuffix(WORD_END))
     return tokens.indices[i] if entry is not None and fits else None
 
@@ -213,15 +209,15 @@ def _known_row(tokenizer: PreTrainedTokenizerBase, tokens: LoraTokens, i: int) -
 # --- helpers --------------------------------------------------------------------------------------
 
 
-def _check_name(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def _check_name(tokenizer: Tokenizer, name: str) -> None:
     if not name or re.search(r"\s", name):
         raise ValueError(f"the new token {name!r} must be one word without spaces, such as '[mycat]'")
     key = _key(name)
-    if any(special in key for special in tokenizer.all_special_tokens):
+    if any(special in key for special in tokenizer.special.values()):
         raise ValueError(
             f"the new token {name!r} holds a special one of the text encoder: choose another name"
         )
-    if key in tokenizer.get_vocab() or len(tokenizer(name, add_special_tokens=False)["input_ids"]) == 1:
+    if key in tokenizer.backend.get_vocab() or len(tokenizer.encode(name, ends=False)) == 1:
         raise ValueError(
             f"{name!r} is already a word of the text encoder: for a new token put it in brackets: '[{name}]'"
         )
@@ -242,16 +238,9 @@ def _pattern(name: str) -> str:
     return rf"\b{escaped}\b" if _is_word(name) else escaped
 
 
-def _added(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Rows of the added tokens that are not special, by what they are known by."""
-    special = set(tokenizer.all_special_tokens)
-    return {_key(name): row for name, row in tokenizer.added_tokens_encoder.items() if name not in special}
-
-
-def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The vocabulary without added tokens, special ones included."""
-    added = tokenizer.added_tokens_encoder
-    return {entry: row for entry, row in tokenizer.get_vocab().items() if entry not in added}
+def _added(tokenizer: Tokenizer) -> dict[str, int]:
+    """Rows of the added tokens, by what they are known by."""
+    return {_key(name): row for name, row in tokenizer.added().items()}
 
 
 def _embedding(model: ClipText) -> Tensor:
