@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tokenizers import AddedToken
 from transformers import CLIPTokenizer
 
+from core.weights.clip import TextEncoder
 from core.weights.tokenizer import END, START, Tokenizer
 
 TINY = Path(__file__).parents[1] / "models" / "tiny" / "tokenizer"
@@ -30,34 +33,52 @@ def texts() -> list[str]:
     return [*TEXTS, *("".join(draw.choices(letters, k=draw.randint(1, 50))) for _ in range(300))]
 
 
-@pytest.fixture(params=["tokenizer.json", "vocab.json and merges.txt", "with a padding token and more"])
+def token(content: str, **flags: bool) -> dict[str, Any]:
+    """As configurations hold a token."""
+    none = dict.fromkeys(("lstrip", "rstrip", "single_word", "special"), False)
+    return {"content": content, "normalized": True, **none, **flags}
+
+
+ENDS = {"bos_token": token(START), "eos_token": token(END), "pad_token": END, "unk_token": token(END)}
+ROWS = {"775": token(START, special=True), "776": token(END, special=True)}
+CAT = {"777": token("<cat>")}
+LAYOUTS: dict[str, dict[str, Any]] = {  # what lies beside vocab.json and merges.txt
+    "alone": {},
+    "of transformers 4": {
+        "tokenizer_config.json": {"pad_token": "!", "added_tokens_decoder": {"0": token("!"), **ROWS}},
+        "special_tokens_map.json": ENDS,
+    },
+    "before that": {"special_tokens_map.json": ENDS, "tokenizer_config.json": {"pad_token": "!"}},
+    "of another padding": {"special_tokens_map.json": {**ENDS, "pad_token": "!"}},
+    "with a token": {"tokenizer_config.json": {"added_tokens_decoder": {**ROWS, **CAT}}},
+    "with a token, older": {"added_tokens.json": {"<cat>": 777}, "special_tokens_map.json": ENDS},
+    "with a special token": {"tokenizer_config.json": {"additional_special_tokens": ["<cat>"]}},
+}
+
+
+@pytest.fixture(params=["of transformers 5", "tokenizer.json, changed", *LAYOUTS])
 def folder(request, tmp_path) -> Path:
-    """The embedded family's tokenizer, in each kind of file."""
-    whole = TINY / "tokenizer.json"
-    if request.param == "tokenizer.json":
-        shutil.copy(whole, tmp_path)
-        shutil.copy(whole.with_name("tokenizer_config.json"), tmp_path)
-        return tmp_path
-    model = json.loads(whole.read_text())["model"]
-    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
-    merges = "".join(f"{' '.join(pair)}\n" for pair in model["merges"])
-    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}")
-    if request.param.startswith("with"):
-        flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "special"), False)
-        more = {str(len(model["vocab"])): {"content": "<cat>", "normalized": True, **flags}}
-        stored = {
-            "pad_token": {"__type": "AddedToken", "content": "!"},
-            "bos_token": START,
-            "added_tokens_decoder": more,
-        }
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(stored))
+    """The embedded family's tokenizer, in every layout of files."""
+    whole = json.loads((TINY / "tokenizer.json").read_text())
+    if request.param in LAYOUTS:
+        (tmp_path / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
+        merges = "".join(f"{' '.join(pair)}\n" for pair in whole["model"]["merges"])
+        (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+    elif request.param == "of transformers 5":
+        shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    else:  # of which transformers takes the vocabulary alone
+        truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+        changed = {**whole, "normalizer": None, "post_processor": None, "truncation": truncation}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+    for name, held in LAYOUTS.get(request.param, {}).items():
+        (tmp_path / name).write_text(json.dumps(held))
     return tmp_path
 
 
 def test_ids_places_and_text_are_those_of_transformers(folder: Path) -> None:
     ours, theirs = Tokenizer.load(folder), CLIPTokenizer.from_pretrained(folder)
     ends = theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id
-    assert (ours.start_id, ours.end_id, ours.padded([], 1)[0][0]) == ends and len(ours) == len(theirs)
+    assert (ours.start_id, ours.end_id, ours.pad_id) == ends and len(ours) == len(theirs)
     for text in texts():
         whole = theirs(text, return_offsets_mapping=True, verbose=False)
         found = ours.encode(text)
@@ -83,16 +104,6 @@ def test_tokens_that_are_added_go_into_a_copy_alone(folder: Path) -> None:
     assert with_more.vocabulary() == before[0] and not {START, END} & before[0].keys()
 
 
-def test_what_is_stored_beside_the_vocabulary_does_not_cut_or_pad(folder: Path) -> None:
-    if not (folder / "tokenizer.json").exists():
-        pytest.skip("there alone it can be stored")
-    held = json.loads((folder / "tokenizer.json").read_text())
-    held["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    before = Tokenizer.load(folder).encode(TEXTS[2]).ids
-    (folder / "tokenizer.json").write_text(json.dumps(held))
-    assert Tokenizer.load(folder).encode(TEXTS[2]).ids == before and len(before) > 4
-
-
 def test_a_text_is_encoded_without_transformers() -> None:
     code = (
         "import sys, torch; from core.weights.clip import TextEncoder\n"
@@ -102,12 +113,15 @@ def test_a_text_is_encoded_without_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
-@pytest.mark.parametrize("absent", [START, END])
-def test_a_vocabulary_without_start_or_end_is_told(folder: Path, absent: str) -> None:
-    if (folder / "tokenizer.json").exists():
-        pytest.skip("the other kinds")
-    vocabulary = json.loads((folder / "vocab.json").read_text())
-    del vocabulary[absent]
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    with pytest.raises(ValueError, match=f"the vocabulary lacks {absent.replace('|', '.')}"):
-        Tokenizer.load(folder)
+@pytest.mark.parametrize("kind", ["bos_token", "eos_token", "pad_token"])
+@pytest.mark.parametrize(
+    ("held", "said"), [("<other>", "which has 777 tokens: take both"), (None, "cannot be loaded"), ("", "")]
+)
+def test_a_start_or_end_that_the_text_encoder_does_not_know_is_told(
+    tmp_path: Path, kind: str, held: str | None, said: str
+) -> None:
+    shutil.copytree(TINY.parent / "text_encoder", tmp_path / "text_encoder")
+    shutil.copytree(TINY, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({kind: held}))
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'tokenizer'}: .*{said}"):
+        TextEncoder.load(str(tmp_path), torch.float32)

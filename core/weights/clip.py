@@ -78,8 +78,13 @@ class TextEncoder:
         FileNotFoundError says what is missing and how to get it, ValueError what is wrong with a file.
         """
         model_folder, tokenizer_folder = find_text_encoder(source, allow_download)
-        tokenizer = _load_tokenizer(tokenizer_folder)
-        return cls(_load_text_model(model_folder, dtype, device), tokenizer)
+        tokenizer, model = _load_tokenizer(tokenizer_folder), _load_text_model(model_folder, dtype, device)
+        if max(tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id) >= model.config.vocab_size:
+            raise ValueError(
+                f"{tokenizer_folder}: the tokenizer does not belong to the text encoder in {model_folder}, "
+                f"which has {model.config.vocab_size} tokens: take both from one place"
+            )
+        return cls(model, tokenizer)
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the model and return self."""

@@ -201,9 +201,10 @@ def _known_row(tokenizer: Tokenizer, tokens: LoraTokens, i: int) -> int | None:
     """The row of a LoRA's i-th token if that is a vocabulary entry; its index alone may be of another one."""
     if tokens.indices is None or tokens.indices[i] in tokenizer.added().values():
         return None
-    entry = tokenizer.backend.id_to_token(tokens.indices[i])
+    index = tokens.indices[i]
+    entry = tokenizer.backend.id_to_token(index) if index < len(tokenizer) else None
     fits = tokens.names is None or tokens.names[i] in (entry, (entry or "").removesuffix(WORD_END))
-    return tokens.indices[i] if entry is not None and fits else None
+    return index if entry is not None and fits else None
 
 
 # --- helpers --------------------------------------------------------------------------------------
