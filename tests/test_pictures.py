@@ -65,7 +65,7 @@ def pipeline(loaded: UltraPixelPipeline, monkeypatch: pytest.MonkeyPatch) -> Ult
 
 def arguments(folder: Path, **changed: object) -> argparse.Namespace:
     values = {"height": 64, "width": 64, "dry_run": False, "preset": None, "output_dir": str(folder),
-              "format": "png", "preview": False, **changed}  # fmt: skip
+              "format": "png", "preview": False, "skip_existing": None, **changed}  # fmt: skip
     return argparse.Namespace(**values)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -109,11 +112,44 @@ def test_a_dry_run_tells_the_plan_and_makes_nothing(script: Run, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_between_pictures_tells_how_to_go_on(
+    command_line: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    flags = command_line(num_image=50)
+    command = [sys.executable, str(ROOT / "inference" / "test_t2i.py"), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    made = tmp_path / "out"
+    while len(list(made.glob("*.png"))) < 2 and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.endswith("interrupted: the same command with --skip_existing makes what is missing\n")
+    before = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
+    again = call(command_line("--skip_existing", num_image=len(before) + 1))
+    after = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert again.returncode == 0 and len(after) == len(before) + 1 and after.items() >= before.items()
+
+
 def test_a_dry_run_of_the_published_configuration_needs_no_weights() -> None:
     done = call(["--prompt", "x", "--height", 4096, "--width", 4096, "--dry_run"])
     assert done.returncode == 0, done.stderr
     assert "latent 96 x 96" in done.stdout
     assert "not there" in done.stdout
+
+
+def test_a_dry_run_counts_each_way_to_offload_and_pictures_at_once() -> None:
+    flags = ["--prompt", "x", "--height", 4096, "--width", 4096, "--dry_run", "--num_image", 3]
+    said, counted = [], []
+    for more in (("--offload", "block"), ("--batch", 2)):
+        said.append(call([*flags, *more]).stdout)
+        (line,) = (line for line in said[-1].splitlines() if line.startswith("by --offload: "))
+        assert line.endswith(", without the text encoder, which is not there")
+        counted.append([float(number) for number in re.findall(r"([\d.]+) GiB", line)])
+    assert "(estimate)" in said[0] and "(estimate, 2 pictures at once)" in said[1]
+    none, stage, block = counted[0]
+    assert none > stage > block
+    assert all(two > one for one, two in zip(*counted, strict=True))
 
 
 @pytest.mark.parametrize(

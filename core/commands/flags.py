@@ -59,8 +59,8 @@ def run(main: Callable[[], int | None]) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         leave(main() or 0)
-    except KeyboardInterrupt:
-        fail("interrupted", 130, patience=INTERRUPTED)
+    except KeyboardInterrupt as error:
+        fail(f"interrupted: {error}" if str(error) else "interrupted", 130, patience=INTERRUPTED)
     except ImportError as error:
         if (error.name or "").split(".")[0] in OWN_PACKAGES:
             raise

@@ -240,7 +240,12 @@ def make_pictures(
         tell_plan(pipeline, jobs, settings, batch)
         return 0
     prepare(arguments, pipeline, jobs, settings)
-    make_and_save(arguments, pipeline, jobs, settings, model_flags, control)
+    try:
+        make_and_save(arguments, pipeline, jobs, settings, model_flags, control)
+    except KeyboardInterrupt:
+        if len(jobs) > 1 and not launch.is_launched() and not arguments.skip_existing:
+            raise KeyboardInterrupt("the same command with --skip_existing makes what is missing") from None
+        raise
     tell_uses(pipeline)
     return 0
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from core.config.offloading import MODES
 from core.config.settings import Job, Settings
 from core.config.sizes import Size
 from core.config.yaml import as_yaml
-from core.pipeline.estimate import GIB, weights_on_disk
+from core.pipeline.estimate import GIB, taken, weights_on_disk
 from core.pipeline.passes import needs_unconditional
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import guidance_strength, low_picture, plan_for
@@ -37,13 +39,23 @@ def describe_plan(
         return height * width * min(batch, len(own[key])) * (1 + needs_unconditional(of_these)[0])
 
     largest, of_it = max(own, key=maps)
-    lines.append("# memory on the device (estimate)")
+    together = min(batch, len(own[largest, of_it]))
+    several = f", {together} pictures at once" if together > 1 else ""
+    lines.append(f"# memory on the device (estimate{several})")
     if len({size for size, _ in own}) > 1:
         lines.append(f"of the largest, {_by(largest)} px:")
-    for stage in pipeline.estimate(plan_for(pipeline.config_c, *largest, of_it.lr_size), of_it):
-        at_once = 1 if stage.name == "stage A" else min(batch, len(own[largest, of_it]))
-        weights, maps = stage.weights_in(pipeline.offload) / GIB, at_once * stage.activations / GIB
+    stages = pipeline.estimate(plan_for(pipeline.config_c, *largest, of_it.lr_size), of_it)
+    stages = [
+        stage if stage.name == "stage A" else replace(stage, activations=together * stage.activations)
+        for stage in stages  # Stage A takes them one by one
+    ]
+    for stage in stages:
+        weights, maps = stage.weights_in(pipeline.offload) / GIB, stage.activations / GIB
         lines.append(f"{stage.name}: {weights + maps:.2f} GiB (weights {weights:.2f}, maps {maps:.2f})")
+    text = weights_on_disk(pipeline.config_c.clip_text_path)
+    counted = [f"{mode} {taken(mode, stages, text) / GIB:.2f} GiB" for mode in MODES]
+    without = "" if text else ", without the text encoder, which is not there"
+    lines.append(f"by --offload: {', '.join(counted)}{without}")
     lines += [describe_offload(pipeline, own[largest, of_it][0], of_it), "# files"]
     lines += [f"{what}: {path}, {_file_size(path)}" for what, path in pipeline.files().items()]
     return "\n".join(lines)
