@@ -253,7 +253,7 @@ def add_settings_flags(parser: argparse.ArgumentParser, own: Collection[str] = (
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--fast", action="store_true",
-        help=f"a few times faster, a little worse: the same as {_as_flags(FAST)}",
+        help=f"about twice as fast, a little worse: the same as {_as_flags(FAST)}",
     )  # fmt: skip
     group.add_argument("--steps", type=int, default=d.steps, help="of each pass of Stage C")
     group.add_argument("--steps_lr", type=int, help="of the low-resolution pass (default: --steps)")
