@@ -65,6 +65,7 @@ GIB = 2**30
 TEXT_TOKENS = 77
 SIDES = (4096, 2048, 1024, 3072, 6144)  # of the pictures, the first two also whole; by importance
 SMALL_SIDES = (128, 96)
+NO_TIME = "no time was left"
 STAGES = ("Stage C, low", "Stage C, high", "Stage B", "Stage A")
 OURS, PLAIN, DIFFUSERS = "ours", "plain", "diffusers"
 
@@ -335,7 +336,7 @@ def measure_ceiling(run: Run) -> None:
     flops = 2 * n**3 / timed(lambda: a @ b, run.device)
     copied = 2 * len(big) / timed(lambda: other.copy_(big), run.device)
     run.figures.set("ceiling", {"flops": flops, "bytes": copied})
-    print(f"ceiling: {flops / 1e12:.1f} TFLOP/s, {copied / 1e9:.0f} GB/s", flush=True)
+    print(f"ceiling: {flops / 1e12:.3g} TFLOP/s, {copied / 1e9:.3g} GB/s", flush=True)
 
 
 def measure_steps(run: Run, side: int, way: str) -> None:
@@ -488,7 +489,7 @@ def measure(run: Run, sides: tuple[int, ...], minutes: float) -> None:
     for name, part in parts(sides):
         start = time.monotonic()
         if start + longest > end:
-            run.figures.add("left_out", what=name, why="no time was left")
+            run.figures.add("left_out", what=name, why=NO_TIME)
             continue
         try:
             part(run)
@@ -524,8 +525,9 @@ def draw(known: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     about = known["about"]
     figure.suptitle(f"{about['device']}, torch {about['torch']}, {about['date']}, {about['networks']}")
-    panels = figure.subplots(1, 2)
-    for panel, key, label in zip(panels, ("of_picture", "peak_gib"), ("seconds", "GiB"), strict=True):
+    shown = {"of_picture": "seconds"} | ({"peak_gib": "GiB"} if any(s.get("peak_gib") for s in steps) else {})
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for panel, (key, label) in zip(panels, shown.items(), strict=True):
         values = {(s["stage"], s["side"]): s.get(key, 0.0) for s in steps}
         places, below = [str(side) for side in sides], [0.0] * len(sides)
         for number, stage in enumerate(STAGES):
@@ -612,7 +614,9 @@ def main() -> None:
             measure(Run(Networks(sizes, device), figures, settings, counts), sides, options.minutes)
     finally:
         counting.shutdown(wait=False, cancel_futures=True)
-    print(f"{options.out} holds the figures; --plot FILE draws them", flush=True)
+    short = sum(part["why"] == NO_TIME for part in figures.known.get("left_out", ()))
+    more = f"; {short} parts need more --minutes than {options.minutes:g}" if short else ""
+    print(f"{options.out} holds the figures; --plot FILE draws them{more}", flush=True)
 
 
 if __name__ == "__main__":

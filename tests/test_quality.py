@@ -15,13 +15,14 @@ import quality  # noqa: E402
 def test_rows_are_made_once_and_what_is_missing_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = {"exact": {}, "two steps": {"steps": 2}}
+    rows = {"exact": {}, "two steps": {"steps": 2}, "rounded": {"steps": 2, "fp8": "on"}}
     monkeypatch.setattr(quality, "ROWS_OF_FAST", rows)
     monkeypatch.setattr(quality, "PAIRS", 1)
     given = ["fast", "--num_image", "2", "--side", "64", "--folder", str(tmp_path)]
     assert quality.main(given) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in lines if "%" in line] == ["| exact", "| two steps"]
+    assert [line.split(" | ")[0] for line in lines if "%" in line] == ["| exact", "| two steps", "| rounded"]
+    assert [line.split(" | ")[-1] == "|" for line in lines if "%" in line] == [False, False, True]
     assert {"fast.png", "exact.png", "two_steps.png"} <= {path.name for path in tmp_path.iterdir()}
     monkeypatch.setitem(rows, "three steps", {"steps": 3})
     monkeypatch.setattr(quality, "measure", None)  # nothing is measured again
