@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 KINDS = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}  # by CLIP's own files
-MORE = ("added_tokens", "additional_special_tokens", "extra_special_tokens", "split_special_tokens")
+MORE = ("additional_special_tokens", "extra_special_tokens", "split_special_tokens")
 WORD_END = "</w>"  # of a vocabulary entry that ends a word
 PIECES = (  # of a text, each of which is joined from bytes by itself
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -138,7 +138,7 @@ def _made_of(
     vocabulary: dict[str, int], merges: list[tuple[str, str]], special: dict[str, str]
 ) -> tokenizers.Tokenizer:
     """CLIP's tokenizer with a vocabulary; KeyError where this lacks what starts, ends or pads."""
-    start, end, _, _ = ((special[kind], vocabulary[special[kind]]) for kind in KINDS)
+    rows = {kind: (token, vocabulary[token]) for kind, token in special.items()}
     model = BPE(
         vocabulary,
         merges,
@@ -152,5 +152,6 @@ def _made_of(
     pieces = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True)
     made.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     made.decoder = decoders.ByteLevel()
-    made.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    ends = rows["eos_token"], rows["bos_token"]
+    made.post_processor = processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
     return made
