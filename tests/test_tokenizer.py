@@ -104,6 +104,17 @@ def test_tokens_that_are_added_go_into_a_copy_alone(folder: Path) -> None:
     assert with_more.vocabulary() == before[0] and not {START, END} & before[0].keys()
 
 
+def test_layouts_of_clip_s_own_files_need_no_transformers(
+    folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    if "with a" in request.node.name:
+        with pytest.raises(ImportError):
+            Tokenizer.load(folder)
+    else:
+        assert len(Tokenizer.load(folder)) == 777
+
+
 def test_a_text_is_encoded_without_transformers() -> None:
     code = (
         "import sys, torch; from core.weights.clip import TextEncoder\n"
