@@ -40,7 +40,7 @@ ROWS_OF_FAST: dict[str, dict[str, Any]] = {
     "DPM-Solver++(2M), fewer steps": {key: FAST[key] for key in ("steps", "sampler")},
     "fewer steps at low resolution": {"steps_lr": FAST["steps_lr"]},
     "cfg in an interval": {"cfg_interval": FAST["cfg_interval"]},
-    "inner levels shared by two steps": {"reuse": FAST["reuse"]},
+    "inner layers shared by two steps": {"reuse": FAST["reuse"]},
     "Stage B without cfg": {"cfg_b": FAST["cfg_b"]},
     "Stage B with fewer steps": {key: FAST[key] for key in ("steps_b", "sampler_b")},
     "float8 (its rounding alone, on a CPU)": {"fp8": "on"},
@@ -56,9 +56,7 @@ CURVES: dict[str, dict[str, dict[str, Any]]] = {  # title: rows by their place o
 }  # fmt: skip
 FIGURES = {"mean": "attributes right", "worst": "worst attribute", "frechet": "Fréchet",
            "patch_frechet": "of patches", "time": "time"}  # fmt: skip
-PLOTTED = {
-    "frechet": "Fréchet distance (less is better)", "patch_frechet": "the same of patches",
-}  # fmt: skip
+PLOTTED = {"frechet": "Fréchet distance (less is better)", "patch_frechet": "the same of patches"}
 
 
 def rows_of(what: str) -> dict[str, dict[str, Any]]:
@@ -69,7 +67,10 @@ def rows_of(what: str) -> dict[str, dict[str, Any]]:
 
 
 def time_ratio(pipeline: UltraPixelPipeline, settings: Settings, exact: Settings, side: int) -> float:
-    """The median of the ratios of times of pictures that are made in turn; on a CPU of its own time alone."""
+    """The median of the ratios of times of pictures that are made in turn.
+
+    On a CPU it is processor time, which other programs change little.
+    """
     clock = time.process_time if pipeline.device.type == "cpu" else time.perf_counter
     ratios = []
     for i in range(PAIRS):
@@ -90,12 +91,15 @@ def measure(name: str, pipeline: UltraPixelPipeline, judge: Judge, settings: Set
     evaluation = Evaluation(pipeline, judge, cases, settings)
     with tqdm(total=len(cases), desc=name, unit="picture") as bar:
         (found,) = evaluation.pictures(size, [View(name, size)], counting(bar, "stage A"), sheets)
-    shares, timed = found.accuracy, (pipeline, settings, exact, arguments.side)
-    simulated = settings.fp8 == "on" and pipeline.device.type == "cpu"  # its time says nothing
+    shares = found.accuracy
+    if settings.fp8 == "on" and pipeline.device.type == "cpu":
+        taken = None  # of float8 that is simulated
+    else:
+        taken = 1.0 if settings == exact else time_ratio(pipeline, settings, exact, arguments.side)
     return {
         "row": name, "mean": shares.mean, "worst": shares.each[shares.worst], "worst_attribute": shares.worst,
         "frechet": found.frechet, "patch_frechet": found.patch_frechet,
-        "time": None if simulated else 1.0 if settings == exact else time_ratio(*timed),
+        "time": taken,
     }  # fmt: skip
 
 
