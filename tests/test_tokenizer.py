@@ -136,3 +136,11 @@ def test_a_start_or_end_that_the_text_encoder_does_not_know_is_told(
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({kind: held}))
     with pytest.raises(ValueError, match=f"^{tmp_path / 'tokenizer'}: .*{said}"):
         TextEncoder.load(str(tmp_path), torch.float32)
+
+
+def test_merges_at_which_the_library_panics_are_told(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({START: 0, END: 1, "a": 2}))
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{END} {START}\n")
+    shutil.copytree(TINY.parent / "text_encoder", tmp_path / "text_encoder")
+    with pytest.raises(ValueError, match=f"^{tmp_path}: the tokenizer cannot be loaded"):
+        TextEncoder.load(str(tmp_path), torch.float32)

@@ -282,7 +282,9 @@ def _complete(root: Path, folder: Path, missing: Sequence[str], what: str) -> Pa
 def _load_tokenizer(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.load(folder)
-    except Exception as error:  # what the tokenizers library raises for a damaged file is a plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library panics at some damaged files
         raise ValueError(f"{folder}: the tokenizer cannot be loaded ({_one_line(error)})") from None
 
 
