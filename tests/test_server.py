@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
@@ -31,6 +32,7 @@ from core.pipeline import UltraPixelPipeline
 from core.pipeline.made import picture_metadata
 from core.server import shown, worker
 from core.server.accounts import Accounts, Keys, add_user
+from core.server.api import add_api
 from core.server.form import TEXT, Filled, whole
 from core.server.guard import CLIENT, Guard, Hosts
 from core.server.jobs import KEPT_GIVEN, Job, Jobs, StageBar, TooMany
@@ -389,6 +391,31 @@ def test_an_error_is_a_sentence_and_ends_its_job_alone(
     told = [each.status.error for each in jobs]
     assert told[0] == "the sea is too blue" and "secret" not in told[1] and "No space left" in told[2]
     assert "secret" in capsys.readouterr().err
+
+
+def test_errors_of_the_server_are_told_from_those_of_the_order_and_a_lost_device_makes_it_ill(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    errors = [ValueError("too blue"), torch.OutOfMemoryError("full"), OSError(28, "No space left"),
+              KeyError("secret"), lost]  # fmt: skip
+    failing = iter(errors)
+
+    def fail(_: str) -> None:
+        raise next(failing)
+
+    monkeypatch.setattr(service.models, "pipeline", fail)
+    app = FastAPI()
+    add_api(app, service)
+    client = TestClient(Guard(app, Hosts("127.0.0.1"), 1000, None, None), base_url="http://localhost:7860")
+    told = []
+    with service.running():
+        for _ in errors:
+            assert client.get("/health").json() == {"status": "ok"}
+            told.append(client.post("/v1/images/generations", json={"prompt": "a house", "size": "64x64"}))
+    assert [answer.status_code for answer in told] == [400, 400, 500, 500, 503]
+    assert "start the server again" in told[-1].json()["error"]["message"]
+    assert client.get("/health").status_code == 503
 
 
 def test_one_clients_controls_and_failed_previews_touch_no_other_job(

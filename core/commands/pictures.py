@@ -271,8 +271,8 @@ def tell_plan(pipeline: UltraPixelPipeline, jobs: Sequence[Job], settings: Setti
 
 
 def tell_uses(pipeline: UltraPixelPipeline) -> None:
-    """Say what the stages took."""
-    if launch.is_main():
+    """Say what the stages took, if any ran."""
+    if launch.is_main() and any(use.seconds for use in pipeline.uses.values()):
         say(usage_table(list(pipeline.uses.values())), sys.stderr)
 
 

@@ -27,7 +27,7 @@ from core.server.jobs import Job, Status, TooMany
 from core.server.orders import Beginning, Order
 from core.server.service import Service
 from core.server.uploads import from_base64, hole_of, read_upload
-from core.server.worker import UNEXPECTED
+from core.server.worker import LOST, UNEXPECTED
 
 LOOK = 0.1  # seconds between two looks at a job
 KEEP_ALIVE = 15.0  # seconds after which a silent stream says that it is alive
@@ -134,7 +134,9 @@ def _file_routes(service: Service) -> APIRouter:
 
     @router.get("/health")
     def health() -> dict[str, str]:
-        """Whether the server answers."""
+        """Whether the server answers, and can make pictures."""
+        if service.lost:
+            raise HTTPException(503, LOST)
         return {"status": "ok"}
 
     @router.get(PICTURES + "{name}")
@@ -247,7 +249,7 @@ async def _made(service: Service, order: Order, request: Request, form: str) -> 
     if service.jobs.closed and job.status.state != "done":
         raise HTTPException(503, "the server is being stopped")
     if job.status.state == "failed":
-        raise HTTPException(500 if job.status.error == UNEXPECTED else 400, job.status.error)
+        raise HTTPException(job.status.error_status, job.status.error)
     if job.status.state != "done":
         raise HTTPException(409, "the job was cancelled")
     data = [

@@ -42,6 +42,7 @@ class Status:
     preview: bytes | None = None  # PNG
     pictures: tuple[str, ...] = ()  # names in the output folder
     error: str = ""  # a sentence
+    error_status: int = 400  # the HTTP status of it
     notes: tuple[str, ...] = ()  # sentences on what may not do what it is meant to do
     seconds: float = 0.0
 
@@ -64,11 +65,11 @@ class Job:
         """Change parts of the status; for the one who has the job in hand."""
         self.status = replace(self.status, **values)
 
-    def finish(self, state: State, error: str = "") -> None:
+    def finish(self, state: State, error: str = "", error_status: int = 400) -> None:
         """End it, and let go of the pictures that it was given, unless there is something to go on from."""
         if not (self.order.changes.get("lr_only") and self.status.pictures):
             self.let_go()
-        self.update(state=state, error=error, preview=None, doing="")
+        self.update(state=state, error=error, error_status=error_status, preview=None, doing="")
 
     def let_go(self) -> None:
         """Let go of the pictures that it was given."""

@@ -38,6 +38,11 @@ class Service:
             self.close()
             self._worker.join(PATIENCE)
 
+    @property
+    def lost(self) -> bool:
+        """Whether the device failed, so that only a new start helps."""
+        return self._worker.lost
+
     def close(self) -> None:
         """Cancel all jobs and take no more; who waits for something is let go."""
         self.jobs.close()

@@ -8,6 +8,8 @@ import time
 import traceback
 import warnings
 
+import torch
+
 from core.commands.flags import is_mistake, told
 from core.commands.pictures import Previewing
 from core.config.settings import Job as Wanted
@@ -23,6 +25,7 @@ from core.weights.lora.merging import WeightedLora, load_loras, uncalled
 
 STAGES = ("stage C, low resolution", "stage C, high resolution", "stage B", "stage A")
 UNEXPECTED = "something went wrong in the server, which its own output tells more about"
+LOST = "the device failed, and no more pictures can be made: start the server again"
 
 
 class Worker(threading.Thread):
@@ -32,6 +35,7 @@ class Worker(threading.Thread):
         super().__init__(name="pictures", daemon=True)
         self._jobs, self._models, self._outputs = jobs, models, outputs
         self._loras: tuple[object, tuple[WeightedLora, ...]] = (None, ())  # the last ones, by their files
+        self.lost = False  # whether the device failed, which only a new process can mend
 
     def run(self) -> None:
         """Work until the queue is closed."""
@@ -42,7 +46,8 @@ class Worker(threading.Thread):
                 job.update(seconds=time.perf_counter() - start)
                 job.finish("cancelled" if job.stop.is_set() else "done")
             except Exception as error:  # whatever it is: the next job must run
-                job.finish("failed", sentence(error))
+                self.lost = self.lost or isinstance(error, torch.AcceleratorError)
+                job.finish("failed", sentence(error), status_of(error))
 
     def _make(self, job: Job) -> None:
         """Make and save a job's pictures; those that are done are saved also where an error ends the rest."""
@@ -171,4 +176,12 @@ def sentence(error: Exception) -> str:
         message = told(error)[0] if is_mistake(error) else str(error)
         return message.removeprefix("error: ")
     say("".join(traceback.format_exception(error)), sys.stderr)
-    return UNEXPECTED
+    return LOST if isinstance(error, torch.AcceleratorError) else UNEXPECTED
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status of an error: 400 where the order is to blame."""
+    if isinstance(error, torch.AcceleratorError):
+        return 503
+    own = isinstance(error, TypeError) or is_mistake(error)
+    return 400 if own and not isinstance(error, OSError) else 500
