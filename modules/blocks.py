@@ -13,6 +13,7 @@ from torch import Tensor, nn
 MAX_PERIOD = 10000  # of the timestep embedding, and the scale its argument is multiplied by
 LAYER_NORM_EPS = 1e-6
 GRN_EPS = 1e-6
+SMALLEST = 1e-30  # sum of squares: the root of 0 has no gradient
 
 # Elements of a per-pixel MLP's hidden layer that are kept between its two products, by device: a larger one
 # is computed twice, in chunks of rows (level 0 of Stage B: above 3600 pixels a side on a GPU, 600 on a CPU).
@@ -102,11 +103,20 @@ def modulated(x: Tensor, modulation: Modulation) -> Tensor:
 def hidden(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor]:
     """GELU of a layer's output (B, N, K), and the sums of its squares (B, K)."""
     g = torch.ops.aten.gelu_(layer(x))
-    if g.device.type == "cpu":  # a norm takes ten times as long as this there
-        wide = g.float() if g.element_size() < 4 else g
-        return g, (wide * wide).sum(dim=1)
-    wider = torch.float32 if g.element_size() < 4 else None  # naming the dtype g has slows the sum
-    return g, torch.linalg.vector_norm(g, dim=1, dtype=wider).square()
+    if g.device.type == "cpu":
+        return g, _sums_of_squares(g, (1,))
+    return g, torch.linalg.vector_norm(g, dim=1, dtype=_wider(g)).square()
+
+
+def _wider(x: Tensor) -> torch.dtype | None:
+    """What a sum of many is counted in; naming the dtype x has would slow it."""
+    return torch.float32 if x.element_size() < 4 else None
+
+
+def _sums_of_squares(x: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:
+    """In at least float32; on a CPU a norm takes up to ten times as long."""
+    wide = x.to(_wider(x) or x.dtype)
+    return (wide * wide).sum(dim, keepdim)
 
 
 def grn_scale(squares: Tensor, gamma: Tensor) -> Tensor:
@@ -165,8 +175,10 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wider = torch.float32 if x.element_size() < 4 else None  # naming the dtype x has slows the sum
-        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wider)  # (B, 1, 1, C)
+        if x.device.type == "cpu":  # where all is 0 its gradient is
+            energy = _sums_of_squares(x, (1, 2), keepdim=True).clamp_min(SMALLEST).sqrt()  # (B, 1, 1, C)
+        else:
+            energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=_wider(x))
         response = energy / (energy.mean(dim=-1, keepdim=True) + GRN_EPS)
         return torch.addcmul(self.beta, x, 1 + self.gamma * response.to(x.dtype))
 
