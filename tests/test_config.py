@@ -228,7 +228,9 @@ widths = st.integers(1, 4096)
         blocks=st.tuples(*[st.lists(widths, max_size=4).map(tuple)] * 2),
     ),
     st.floats(1e-12, 1e12),
-    st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])),
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])).filter(
+        lambda name: name not in ("", ".", "..")
+    ),
 )
 def test_a_configuration_survives_being_written_and_read(
     tmp_path_factory: pytest.TempPathFactory, sizes: StageCSizes, lr: float, name: str
@@ -322,6 +324,13 @@ def test_no_key_takes_a_date(tmp_path: Path, cls: type, values: dict) -> None:
         ("batch_size=4.0", "'batch_size' must be a whole number, not 4.0"),
         ("batch_size=", "'batch_size' must be a whole number, not nothing"),
         ("batch_size=0", "'batch_size' must be above 0, not 0"),
+        ("keep=-1", "'keep' must be above 0, not -1"),
+        ("ema=1", "'ema' must be at least 0 and below 1, not 1.0"),
+        ("lr_end=-1", "'lr_end' must be at least 0, not -1.0"),
+        ("seed=-1", "'seed' must be at least 0 and below 9223372036854775808, not -1"),
+        ("max_broken=-1", "'max_broken' is a share, 0 to 1, not -1.0"),
+        ("experiment_id=..", "'experiment_id' must name a folder, not '..'"),
+        ("multi_aspect_ratio=[]", "'multi_aspect_ratio' needs a ratio"),
         ("lr=fast", "'lr' must be a number, not 'fast'"),
         ("lr=.nan", "'lr' must be a number, not nan"),
         ("lr=inf", "'lr' must be a number, not 'inf'"),

@@ -23,7 +23,7 @@ from toy_training import read_weights, train
 from training_lesson import torchrun
 
 from core.training import trainer
-from core.training.trainer import check_batch_size, compile_blocks
+from core.training.trainer import check_batch_size, checkpoints, compile_blocks
 from gdf.loss_weights import constant
 
 UPDATES = 30
@@ -82,6 +82,30 @@ def test_a_loss_that_is_not_finite_is_skipped_and_several_end_the_run(tmp_path: 
     with pytest.raises(ValueError, match="not finite in 5 updates in a row.*smaller lr"):
         train(tmp_path / "all", updates=20, bad_updates=tuple(range(4, 20)))
     assert read_weights(tmp_path / "all")
+
+
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_an_error_loses_no_update(tmp_path: Path, grad_accum_steps: int) -> None:
+    same = {"grad_accum_steps": grad_accum_steps, "save_every": 100}
+    train(tmp_path / "whole", updates=12, **same)
+    with pytest.raises(RuntimeError, match="cannot go on"):
+        train(tmp_path / "parts", updates=12, dies_at=7, **same)
+    assert [path.name for path in checkpoints(tmp_path / "parts")] == ["step_00000007.pt"]
+    train(tmp_path / "parts", updates=12, **same)
+    whole, parts = read_weights(tmp_path / "whole"), read_weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_nothing_is_saved_or_pruned_while_updates_are_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match="remove the last checkpoint"):
+        train(tmp_path / "all", updates=20, save_every=1, bad_updates=tuple(range(6, 20)))
+    assert [path.name for path in checkpoints(tmp_path / "all")] == ["step_00000005.pt", "step_00000006.pt"]
+    train(tmp_path / "end", updates=8, save_every=1, bad_updates=(6, 7))
+    assert "the last 2 updates were skipped" in caplog.text
+    with pytest.raises(ValueError, match="in 5 updates in a row, up to update 10"):
+        train(tmp_path / "end", updates=20, bad_updates=tuple(range(8, 20)))
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
+    if arguments.processes < 1:
+        raise ValueError(f"--processes must be at least 1, not {arguments.processes}")
     config = load(TrainConfig, arguments.config, arguments.overrides)
     # These load torch, once the flags are read.
     from core.data.buckets import make_buckets

@@ -40,6 +40,14 @@ def _require_positive(config: object, *names: str) -> None:
             raise ValueError(f"'{name}' must be above 0, not {value}")
 
 
+def _require_within(config: object, least: int, below: int | None, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < least or (below is not None and value >= below):
+            most = "" if below is None else f" and below {below}"
+            raise ValueError(f"{name!r} must be at least {least}{most}, not {value}")
+
+
 def _require_share(config: object, name: str) -> None:
     if not 0 <= (value := getattr(config, name)) <= 1:
         raise ValueError(f"'{name}' is a share, 0 to 1, not {value}")
@@ -181,7 +189,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "lr", "batch_size", "image_size", "updates")
         _require_positive(self, *(n for n in SHARES if getattr(self, n) is not None))
-        _require_positive(self, "backup_every", "save_every", "loss_weight_shift")
+        _require_positive(self, "backup_every", "save_every", "keep", "loss_weight_shift")
+        _require_within(self, 0, None, "warmup_updates", "num_workers")
+        _require_within(self, 0, None, *(["lr_end"] if self.lr_end is not None else []))
+        _require_within(self, 0, 1, "ema")
+        _require_share(self, "max_broken")
+        _require_within(self, 0, 2**63, "seed")
+        if self.experiment_id in ("", ".", ".."):
+            raise ValueError(f"'experiment_id' must name a folder, not {self.experiment_id!r}")
+        if not self.multi_aspect_ratio:
+            raise ValueError("'multi_aspect_ratio' needs a ratio: 1/1 is the square")
         check_name("loss weight", self.loss_weight, LOSS_WEIGHT_NAMES)
         if self.adaptive_loss_weight and self.loss_weight != "constant":
             raise ValueError("'loss_weight' is used without 'adaptive_loss_weight': set that to false")

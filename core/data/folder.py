@@ -65,7 +65,8 @@ def index_folder(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: this folder of training pictures does not exist")
+        wrong = "is no folder of training pictures" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{folder} {wrong}: name a folder, or shards")
     captions, listings, left_out = _survey(folder)
     if not captions:
         found = f"; it holds {counted(left_out)}" if left_out else ""

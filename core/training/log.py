@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from core.training.trainer import LossesSeen
-from core.weights.checkpoint import save_text
+from core.weights.checkpoint import replacing, save_text
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,12 @@ class RunLog:
             save_text(path, "".join(line + "\n" for line in lines if _step(line) <= done))
 
     def __call__(self, figures: Mapping[str, float]) -> None:
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(figures) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(figures) + "\n")
+        except OSError as error:  # such as a full disk, which names no file
+            error.filename = error.filename or str(self._path)
+            raise
 
 
 def _step(line: str) -> float:
@@ -103,7 +108,10 @@ def binned_losses(seen: LossesSeen) -> list[tuple[float, float]]:
 
 
 def save_losses(seen: LossesSeen, folder: Path, step: int) -> None:
-    """Write the picture of the loss by logSNR into `folder`, where any update was made and matplotlib is."""
+    """Write the picture of the loss by logSNR into `folder`, where any update was made and matplotlib is.
+
+    One that cannot be written costs a warning.
+    """
     points = binned_losses(seen)
     if not points:
         return
@@ -117,4 +125,10 @@ def save_losses(seen: LossesSeen, folder: Path, step: int) -> None:
     axes.set(xlabel="logSNR (right: little noise)", ylabel="mean loss", title=f"up to update {step}")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    figure.savefig(folder / CURVE, dpi=100)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100)
+    try:
+        with replacing(folder / CURVE) as temporary:
+            temporary.write_bytes(drawn.getvalue())
+    except OSError as error:  # a full disk ends the training where a checkpoint cannot be written
+        log.warning("%s was not written (%s)", folder / CURVE, error)

@@ -164,7 +164,9 @@ class Trainer:
             settings.batch_size, accelerator.num_processes, settings.grad_accum_steps
         )
         self.step, self.bad_updates, self.skipped = 0, 0, 0
-        self.position: Any = None
+        self.position: Any = None  # in the data, after the last whole update
+        self._ahead: Any = None  # and after the one that is being made
+        self._saved, self._applying = 0, False
         if settings.compile:
             compile_blocks(recipe.module)
         self.module = distribute(recipe.module, accelerator, settings.shard, recipe.some_unused)
@@ -188,11 +190,14 @@ class Trainer:
         on_update: Callable[[dict[str, float]], None] | None = None,
         on_save: Callable[[LossesSeen], None] | None = None,
     ) -> None:
-        """Train to the last update, or until SIGTERM or Ctrl-C; saves at the end in any case."""
+        """Train to the last update, or until SIGTERM or Ctrl-C; saves at the end, also after an error."""
         handlers = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         batches = self.recipe.batches(self.position)
         try:
             self._loop(batches, on_update, on_save)
+        except Exception:
+            self._rescue()
+            raise
         finally:
             if hasattr(batches, "close"):
                 batches.close()  # ends the data workers, for which a process that fails would wait otherwise
@@ -208,27 +213,44 @@ class Trainer:
         on_update: Callable[[dict[str, float]], None] | None,
         on_save: Callable[[LossesSeen], None] | None,
     ) -> None:
-        saved = self.step
+        self._saved, due = self.step, False
         while self.step < self.settings.updates and not self._stop_everywhere():
             if self._written.done():
                 self._written.result()  # raises what went wrong, such as a full disk
             start = time.perf_counter()
             figures = self._update(batches)
             self.rate.step()
-            self.step += 1
+            self.step, self.position, self._applying = self.step + 1, self._ahead, False
             if figures and on_update is not None:
                 speed = self.settings.batch_size / (time.perf_counter() - start)
                 memory = peak_memory(self.accelerator.device) / 2**30
                 on_update({**figures, "step": self.step, "images_per_second": speed, "memory_gib": memory})
-            if self.step % self.settings.save_every == 0 or self.step == self.settings.updates:
+            due = due or self.step % self.settings.save_every == 0
+            if self.step == self.settings.updates or (due and not self.bad_updates):
+                due = False
                 self.save()
-                saved = self.step
                 self._sample()
                 if on_save is not None:
                     on_save(self.seen)
                 self.seen = self._no_losses()
-        if self.step != saved:
+        if self.step != self._saved:
             self.save()
+        if self.bad_updates:
+            log.warning("the last %d updates were skipped: look at the result before you use it",
+                        self.bad_updates)  # fmt: skip
+
+    def _rescue(self) -> None:
+        """Save what was reached before an error, unless a part of the failed update is in it."""
+        held = self._applying or self.bad_updates or is_sharded(self._parameters.values())
+        if held or self.step == self._saved or not self.accelerator.is_main_process:
+            return
+        try:
+            self._written.result()
+            self._writer.submit(self._write, self._state(True)).result()
+        except Exception as error:  # the one before is told
+            log.warning("update %d could not be saved (%s)", self.step, error)
+        else:
+            log.info("update %d is saved in %s", self.step, self.folder)
 
     def _update(self, batches: Iterator[tuple[Any, Any]]) -> dict[str, float]:
         """One update over all micro-batches; {} where it was skipped because something was not finite."""
@@ -236,7 +258,7 @@ class Trainer:
         self._seed_dropout()
         total, tallies = torch.zeros((), device=self.accelerator.device), []
         for micro in range(settings.grad_accum_steps):
-            batch, self.position = next(batches)
+            batch, self._ahead = next(batches)
             first = (micro * self.accelerator.num_processes + rank) * self.micro_batch
             keys = [(settings.seed, self.step, first + i) for i in range(self.micro_batch)]
             last = micro == settings.grad_accum_steps - 1
@@ -250,7 +272,7 @@ class Trainer:
         if not math.isfinite(mean_loss) or not norm.isfinite():
             self._skip()
             return {}
-        self.bad_updates = 0
+        self.bad_updates, self._applying = 0, True
         self._apply_gradients()
         self._update_weights_of_loss(tallies)
         return {"loss": mean_loss, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
@@ -294,7 +316,8 @@ class Trainer:
         if self.bad_updates >= MAX_BAD_UPDATES:
             raise ValueError(
                 f"the loss was not finite in {MAX_BAD_UPDATES} updates in a row, up to update {self.step}: "
-                f"the checkpoints in {self.folder} are from before; resume with a smaller lr"
+                f"the checkpoints in {self.folder} are from before; resume with a smaller lr, and if that "
+                "fails alike, remove the last checkpoint, so that the one before is taken"
             )
 
     def _sample(self) -> None:
@@ -335,15 +358,21 @@ class Trainer:
         """
         self._written.result()
         kept = self.accelerator.is_main_process  # the others only give their shards
-        state = {
+        state = self._state(kept)
+        if kept:
+            self._written = self._writer.submit(self._write, state)
+        self._saved = self.step
+        self.accelerator.wait_for_everyone()
+
+    def _state(self, kept: bool) -> dict[str, Any]:
+        """A copy of everything to go on from, in the process that has it `kept`."""
+        return {
             "step": self.step, "position": self.position, "skipped": self.skipped,
+            "bad_updates": self.bad_updates,
             "parameters": wholes(self._parameters, kept), "ema": wholes(self.ema, kept),
             "buffers": wholes(self._buffers, kept), "optimizer": optimizer_state(self.optimizer, kept),
             "rate": _copied(self.rate.state_dict()), "loss_weight": _copied(self.weight.state_dict()),
         }  # fmt: skip
-        if kept:
-            self._written = self._writer.submit(self._write, state)
-        self.accelerator.wait_for_everyone()
 
     def _write(self, state: dict[str, Any]) -> None:
         path = self.folder / CHECKPOINT.format(state["step"])
@@ -398,6 +427,7 @@ class Trainer:
         self.rate.resume(state.get("rate"), state["step"])  # those of earlier versions have none
         self.weight.load_state_dict(state["loss_weight"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
+        self.bad_updates = state.get("bad_updates", 0)  # earlier versions kept none
         log.info("resumed from %s", path)
 
     def _check_agreed(self, step: int) -> None:

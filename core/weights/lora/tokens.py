@@ -230,7 +230,7 @@ def _key(name: str) -> str:
 
 
 def _is_word(name: str) -> bool:
-    return name[0].isalnum() and name[-1].isalnum()
+    return name[:1].isalnum() and name[-1:].isalnum()
 
 
 def _pattern(name: str) -> str:
