@@ -39,7 +39,7 @@ from core.config.sizes import (
     StageBSizes,
     StageCSizes,
 )
-from core.config.yaml import OUTPUT_PATHS, ConfigError, as_yaml, load, load_stage_b, load_stage_c
+from core.config.yaml import OUTPUT_PATHS, ConfigError, as_yaml, load, load_run, load_stage_b, load_stage_c
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "tests/reference"
@@ -465,3 +465,14 @@ def test_a_tilde_is_the_home_folder_in_files_and_overrides(
     assert "'output_path', ~no_such_user_/x: no user's home folder" in fail(
         TrainConfig, path, "output_path=~no_such_user_/x"
     )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*(ROOT / "configs/training").glob("*.yaml"), *(ROOT / "configs/tiny").glob("train_*.yaml")],
+    ids=lambda path: path.name,
+)  # fmt: skip
+def test_what_all_trainings_have_in_common_is_read_from_any_file(path: Path) -> None:
+    assert load_run(path).experiment_id == yaml.safe_load(path.read_text("utf-8"))["experiment_id"]
+    with pytest.raises(ConfigError, match="'lrate' is not a known key"):
+        load_run(path, ["lrate=1"])

@@ -382,6 +382,7 @@ def test_other_layouts_hold_the_same(lesson: Path, whole: Path, tmp_path: Path, 
         (["prior_path=x", "prior_scenes={count: 2}"], "'prior_scenes'"),
         (["prior_prompt=a cat"], "'prior_prompt'"),
         (["prior_path=nowhere"], "nowhere"),
+        (["train_tokens=[['', '^red</w>']]"], "''"),
         (["lora_rank=0"], "'lora_rank'"),
     ],
 )
@@ -392,6 +393,21 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ") and part in message
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("key", "place", "part"),
+    [
+        ("prior_path", "photos", "prior_prompt=... gives all one caption"),
+        ("checkpoint_path", "p.yaml", "cannot be made (Not a directory): choose another folder"),
+        ("webdataset_path", "p.yaml", "is no folder of training pictures"),
+    ],
+)
+def test_a_wrong_place_is_told_with_the_way_out(
+    lesson: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, place: str, part: str
+) -> None:
+    assert exit_code(main, lesson / "p.yaml", tmp_path, f"{key}={lesson / place}") == 2
+    assert part in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_another_rank_does_not_continue_the_folder(

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from core.commands.flags import Parser, home_path, run
 from core.config.batch_size import fit_batch
-from core.config.schema import TrainConfig
-from core.config.yaml import load
+from core.config.yaml import load_run
 from core.printable import say
 
 
@@ -51,7 +50,7 @@ def main() -> int:
     arguments = parse()
     if arguments.processes < 1:
         raise ValueError(f"--processes must be at least 1, not {arguments.processes}")
-    config = load(TrainConfig, arguments.config, arguments.overrides)
+    config = load_run(arguments.config, arguments.overrides)
     # These load torch, once the flags are read.
     from core.data.buckets import make_buckets
     from core.data.checking import Found, look, tell, write

@@ -17,8 +17,15 @@ from core.config.schema import (
     ControlTrainConfig,
     Dtype,
     PersonalizedTrainConfig,
+    PreviewerTrainConfig,
+    RecogniserTrainConfig,
+    RunConfig,
+    StageATrainConfig,
     StageBConfig,
+    StageBTrainConfig,
     StageCConfig,
+    StageCTrainConfig,
+    TextTrainConfig,
     TrainConfig,
     controlnet_sizes,
     effnet_sizes,
@@ -73,6 +80,14 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 def load_stage_c(path: str | Path, overrides: Sequence[str] = ()) -> StageCConfig:
     """Read Stage C's configuration from an inference or a training file; training keys are only checked."""
     return _load(StageCConfig, path, overrides, _training_keys())
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read what all trainings have in common from the file of any; its other keys are only checked."""
+    kinds = (TrainConfig, PersonalizedTrainConfig, ControlTrainConfig, StageATrainConfig, StageBTrainConfig,
+             PreviewerTrainConfig, StageCTrainConfig, TextTrainConfig, RecogniserTrainConfig)  # fmt: skip
+    dropped = {key: hint for kind in kinds for key, hint in get_type_hints(kind).items()}
+    return _load(RunConfig, path, overrides, dropped)
 
 
 def load_control(path: str | Path, overrides: Sequence[str] = ()) -> ControlConfig:

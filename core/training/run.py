@@ -79,7 +79,10 @@ def check_run(config: RunConfig, files: Iterable[str | None]) -> Data:
     _check_continues(config)
     data = open_data(config)
     for folder in (run_folder(config), sheet_folder(config)):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # such as a file of this name, or a disk that is read only
+            raise ValueError(f"{folder} cannot be made ({error.strerror}): choose another folder") from None
         if not os.access(folder, os.W_OK):
             raise ValueError(f"{folder} cannot be written to: choose another folder")
     return data
