@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -644,6 +645,21 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limits of a process")
+@pytest.mark.parametrize("write", ["save_archive(path, tensors)", "save_tensors(path, tensors, {})"])
+def test_a_file_that_cannot_grow_is_told_with_its_path(tmp_path: Path, write: str) -> None:
+    code = (
+        "import resource, torch; from core.weights.checkpoint import save_archive, save_tensors\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"path, tensors = {str(tmp_path / 'w')!r}, {{'a': torch.ones(100_000)}}\n"
+        f"try: {write}\n"
+        "except OSError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"[Errno 27] File too large: '{tmp_path / 'w'}'\n", done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_write_keeps_the_old_file(
     tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -651,8 +667,8 @@ def test_an_interrupted_write_keeps_the_old_file(
     save_archive(path, state)
     before = path.read_bytes()
 
-    def write_half(_: object, temporary: Path) -> None:
-        temporary.write_bytes(before[:50])
+    def write_half(_: object, stream: BinaryIO) -> None:
+        stream.write(before[:50])
         raise KeyboardInterrupt
 
     monkeypatch.setattr("torch.save", write_half)

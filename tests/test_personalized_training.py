@@ -398,7 +398,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 @pytest.mark.parametrize(
     ("key", "place", "part"),
     [
-        ("prior_path", "photos", "prior_prompt=... gives all one caption"),
+        ("prior_path", "photos", "(of prior pictures prior_prompt=...) gives all one caption"),
         ("checkpoint_path", "p.yaml", "cannot be made (Not a directory): choose another folder"),
         ("webdataset_path", "p.yaml", "is no folder of training pictures"),
     ],

@@ -1,5 +1,6 @@
 """What the scripts need to know, as frozen dataclasses; `core.config.yaml` reads them from YAML."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -40,12 +41,12 @@ def _require_positive(config: object, *names: str) -> None:
             raise ValueError(f"'{name}' must be above 0, not {value}")
 
 
-def _require_within(config: object, least: int, below: int | None, *names: str) -> None:
+def _require_from_zero(config: object, *names: str, below: float = math.inf) -> None:
     for name in names:
         value = getattr(config, name)
-        if value < least or (below is not None and value >= below):
-            most = "" if below is None else f" and below {below}"
-            raise ValueError(f"{name!r} must be at least {least}{most}, not {value}")
+        if value is not None and not 0 <= value < below:
+            most = "" if below == math.inf else f" and below {below}"
+            raise ValueError(f"{name!r} must be at least 0{most}, not {value}")
 
 
 def _require_share(config: object, name: str) -> None:
@@ -190,11 +191,10 @@ class RunConfig:
         _require_positive(self, "lr", "batch_size", "image_size", "updates")
         _require_positive(self, *(n for n in SHARES if getattr(self, n) is not None))
         _require_positive(self, "backup_every", "save_every", "keep", "loss_weight_shift")
-        _require_within(self, 0, None, "warmup_updates", "num_workers")
-        _require_within(self, 0, None, *(["lr_end"] if self.lr_end is not None else []))
-        _require_within(self, 0, 1, "ema")
+        _require_from_zero(self, "warmup_updates", "num_workers", "lr_end")
+        _require_from_zero(self, "ema", below=1)
+        _require_from_zero(self, "seed", below=2**63)
         _require_share(self, "max_broken")
-        _require_within(self, 0, 2**63, "seed")
         if self.experiment_id in ("", ".", ".."):
             raise ValueError(f"'experiment_id' must name a folder, not {self.experiment_id!r}")
         if not self.multi_aspect_ratio:

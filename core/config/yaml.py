@@ -86,8 +86,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read what all trainings have in common from the file of any; its other keys are only checked."""
     kinds = (TrainConfig, PersonalizedTrainConfig, ControlTrainConfig, StageATrainConfig, StageBTrainConfig,
              PreviewerTrainConfig, StageCTrainConfig, TextTrainConfig, RecogniserTrainConfig)  # fmt: skip
-    dropped = {key: hint for kind in kinds for key, hint in get_type_hints(kind).items()}
-    return _load(RunConfig, path, overrides, dropped)
+    return _load(RunConfig, path, overrides, _keys_of(*kinds))
 
 
 def load_control(path: str | Path, overrides: Sequence[str] = ()) -> ControlConfig:
@@ -120,7 +119,10 @@ def as_yaml(config: object) -> str:
 
 def _training_keys() -> dict[str, Any]:
     """The keys, with their types, that files of Stage C's trainings and of control carry."""
-    kinds = (TrainConfig, PersonalizedTrainConfig, ControlTrainConfig)
+    return _keys_of(TrainConfig, PersonalizedTrainConfig, ControlTrainConfig)
+
+
+def _keys_of(*kinds: type) -> dict[str, Any]:
     return {key: hint for kind in kinds for key, hint in get_type_hints(kind).items()}
 
 

@@ -112,7 +112,8 @@ def check_broken(
     """ValueError, with the counts and the way out, where more than the share `max_broken` is broken."""
     if broken > max_broken * total:
         bare = any(reason.startswith(WITHOUT) for reason in reasons)
-        way = "tmp_prompt=... gives all one caption, empty_captions=true trains without" if bare else ""
+        one = "tmp_prompt=... (of prior pictures prior_prompt=...) gives all one caption"
+        way = f"{one}, empty_captions=true trains without" if bare else ""
         way = next((reason for reason in reasons if reason.startswith(UNSORTED)), way)
         raise ValueError(
             f"{source}: {broken} of {total} pictures cannot be used, more than the share of {max_broken:g} "

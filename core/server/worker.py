@@ -35,7 +35,7 @@ class Worker(threading.Thread):
         super().__init__(name="pictures", daemon=True)
         self._jobs, self._models, self._outputs = jobs, models, outputs
         self._loras: tuple[object, tuple[WeightedLora, ...]] = (None, ())  # the last ones, by their files
-        self.lost = False  # whether the device failed, which only a new process can mend
+        self.lost = False  # whether the device failed, until a picture shows that it works
 
     def run(self) -> None:
         """Work until the queue is closed."""
@@ -45,8 +45,10 @@ class Worker(threading.Thread):
                 self._make(job)
                 job.update(seconds=time.perf_counter() - start)
                 job.finish("cancelled" if job.stop.is_set() else "done")
+                self.lost = False
             except Exception as error:  # whatever it is: the next job must run
-                self.lost = self.lost or isinstance(error, torch.AcceleratorError)
+                if isinstance(error, torch.AcceleratorError):
+                    self.lost = True
                 job.finish("failed", sentence(error), status_of(error))
 
     def _make(self, job: Job) -> None:

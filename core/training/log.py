@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Mapping
@@ -125,10 +124,8 @@ def save_losses(seen: LossesSeen, folder: Path, step: int) -> None:
     axes.set(xlabel="logSNR (right: little noise)", ylabel="mean loss", title=f"up to update {step}")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=100)
     try:
         with replacing(folder / CURVE) as temporary:
-            temporary.write_bytes(drawn.getvalue())
+            figure.savefig(temporary, format="png", dpi=100)
     except OSError as error:  # a full disk ends the training where a checkpoint cannot be written
         log.warning("%s was not written (%s)", folder / CURVE, error)

@@ -187,14 +187,12 @@ def open_prior(config: PersonalizedTrainConfig, sizes: Sequence[int]) -> Data | 
     """The pictures of what should stay, at these sizes; None without prior preservation."""
     if config.prior_path is None and config.prior_scenes is None:
         return None
-    own = replace(
-        config, webdataset_path=config.prior_path, scenes=config.prior_scenes,
-        tmp_prompt=config.prior_prompt, image_size=tuple(sizes),
+    return open_data(
+        replace(
+            config, webdataset_path=config.prior_path, scenes=config.prior_scenes,
+            tmp_prompt=config.prior_prompt, image_size=tuple(sizes),
+        )
     )  # fmt: skip
-    try:
-        return open_data(own)
-    except ValueError as error:  # its way out names the key of the subject's pictures
-        raise ValueError(str(error).replace("tmp_prompt=", "prior_prompt=")) from None
 
 
 def phase_batches(

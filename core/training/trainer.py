@@ -166,7 +166,7 @@ class Trainer:
         self.step, self.bad_updates, self.skipped = 0, 0, 0
         self.position: Any = None  # in the data, after the last whole update
         self._ahead: Any = None  # and after the one that is being made
-        self._saved, self._applying = 0, False
+        self._unsaved, self._applying = False, False  # updates since the last save; within one
         if settings.compile:
             compile_blocks(recipe.module)
         self.module = distribute(recipe.module, accelerator, settings.shard, recipe.some_unused)
@@ -213,7 +213,7 @@ class Trainer:
         on_update: Callable[[dict[str, float]], None] | None,
         on_save: Callable[[LossesSeen], None] | None,
     ) -> None:
-        self._saved, due = self.step, False
+        due = False
         while self.step < self.settings.updates and not self._stop_everywhere():
             if self._written.done():
                 self._written.result()  # raises what went wrong, such as a full disk
@@ -221,6 +221,7 @@ class Trainer:
             figures = self._update(batches)
             self.rate.step()
             self.step, self.position, self._applying = self.step + 1, self._ahead, False
+            self._unsaved = self._unsaved or bool(figures)
             if figures and on_update is not None:
                 speed = self.settings.batch_size / (time.perf_counter() - start)
                 memory = peak_memory(self.accelerator.device) / 2**30
@@ -233,7 +234,7 @@ class Trainer:
                 if on_save is not None:
                     on_save(self.seen)
                 self.seen = self._no_losses()
-        if self.step != self._saved:
+        if self._unsaved:
             self.save()
         if self.bad_updates:
             log.warning("the last %d updates were skipped: look at the result before you use it",
@@ -241,12 +242,12 @@ class Trainer:
 
     def _rescue(self) -> None:
         """Save what was reached before an error, unless a part of the failed update is in it."""
-        held = self._applying or self.bad_updates or is_sharded(self._parameters.values())
-        if held or self.step == self._saved or not self.accelerator.is_main_process:
+        own = self.accelerator.is_main_process and not is_sharded(self._parameters.values())
+        if not own or self._applying or not self._unsaved:
             return
         try:
             self._written.result()
-            self._writer.submit(self._write, self._state(True)).result()
+            self._writer.submit(self._write, self._state(True), self.bad_updates > 0).result()
         except Exception as error:  # the one before is told
             log.warning("update %d could not be saved (%s)", self.step, error)
         else:
@@ -360,28 +361,24 @@ class Trainer:
         kept = self.accelerator.is_main_process  # the others only give their shards
         state = self._state(kept)
         if kept:
-            self._written = self._writer.submit(self._write, state)
-        self._saved = self.step
+            self._written = self._writer.submit(self._write, state, self.bad_updates > 0)
+        self._unsaved = False
         self.accelerator.wait_for_everyone()
 
     def _state(self, kept: bool) -> dict[str, Any]:
         """A copy of everything to go on from, in the process that has it `kept`."""
         return {
             "step": self.step, "position": self.position, "skipped": self.skipped,
-            "bad_updates": self.bad_updates,
             "parameters": wholes(self._parameters, kept), "ema": wholes(self.ema, kept),
             "buffers": wholes(self._buffers, kept), "optimizer": optimizer_state(self.optimizer, kept),
             "rate": _copied(self.rate.state_dict()), "loss_weight": _copied(self.weight.state_dict()),
         }  # fmt: skip
 
-    def _write(self, state: dict[str, Any]) -> None:
-        path = self.folder / CHECKPOINT.format(state["step"])
-        try:
-            save_archive(path, state)
-        except OSError as error:  # such as a full disk
-            error.filename = error.filename or str(path)
-            raise
-        self._prune()
+    def _write(self, state: dict[str, Any], doubtful: bool) -> None:
+        """Write a checkpoint and what is exported; those before stay where its weights are `doubtful`."""
+        save_archive(self.folder / CHECKPOINT.format(state["step"]), state)
+        if not doubtful:
+            self._prune()
         if self.recipe.export is not None:
             tensors = {**self._frozen, **state["parameters"], **state["buffers"], **state["ema"]}
             self.recipe.export(tensors, state["step"])
@@ -427,7 +424,6 @@ class Trainer:
         self.rate.resume(state.get("rate"), state["step"])  # those of earlier versions have none
         self.weight.load_state_dict(state["loss_weight"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
-        self.bad_updates = state.get("bad_updates", 0)  # earlier versions kept none
         log.info("resumed from %s", path)
 
     def _check_agreed(self, step: int) -> None:

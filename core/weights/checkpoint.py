@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -423,13 +424,23 @@ def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mappin
         separate[name] = copy.clone() if storage in seen else copy  # the format has no shared tensors
         seen.add(storage)
     with replacing(Path(path)) as temporary:
-        save_file(separate, temporary, metadata=dict(metadata))
+        try:
+            save_file(separate, temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            if number := re.search(r"os error (\d+)", str(error)):  # such as a full disk
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+            raise
 
 
 def save_archive(path: PathLike, content: object) -> None:
     """Write anything torch.save takes, whole or not at all."""
-    with replacing(Path(path)) as temporary:
-        torch.save(content, temporary)
+    with replacing(Path(path)) as temporary, temporary.open("wb") as stream:
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:  # tells of what it met after the stream's own error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def save_text(path: PathLike, text: str) -> None:
@@ -469,6 +480,10 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk, which names no file
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # elsewhere a folder cannot be opened
