@@ -117,7 +117,8 @@ def test_ctrl_c_between_pictures_tells_how_to_go_on(
 ) -> None:
     flags = command_line(num_image=50)
     command = [sys.executable, str(ROOT / "inference" / "test_t2i.py"), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # as in a terminal, however tests run
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heeding)
     made = tmp_path / "out"
     while len(list(made.glob("*.png"))) < 2 and process.poll() is None:
         time.sleep(0.1)
