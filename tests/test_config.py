@@ -476,3 +476,17 @@ def test_what_all_trainings_have_in_common_is_read_from_any_file(path: Path) -> 
     assert load_run(path).experiment_id == yaml.safe_load(path.read_text("utf-8"))["experiment_id"]
     with pytest.raises(ConfigError, match="'lrate' is not a known key"):
         load_run(path, ["lrate=1"])
+
+
+# ------------------------------------------------------------------------------------------ keys given twice
+
+
+def test_a_key_that_is_there_twice_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, TRAIN)
+    path.write_text(path.read_text("utf-8") + "geometry: {stride: 32, stride: 16}\nlr: 1.0e-4\nlr: 2.0e-4\n")
+    config, lines = load(TrainConfig, path), path.read_text("utf-8").count("\n")
+    assert (config.lr, config.geometry.stride) == (2e-4, 16)
+    assert (
+        f"{path}: 'lr' is there twice, in lines {lines - 1} and {lines}: the last counts" in caplog.messages
+    )
+    assert len(caplog.messages) == 2

@@ -6,6 +6,8 @@ import logging
 import os
 import random
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -195,3 +197,38 @@ def test_what_the_environment_says_to_accelerate_changes_nothing(
     for name in ("loss", "grad_norm"):
         expected = [line[name] for line in figures(base / "checkpoints" / "run")]
         assert [line[name] for line in figures(folder)] == expected
+
+
+# --- two trainings in one folder ------------------------------------------------------------------
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from core.training.run import hold
+held = hold(Path(sys.argv[1]))
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
+def test_a_second_training_in_a_folder_is_refused_until_the_first_one_ends(
+    lesson: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(train_t2i.main, lesson / "t2i.yaml", tmp_path, "updates=1", *SETTINGS)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    words = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        worker = int(first.stdout.readline())
+        try:
+            assert exit_code(train_t2i.main, lesson / "t2i.yaml", tmp_path, "updates=2", *SETTINGS) == 2
+            assert f"another training runs in {folder}: wait until it ends" in capsys.readouterr().err
+            assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+            first.kill()  # while its data worker still lives
+            first.wait()
+            assert exit_code(train_t2i.main, lesson / "t2i.yaml", tmp_path, "updates=2", *SETTINGS) == 0
+        finally:
+            first.kill()
+            os.kill(worker, signal.SIGKILL)

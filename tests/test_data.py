@@ -569,6 +569,14 @@ def test_check_data_reads_shards(folder, tmp_path, script, monkeypatch, capsys):
     assert "11 pictures, 0 broken" in capsys.readouterr().out
 
 
+def test_check_data_tells_of_a_bad_output_before_it_looks(folder, script, monkeypatch, capsys):
+    output = folder / "here.txt"
+    output.write_text("")
+    assert run_here(script, monkeypatch, folder, "image_size=128", "--output", output) == 2
+    told = capsys.readouterr()
+    assert not told.out and "here.txt cannot be made (File exists): choose another folder" in told.err
+
+
 def test_check_data_prints_any_name_on_any_output(tmp_path, script, monkeypatch, capfd):
     put(tmp_path / "in", ["家.jpg", "a.jpg"], {"a.txt": "a boat", "b.heic": b"-"})
     with tarfile.open(tmp_path / "it.tar", "w") as archive:

@@ -231,6 +231,15 @@ def test_broken_pictures_are_left_out_of_a_cache(
     assert exit_code(train_t2i.main, lesson / "t2i.yaml", tmp_path / "strict", *data, "max_broken=0.1") == 2
 
 
+def test_a_cache_that_is_no_folder_is_told_before_anything_loads(
+    lesson: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cached = f"cache_path={lesson / 't2i.yaml'}"
+    assert exit_code(train_t2i.main, lesson / "t2i.yaml", tmp_path, cached, "updates=1") == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert told == f"error: {lesson / 't2i.yaml'} cannot be made (File exists): choose another folder"
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_cache_file_is_told_in_one_sentence(
     lesson: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int

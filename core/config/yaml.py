@@ -2,15 +2,18 @@
 
 import difflib
 import json
+import logging
 import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from core import launch
 from core.config.arguments import FLOAT16_NAMES, FLOAT16_REFUSED
 from core.config.schema import (
     ControlConfig,
@@ -36,6 +39,8 @@ from core.config.schema import (
     stage_c_sizes,
 )
 from core.paths import located, repository_of
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -176,9 +181,27 @@ def _drop_replaced(values: dict[str, Any], given: set[str]) -> None:
             values.pop(REPLACES[key], None)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads plain YAML; a key that is there twice, of which the last counts, is a warning."""
+
+    def __init__(self, source: str, text: str) -> None:
+        super().__init__(text)
+        self.name = source
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines and launch.is_main():
+                log.warning("%s: '%s' is there twice, in lines %d and %d: the last counts",
+                            self.name, key.value, lines[key.value], line)  # fmt: skip
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, partial(_Loader, source))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date with a 13th month
         mark = getattr(error, "problem_mark", None)
         cause = f"{error.problem} in line {mark.line + 1}" if mark else " ".join(str(error).split())

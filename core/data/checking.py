@@ -87,8 +87,7 @@ def describe(found: Sequence[Found], batch: int) -> str:
 
 
 def write(output: Path, counts: Counter[Size], broken: Sequence[str]) -> None:
-    """buckets.png, and broken.txt with a line for each."""
-    output.mkdir(parents=True, exist_ok=True)
+    """buckets.png, and broken.txt with a line for each, into a folder."""
     draw_counts(counts).save(output / "buckets.png")
     text = "".join(line + "\n" for line in broken)
     (output / "broken.txt").write_text(text, "utf-8", "backslashreplace")  # names may be in any encoding

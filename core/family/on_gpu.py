@@ -33,7 +33,7 @@ from core.family.batched import in_batches, measured
 from core.family.evaluation import Judge, View, held_out_cases
 from core.family.pool import Drawers, Encoders, Kind, Pool, Pools, Samples
 from core.family.timed import Budget, Part, Weights
-from core.paths import located
+from core.paths import located, make_folder
 from core.pictures.images import save_image, to_image
 from core.pictures.sheets import contact_sheet
 from core.pipeline.conditioning import Conditions, conditions
@@ -49,7 +49,7 @@ from core.training.guidance import (
     noise_latents,
 )
 from core.training.noising import noised, shifted
-from core.training.run import in_dtype, trained_module
+from core.training.run import hold, in_dtype, trained_module
 from core.weights.checkpoint import check_file, config_metadata, load_module, read_config, save_tensors
 from core.weights.clip import TextEncoder
 from core.weights.layouts import guidance_names
@@ -124,7 +124,8 @@ class Run:
         self.arguments = arguments
         self.output = Path(arguments.output)
         self.state = Path(arguments.state or self.output / "state")
-        self.output.mkdir(parents=True, exist_ok=True)
+        make_folder(self.output)
+        self._held = hold(self.output)
         self.config = load_stage_c(arguments.config_c)
         self.device = device_named(arguments.device)
         on_gpu = self.device.type == "cuda"
@@ -137,10 +138,12 @@ class Run:
         self._stopped = True
 
     def close(self) -> None:
-        """The end of the log, and signals again as before."""
+        """The end of the log; signals and the folder again as before."""
         self.write({"event": "stopped" if self._stopped else "finished"})
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._held is not None:
+            self._held.close()
 
     def stopped(self) -> bool:
         """Whether the run was asked to end."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -26,6 +26,7 @@ from core.config.yaml import as_yaml
 from core.data.loader import Batch, LoaderSettings, Position
 from core.data.sources import Data, open_data, stream
 from core.devices import cores
+from core.paths import make_folder
 from core.training.distributed import ignore_accelerate_variables, join
 from core.training.exports import Export, Exports
 from core.training.log import UpdateBar, save_losses, tell_of_curve, tracker_named
@@ -44,7 +45,7 @@ from gdf.loss_weights import loss_weight_named
 log = logging.getLogger(__name__)
 
 
-CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
+CONFIG_FILE, LOG_FILE, LOCK_FILE = "config.yaml", "log.jsonl", ".lock"
 EXPORT_EFFNET = "effnet_encoder.safetensors"
 # What cannot change between the parts of a run, since its checkpoints would not fit.
 FIXED = (
@@ -78,13 +79,9 @@ def check_run(config: RunConfig, files: Iterable[str | None]) -> Data:
         find_text_encoder(text_encoder)
     _check_continues(config)
     data = open_data(config)
-    for folder in (run_folder(config), sheet_folder(config)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # such as a file of this name, or a disk that is read only
-            raise ValueError(f"{folder} cannot be made ({error.strerror}): choose another folder") from None
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"{folder} cannot be written to: choose another folder")
+    cache = getattr(config, "cache_path", None)
+    for folder in (run_folder(config), sheet_folder(config), *([Path(cache)] if cache else ())):
+        make_folder(folder)
     return data
 
 
@@ -185,6 +182,28 @@ def in_dtype(export: Export | None, dtype: torch.dtype) -> Export | None:
     )
 
 
+def hold(folder: Path) -> IO[str] | None:
+    """Hold a run's folder until what this gives is closed, or the process ends; ValueError where it is held.
+
+    None where the system or the disk has no locks. The lock is not shared with data workers, which can
+    outlive a killed training by some seconds.
+    """
+    stream = (folder / LOCK_FILE).open("a", encoding="utf-8")
+    try:
+        import fcntl  # Windows has none
+
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        stream.close()
+        raise ValueError(
+            f"another training runs in {folder}: wait until it ends, or choose another folder"
+        ) from None
+    except (ImportError, OSError):
+        stream.close()
+        return None
+    return stream
+
+
 # --- the run --------------------------------------------------------------------------------------
 
 
@@ -274,6 +293,7 @@ def train(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config, folder, tracker = fitted_batch(config), run_folder(config), tracker_named(config.tracker)
     data = check_run(config, files)
+    held = hold(folder) if launch.is_main() else None
     mixed = "bf16" if mixed_precision else "no"
     ignore_accelerate_variables()
     accelerator = join(mixed_precision=mixed, log_with=tracker, project_dir=folder)
@@ -295,6 +315,8 @@ def train(
     for tracker in accelerator.trackers:
         tracker.finish()
     launch.part()
+    if held is not None:
+        held.close()
     if trainer.step < config.updates and launch.is_first():
         launch.end_launch()  # it was stopped, and would print a traceback over what was just told
     return 0
