@@ -26,13 +26,14 @@ from guidance_variants import VARIANTS, OwnTimePipeline, Variant, make_guidance,
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from core.commands.flags import Parser, run
+from core.commands.flags import Parser, home_path, hours, plot_path, run
 from core.config.schema import TrainConfig, guidance_sizes
 from core.config.yaml import as_yaml, load
 from core.data.loader import Batch
 from core.devices import device_named
 from core.family.evaluation import Evaluation, Judge, View, held_out_cases, real_picture
 from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
+from core.paths import make_folder
 from core.pipeline.conditioning import Conditions
 from core.pipeline.networks import DTYPES
 from core.pipeline.offload import Offloaded, Placement
@@ -52,8 +53,8 @@ from core.training.guidance import (
 )
 from core.training.noising import shifted
 from core.training.run import Run, run_folder, train
-from core.training.trainer import CHECKPOINT, Recipe, StepLoss, checkpoints
-from core.weights.checkpoint import check_file, save_text
+from core.training.trainer import CHECKPOINT, Recipe, StepLoss, checkpoints, read_state
+from core.weights.checkpoint import CheckpointError, check_file, read_json, save_text
 from gdf.diffusion import sample_losses
 from gdf.schedules import TIME_MIN
 from gdf.targets import Target, target_named
@@ -136,7 +137,7 @@ def low_time(variant: Variant, noise: SampleNoise) -> float | Tensor:
 
 def curve_of(path: Path) -> dict[int, Point]:
     """The points of a curve, by the number of updates; none where there is no file."""
-    points = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    points = read_json(path) if path.exists() else {}
     return {int(step): point for step, point in points.items()}
 
 
@@ -248,7 +249,10 @@ def trained(row: Row, make: Callable[[Run], Recipe], until: float) -> Guidance |
         if time.monotonic() > until:
             return None
         raise KeyboardInterrupt  # the trainer saved and left its loop
-    state = torch.load(folder / last, map_location="cpu", weights_only=True)
+    try:
+        state = read_state(folder / last)
+    except CheckpointError as error:
+        raise ValueError(f"{folder / last} is damaged ({error}): remove it, and it is trained anew") from None
     tensors = {**state["parameters"], **state["buffers"], **state["ema"]}
     guidance = make_guidance(row.variant, guidance_sizes(row.config))
     guidance.load_state_dict({name.removeprefix("guidance."): value for name, value in tensors.items()})
@@ -328,7 +332,7 @@ def known(values: Iterable[float | None]) -> list[float]:
 def pictures_of(rows: Sequence[Row], side: int, arguments: argparse.Namespace) -> dict[str, list[float]]:
     """The figures of a variant's pictures, as far as they are there."""
     paths = [pictures_path(row, side, arguments) for row in rows]
-    found = [json.loads(path.read_text("utf-8")) for path in paths if path.exists()]
+    found = [read_json(path) for path in paths if path.exists()]
     figures = [{**one, "accuracy": one["accuracy"]["mean"]} for one in found]
     return {key: [one[key] for one in figures] for key in FIGURES}
 
@@ -364,13 +368,16 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--side", type=int, nargs="+", default=[512, 640], help="pixels of the pictures that are measured")
     add("--num_loss", type=int, default=64, help="held-out scenes whose error is measured")
     add("--num_image", type=int, default=48, help="held-out scenes that pictures are made of; 0: none")
-    add("--max_hours", type=float, default=float("inf"), help="after which nothing is begun")
+    add("--max_hours", type=hours, default=float("inf"), help="after which nothing is begun")
     add("--config", default="configs/tiny/train_t2i.yaml", help="of the trainings")
     add("--config_c", default="configs/tiny/stage_c.yaml", help="of Stage C")
     add("--config_b", default="configs/tiny/stage_b.yaml", help="of Stages B and A")
-    add("--folder", default="runs/ablation", help="for checkpoints, results and sheets")
-    add("--figure", help="where the plot goes (default: ablation.png in --folder)")
-    return parser.parse_args(given)
+    add("--folder", type=home_path, default="runs/ablation", help="for checkpoints, results and sheets")
+    add("--figure", type=plot_path, help="where the plot goes (default: ablation.png in --folder)")
+    parsed = parser.parse_args(given)
+    for name in ("variants", "seeds", "side"):  # each once
+        setattr(parsed, name, list(dict.fromkeys(getattr(parsed, name))))
+    return parsed
 
 
 def training_of(arguments: argparse.Namespace) -> TrainConfig:
@@ -406,6 +413,7 @@ def check_all(config: TrainConfig, arguments: argparse.Namespace) -> None:
     make_pipeline(BASE, arguments).check_files()
     for path in weights_of(config):
         check_file(path)
+    make_folder(Path(arguments.folder))
 
 
 def make_all(rows: Sequence[Row], config: TrainConfig, arguments: argparse.Namespace) -> None:

@@ -21,15 +21,19 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from core.commands.flags import Parser, run
+from core.commands.flags import Parser, home_path, hours, plot_path, run
 from core.config.presets import PRESETS
 from core.config.settings import FAST, TRAINING_R, Job, Settings
+from core.config.yaml import load_stage_c
 from core.devices import device_named
 from core.family.evaluation import Evaluation, Judge, View, held_out_cases
 from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
+from core.paths import make_folder
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.progress import counting
+from core.pipeline.resolution import plan_for
 from core.training.encoders import fingerprint
+from core.weights.checkpoint import read_json
 
 RECOGNISER = TINY / "recogniser.safetensors"
 SHOWN = 8  # pictures on a sheet
@@ -117,7 +121,7 @@ def result(name: str, changes: dict[str, Any], pipeline: UltraPixelPipeline, jud
         temporary = path.with_suffix(".part")
         temporary.write_text(json.dumps({**found, "settings": asdict(settings)}, indent=2) + "\n", "utf-8")
         os.replace(temporary, path)
-    return json.loads(path.read_text("utf-8"))
+    return read_json(path)
 
 
 def table(results: dict[str, dict[str, Any] | None]) -> str:
@@ -166,16 +170,19 @@ def parse(given: Sequence[str] | None = None) -> Any:
     parser.add_argument("--preset", choices=tuple(n for n in PRESETS if n.startswith("tiny")), default="tiny")
     parser.add_argument("--num_image", type=int, default=100, help="held-out scenes, with one picture each")
     parser.add_argument("--side", type=int, default=512, help="pixels of these pictures")
-    parser.add_argument("--max_hours", type=float, default=float("inf"), help="after which no row is begun")
-    parser.add_argument("--folder", default="runs/quality", help="for results and sheets")
-    parser.add_argument("--figure", help="where the plot goes (default: into --folder)")
+    parser.add_argument("--max_hours", type=hours, default=float("inf"), help="after which no row is begun")
+    parser.add_argument("--folder", type=home_path, default="runs/quality", help="for results and sheets")
+    parser.add_argument("--figure", type=plot_path, help="where the plot goes (default: into --folder)")
     return parser.parse_args(given)
 
 
 def main(given: Sequence[str] | None = None) -> int:
     arguments = parse(given)
     arguments.until = time.monotonic() + 3600 * arguments.max_hours
-    Path(arguments.folder).mkdir(parents=True, exist_ok=True)
+    if arguments.num_image < 1:
+        raise ValueError(f"--num_image must be at least 1, not {arguments.num_image}")
+    plan_for(load_stage_c(PRESETS[arguments.preset].config_c), arguments.side, arguments.side)
+    make_folder(Path(arguments.folder))
     device = device_named(None)
     pipeline = UltraPixelPipeline.from_preset(arguments.preset, device)
     judge = Judge(load_recogniser(str(RECOGNISER), device), device)

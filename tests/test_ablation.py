@@ -161,11 +161,19 @@ def test_the_script_compares_all_variants_and_keeps_what_it_has(
     found["full_0"].write_text(json.dumps({**figures["full_0"], "frechet": 123.456}), "utf-8")
     found["implicit_0"].unlink()
     monkeypatch.chdir(ROOT)
-    assert main([*flags, "--seeds", "0", "0"]) == 0
+    assert main([*flags, "--seeds", "0", "0"]) == 0  # as one
     again = capsys.readouterr()
-    assert "123.46 ± 0.00" in again.out and "training:" not in again.err
+    assert "123.46" in again.out and "123.46 ±" not in again.out and "training:" not in again.err
     repeated = json.loads(found["implicit_0"].read_text("utf-8"))
     assert repeated["patch_frechet"] == pytest.approx(figures["implicit_0"]["patch_frechet"], rel=1e-3)
+
+    for name in ("curve.json", "step_00000001.pt"):
+        path = found["full_0"].with_name(name)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=f"{name} is damaged .*: remove it"):
+            main([*flags, "--variants", "full"])
+        path.write_bytes(whole)
 
     assert main([*flags, "--max_hours", "0", "--updates", "2", "--variants", "full"]) == 0  # nothing is begun
     assert f"| 0 of 1 | {MISSING} |" in capsys.readouterr().out

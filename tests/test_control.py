@@ -498,7 +498,7 @@ def test_configurations_name_stage_c_and_its_controlnet_together() -> None:
         ("controlnet.c_in=4", "'controlnet.c_in' must be 1 for the filter canny, not 4"),
         ("controlnet_filter=pose", "'pose'.* canny, inpainting, super_resolution, depth, tile"),
         ("controlnet_filter=depth", "a ControlNet for depth cannot be trained here: what it sees"),
-        ("control_size=3", "at least 16, not 3"),
+        ("control_size=3", "from 16 to 4096 pixels, not 3"),
         ("model_version=1B", "width 2048.* 1536"),
         ("controlnet.proj_blocks=[64]", "0 to 63"),
     ],

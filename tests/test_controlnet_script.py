@@ -181,7 +181,7 @@ def test_a_small_picture_is_enlarged(run: Run, family_folder: Path, tmp_path: Pa
         ({**READY, "mask": "mask.png"}, ["--mask is for inpainting"]),
         ({**READY, "control_file": "canny.safetensors"}, ["is the canny ControlNet, but the depth"]),
         ({"control_image": "mask.png"}, ["--control_image is for edges instead"]),
-        ({"control_size": 4}, ["control_size", "at least 16"]),
+        ({"control_size": 4}, ["control_size", "from 16 to 4096"]),
         ({"control_file": "inpainting.safetensors"}, ["is the inpainting ControlNet, but the canny"]),
         ({"control_file": "nowhere.safetensors"}, ["nowhere.safetensors", "does not exist"]),
         ({"preset": "tiny", "config_c": None, "config_b": None}, ["width 64", "has 192"]),

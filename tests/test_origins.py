@@ -250,3 +250,5 @@ def test_outpainting_is_for_the_room_around_a_picture(given: Image.Image) -> Non
     flags = ["--prompt", "a", "--control_source", "a.png", "--outpaint", "1", "1", "1", "1"]
     with pytest.raises(ValueError, match="--outpaint is for inpainting, and canny was asked for"):
         test_controlnet.main(flags)
+    with pytest.raises(ValueError, match="has 96 x 100000128 pixels .*: at most 16384 a side can be"):
+        outpainted(ControlSource(given), (100_000_000, 0, 0, 0))

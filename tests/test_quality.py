@@ -11,6 +11,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import quality  # noqa: E402
 
+from core.commands.flags import run  # noqa: E402
+
 
 def test_rows_are_made_once_and_what_is_missing_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -30,6 +32,31 @@ def test_rows_are_made_once_and_what_is_missing_is_named(
     again = capsys.readouterr().out.splitlines()
     assert [line for line in again if "%" in line] == [line for line in lines if "%" in line]
     assert "| three steps | not measured | | | | |" in again
+
+    (result, *_) = tmp_path.glob("*.json")
+    result.write_text("{")
+    with pytest.raises(ValueError, match=f"{result.name} is damaged .*: remove it, and it is made anew"):
+        quality.main(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        (("--num_image", "0"), "--num_image must be at least 1, not 0"),
+        (("--side", "10"), "the height must be from 64"),
+        (("--folder", "README.md"), "README.md cannot be made (File exists): choose another folder"),
+        (("--max_hours", "nan"), "'nan' is no number from 0 up"),
+        (("--figure", "a.txt"), "a.txt: a plot's name ends in .png"),
+    ],
+)
+def test_a_wrong_command_line_is_told_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: tuple[str, str], part: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["quality.py", "fast", *given])
+    with pytest.raises(SystemExit) as end:
+        run(quality.main)
+    assert end.value.code == 2 and part in capsys.readouterr().err
 
 
 def test_every_row_can_be_asked_for() -> None:

@@ -130,6 +130,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, monkeypatch:
     [
         (["--minutes", "0"], "--minutes must be above 0, not 0.0"),
         (["--shown", "0"], "--shown must be at least 1, not 0"),
+        (["--minutes", "nan"], "--minutes must be above 0, not nan"),
+        (["--start_from", "nowhere"], "--start_from nowhere is no folder"),
+        (["--start_from", "models"], "models/stage_c.safetensors does not exist"),
+        (["--config_b", "nowhere.yaml"], "nowhere.yaml: this configuration file does not exist"),
         (["--scenes", "0"], "--scenes must be above 0, not 0"),
         (["--image_encoder", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],

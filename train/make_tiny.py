@@ -19,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from core.commands.flags import Parser, run
+from core.weights.checkpoint import read_json
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, MODELS = ROOT / "configs" / "tiny", ROOT / "models" / "tiny"
@@ -114,7 +115,7 @@ def copy(source: Path, target: Path) -> None:
 
 def add_time(path: Path, name: str, seconds: float) -> float:
     """Add to the time that a training took, which a file keeps; the sum."""
-    times = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    times = read_json(path) if path.exists() else {}
     times[name] = times.get(name, 0.0) + seconds
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(times, indent=2) + "\n", "utf-8")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from core.commands.flags import Parser, home_path, run
 from core.config.presets import EMBEDDED, PRESETS
@@ -86,11 +87,13 @@ def check(arguments: argparse.Namespace) -> None:
         "scenes",
         "max_updates",
     ):
-        if (value := getattr(arguments, name)) is not None and value <= 0:
+        if (value := getattr(arguments, name)) is not None and not value > 0:
             raise ValueError(f"--{name} must be above 0, not {value}")
     for name in ("num_image", "num_large", "shown"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+    if arguments.start_from is not None and not Path(arguments.start_from).is_dir():
+        raise ValueError(f"--start_from {arguments.start_from} is no folder: name one with weights")
 
 
 def main(given: Sequence[str] | None = None) -> int:

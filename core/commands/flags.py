@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 # What tells which models made a picture.
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype", "int8")
 OWN_PACKAGES = ("core", "gdf", "modules")
+PLOTS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 INTERRUPTED = 30.0  # seconds that Ctrl-C leaves the other processes to save what they have
 
 
@@ -133,6 +134,25 @@ def home_path(text: str) -> str:
         return at_home(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def plot_path(text: str) -> str:
+    """A path of the command line to a plot that is written, whose name says the format."""
+    path = home_path(text)
+    if Path(path).suffix.lower() not in PLOTS:
+        raise argparse.ArgumentTypeError(f"{text}: a plot's name ends in {', '.join(PLOTS)}")
+    return path
+
+
+def hours(text: str) -> float:
+    """A time from the command line, from 0 up."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:  # a NaN is neither
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
+    return value
 
 
 def dtype_name(text: str) -> str:

@@ -26,7 +26,7 @@ from core.config.sizes import (
 )
 from gdf.names import LOSS_WEIGHT_NAMES, check_name
 
-MIN_CONTROL_SIZE = 16  # px
+MIN_CONTROL_SIZE, MAX_CONTROL_SIZE = 16, 4096  # px
 SHARES = ("pictures_at_once", "grad_accum_steps")  # of a batch, either of which may be left open
 
 T = TypeVar("T")
@@ -343,8 +343,11 @@ class ControlConfig:
     controlnet: ControlNetSizes | None = None  # the ControlNet's sizes; none: as the file says
 
     def __post_init__(self) -> None:
-        if self.control_size is not None and self.control_size < MIN_CONTROL_SIZE:
-            raise ValueError(f"'control_size' must be at least {MIN_CONTROL_SIZE}, not {self.control_size}")
+        size = MIN_CONTROL_SIZE if self.control_size is None else self.control_size
+        if not MIN_CONTROL_SIZE <= size <= MAX_CONTROL_SIZE:
+            raise ValueError(
+                f"'control_size' must be from {MIN_CONTROL_SIZE} to {MAX_CONTROL_SIZE} pixels, not {size}"
+            )
         seen = control_type(self.controlnet_filter).sizes.c_in
         if self.controlnet is not None and self.controlnet.c_in != seen:
             raise ValueError(

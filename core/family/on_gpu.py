@@ -137,9 +137,12 @@ class Run:
     def _stop(self, *_: object) -> None:
         self._stopped = True
 
-    def close(self) -> None:
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, error: type | None, *_: object) -> None:
         """The end of the log; signals and the folder again as before."""
-        self.write({"event": "stopped" if self._stopped else "finished"})
+        self.write({"event": "failed" if error else "stopped" if self._stopped else "finished"})
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._held is not None:
@@ -499,10 +502,14 @@ def train_and_show(arguments: argparse.Namespace) -> None:
     for name in ("image_encoder", "recogniser"):
         setattr(arguments, name, located(getattr(arguments, name)))
         check_file(getattr(arguments, name))
+    for name, file in (("stage_c", STAGE_C), ("guidance", GUIDANCE)):
+        if arguments.start_from is not None and name in arguments.parts:
+            check_file(Path(arguments.start_from, file))
+    load_stage_b(arguments.config_b)  # tells now what is wrong with it
     drawers = None
     if TRAININGS & set(arguments.parts):  # before CUDA is used
         drawers = Drawers([row.kind for row in ROWS], LOW, arguments.workers, first_scene(arguments))
-    with closing(Run(arguments)) as own:
+    with Run(arguments) as own:
         if drawers is not None:
             with closing(drawers):
                 train(own, drawers)

@@ -21,6 +21,7 @@ from core.config.schema import ControlConfig, LatentGeometry, check_proj_blocks
 from core.config.sizes import ControlNetSizes, Size, StageCSizes
 from core.paths import located
 from core.pictures.images import NamedBytes, load_image, open_image, upright_parts
+from core.pipeline.resolution import MAX_SIDE
 from core.weights.checkpoint import CheckpointError, read_config, read_shapes
 from core.weights.layouts import A_CONTROLNET, control_channels, describe_mismatch, identify
 from modules.effnet import imagenet_normalise
@@ -142,6 +143,11 @@ def outpainted(source: Source, sides: Sequence[int]) -> Source:
         )
     left, top, right, bottom = sides
     size = source.picture.width + left + right, source.picture.height + top + bottom
+    if max(size) > MAX_SIDE:
+        raise ValueError(
+            f"with this room the picture has {size[1]} x {size[0]} pixels (height x width): at most "
+            f"{MAX_SIDE} a side can be"
+        )
     picture, hole = Image.new("RGB", size, "white"), Image.new("L", size, 255)
     picture.paste(source.unmixed or source.picture, (left, top))
     hole.paste(source.hole or Image.new("L", source.picture.size), (left, top))

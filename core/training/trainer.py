@@ -450,7 +450,7 @@ def newest_state(folder: Path) -> tuple[Path | None, dict[str, Any], dict[Path, 
     damaged: dict[Path, CheckpointError] = {}
     for path in reversed(checkpoints(folder)):
         try:
-            return path, _read_state(path), damaged
+            return path, read_state(path), damaged
         except CheckpointError as error:
             damaged[path] = error
     if damaged:
@@ -462,7 +462,8 @@ def newest_state(folder: Path) -> tuple[Path | None, dict[str, Any], dict[Path, 
     return None, {}, damaged
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds; CheckpointError, which says the cause alone, if it is damaged."""
     state = read_archive(path)
     if not isinstance(state, dict) or not STATE <= state.keys():
         raise CheckpointError("it holds no state of a training")

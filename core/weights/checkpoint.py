@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -447,6 +447,14 @@ def save_text(path: PathLike, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(Path(path)) as temporary:
         temporary.write_text(text, "utf-8")
+
+
+def read_json(path: PathLike) -> Any:
+    """What a file of figures holds; ValueError if it is damaged."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:  # also where it is no text
+        raise ValueError(f"{path} is damaged ({error}): remove it, and it is made anew") from None
 
 
 def read_archive(path: PathLike) -> object:
