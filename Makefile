@@ -31,7 +31,7 @@ app: $(APP)
 
 demo: $(READY)
 	$(BIN)/python inference/test_t2i.py --preset tiny --output_dir $(DEMO) \
-		--prompt "a large red lighthouse on the left, by the sea, a dusk sky with a low sun"
+		--prompt "a large pink tree on green hills on a day with a clear bright sky, on the left"
 
 tiny: venv
 	$(BIN)/python train/make_tiny.py

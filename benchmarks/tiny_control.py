@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from core.commands.flags import (
     add_model_flags,
     add_settings_flags,
     check_weights,
+    home_path,
     make_pipeline,
     parse_with_preset,
     run,
@@ -43,9 +44,11 @@ from core.config.settings import Job, Settings
 from core.config.sizes import Size
 from core.family.evaluation import Case, held_out_cases, real_picture
 from core.family.outlines import compare, found_by_canny
+from core.paths import make_folder
 from core.pictures.images import save_image, to_image
 from core.pipeline.control import CONTROL_WEIGHT, Control, Source, edge_control
 from core.pipeline.pipeline import UltraPixelPipeline
+from core.pipeline.resolution import plan_for
 from core.pipeline.stages import GROUP
 from core.scenes.captions import AFLOAT, LANDS, SKIES, SUBJECTS, WHERE
 from core.scenes.scene import Scene
@@ -190,7 +193,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--control_hr", action="store_true", help="let it act in the high-resolution pass too"
     )
-    parser.add_argument("--output_dir", default="outputs/tiny_control", help="folder for the sheets")
+    parser.add_argument(
+        "--output_dir", type=home_path, default="outputs/tiny_control", help="folder for the sheets"
+    )
     add_settings_flags(parser, OWN)
     add_model_flags(parser)
     parser.set_defaults(preset="tiny", cfg=1.0, shift=2.0)
@@ -201,8 +206,11 @@ def main() -> int:
     arguments = parse()
     if arguments.num_image < 2:
         raise ValueError(f"--num_image must be at least 2, not {arguments.num_image}: chance needs others")
-    height, width = arguments.asked_height, arguments.asked_width
-    sizes = ((height or width, width or height),) if height or width else SIZES
+    if not isfinite(arguments.control_weight):
+        raise ValueError(f"--control_weight must be a number, not {arguments.control_weight}")
+    asked = [side for side in (arguments.asked_height, arguments.asked_width) if side is not None]
+    sizes = ((asked[0], asked[-1]),) if asked else SIZES
+    make_folder(Path(arguments.output_dir))
     pipeline, settings = make_pipeline(arguments), settings_of(arguments)
     path = arguments.control_file.replace("{control}", "canny")
     pipeline.set_control(ControlConfig(controlnet_checkpoint_path=path))
@@ -210,6 +218,8 @@ def main() -> int:
     cases, rows = held_out_cases(arguments.num_image, arguments.seed), []
     if (prompt := PROMPTS[arguments.prompts]) is not None:
         cases = [replace(case, prompt=prompt(case.scene)) for case in cases]
+    for size in sizes:
+        plan_for(pipeline.config_c, *size)  # raises what is wrong with the size
     for size in sizes:
         weight, hr = arguments.control_weight, arguments.control_hr
         row, pictures = measure(pipeline, cases, size, settings, weight, hr)

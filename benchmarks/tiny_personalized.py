@@ -22,6 +22,7 @@ from core.commands.flags import (
     add_model_flags,
     add_settings_flags,
     check_weights,
+    home_path,
     make_pipeline,
     parse_with_preset,
     run,
@@ -30,6 +31,7 @@ from core.commands.flags import (
 from core.config.presets import EMBEDDED
 from core.family.evaluation import Case, Evaluation, Judge, Measured, View, held_out_cases
 from core.family.evaluation_run import CELL, TINY, by, load_recogniser, table
+from core.paths import make_folder
 from core.pictures.images import save_image, to_image
 from core.pictures.sheets import contact_sheet
 from core.pipeline.progress import counting
@@ -53,7 +55,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--height", type=int, help="pixels")
     group.add_argument("--width", type=int, help="pixels")
     group.add_argument("--seed", type=int, default=0, help="of the first scene and picture")
-    group.add_argument("--output_dir", default="outputs/personalized", help="folder for the sheet")
+    group.add_argument(
+        "--output_dir", type=home_path, default="outputs/personalized", help="folder for the sheet"
+    )
     add_settings_flags(parser)
     add_model_flags(parser)
     parser.set_defaults(preset=EMBEDDED)
@@ -134,6 +138,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if not tokens:
         raise ValueError(f"{' and '.join(arguments.lora)}: the LoRA has no token to put into a prompt")
     pipeline.set_loras(loras)
+    make_folder(Path(arguments.output_dir))
     check_weights(pipeline, arguments.preset)
     recogniser = load_recogniser(str(TINY / "recogniser.safetensors"), pipeline.device)
     if pipeline.device.type == "cuda":

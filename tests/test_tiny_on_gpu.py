@@ -125,6 +125,39 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, monkeypatch:
     assert (tmp_path / tiny_on_gpu.GUIDANCE).exists()
 
 
+def test_files_of_a_part_that_is_over_are_written_again_or_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = arguments(tmp_path, "--max_updates", "2")
+    assert main([*given, "--parts", "stage_c"]) == 0
+    path = tmp_path / tiny_on_gpu.STAGE_C
+    before = path.read_bytes()
+    path.unlink()
+    with pytest.raises(ValueError, match="stage_c.safetensors is missing, .*: with stage_c"):
+        main([*given, "--parts", "guidance"])
+    assert events(tmp_path)[-1]["event"] == "failed"
+    assert main([*given, "--parts", "stage_c", "guidance"]) == 0 and path.read_bytes() == before
+
+
+def test_nothing_goes_on_that_another_training_went_on_from(tmp_path: Path) -> None:
+    parts = ("--parts", "stage_c", "guidance", "together")
+    assert main([*arguments(tmp_path, "--max_updates", "1"), *parts]) == 0
+    before = {name: (tmp_path / name).read_bytes() for name in tiny_on_gpu.PART_OF}
+    assert main([*arguments(tmp_path, "--max_updates", "2"), *parts[:3]]) == 0
+    assert {name: (tmp_path / name).read_bytes() for name in tiny_on_gpu.PART_OF} == before
+    told = [line["event"].split(":")[0] for line in events(tmp_path) if "stays" in line.get("event", "")]
+    assert told == ["stage_c stays", "guidance stays"]
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    given = [*arguments(tmp_path, "--max_updates", "1"), "--parts", "stage_c"]
+    assert main(given) == 0
+    path = tmp_path / "state" / "stage_c.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="stage_c.safetensors is damaged: delete it, and this"):
+        main(given)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -19,11 +19,17 @@ from pathlib import Path
 import yaml
 
 from core.commands.flags import Parser, run
-from core.weights.checkpoint import read_json
+from core.weights.checkpoint import read_json, save_text
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, MODELS = ROOT / "configs" / "tiny", ROOT / "models" / "tiny"
 TIMES = "times.json"  # seconds of each training, over all calls, beside the runs
+
+
+PREFACE = """\
+All of the embedded family is trained anew, which takes many hours on two cores. Ctrl-C stops it; the same
+command goes on. What is done replaces files in models/tiny, which fit each other again only when all is done:
+git checkout models/tiny brings back those that were there."""
 
 
 @dataclass(frozen=True)
@@ -114,17 +120,23 @@ def copy(source: Path, target: Path) -> None:
 
 
 def add_time(path: Path, name: str, seconds: float) -> float:
-    """Add to the time that a training took, which a file keeps; the sum."""
-    times = read_json(path) if path.exists() else {}
+    """Add to the time that a training took, which a file keeps; the sum. A damaged file begins anew."""
+    try:
+        times = read_json(path) if path.exists() else {}
+    except ValueError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        times = {}
     times[name] = times.get(name, 0.0) + seconds
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(times, indent=2) + "\n", "utf-8")
+    save_text(path, json.dumps(times, indent=2) + "\n")
     return times[name]
 
 
 def main() -> int:
     Parser(__doc__).parse_args()
-    for part in PARTS:
+    print(PREFACE, flush=True)
+    for number, part in enumerate(PARTS, 1):
+        print(f"{number} of {len(PARTS)}: {part.config}", flush=True)
         make(part)
     return 0
 

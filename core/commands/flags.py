@@ -95,7 +95,8 @@ def told(error: Exception) -> tuple[str, int]:
 
 
 def _memory_is_full(error: Exception) -> bool:
-    return type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+    """Whether a device's memory was too little, by torch's errors, which is not imported here."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 # --- flags ----------------------------------------------------------------------------------------

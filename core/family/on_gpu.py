@@ -65,6 +65,7 @@ log = logging.getLogger(__name__)
 PRESET = PRESETS[EMBEDDED]
 TRAININGS = {"stage_c", "guidance", "together"}  # of --parts
 STAGE_C, GUIDANCE = "stage_c.safetensors", "ultrapixel_t2i.safetensors"
+PART_OF = {STAGE_C: "stage_c", GUIDANCE: "guidance"}
 SHARES = {"stage_c": 0.45, "guidance": 0.15, "together": 0.4}  # of --minutes
 LR = {"stage_c": 1e-3, "guidance": 1e-3, "together": 7e-4}
 EMA = {"stage_c": 0.998, "guidance": 0.995, "together": 0.998}
@@ -125,7 +126,8 @@ class Run:
         self.output = Path(arguments.output)
         self.state = Path(arguments.state or self.output / "state")
         make_folder(self.output)
-        self._held = hold(self.output)
+        make_folder(self.state)
+        self._held = [hold(folder) for folder in {self.output, self.state}]
         self.config = load_stage_c(arguments.config_c)
         self.device = device_named(arguments.device)
         on_gpu = self.device.type == "cuda"
@@ -145,8 +147,9 @@ class Run:
         self.write({"event": "failed" if error else "stopped" if self._stopped else "finished"})
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self._held is not None:
-            self._held.close()
+        for held in self._held:
+            if held is not None:
+                held.close()
 
     def stopped(self) -> bool:
         """Whether the run was asked to end."""
@@ -174,7 +177,15 @@ class Run:
             name
         ]
         made = [self.output / name, *([Path(start) / name] if start else [])]
+        if not made[0].exists() and self.begun(part := PART_OF[name]):
+            raise ValueError(
+                f"{made[0]} is missing, though it was trained: with {part} among --parts it is written again"
+            )
         return next((path for path in made if path.exists()), Path(own))
+
+    def begun(self, part: str) -> bool:
+        """Whether a training has a state."""
+        return Part.seconds_in(self.state / f"{part}.safetensors") > 0
 
     def start_path(self, name: str) -> str | None:
         """What a training begins from; None: from nothing."""
@@ -362,8 +373,10 @@ def train_part(run: Run, pools: Pools, part: Part, loss: Loss, exported: Mapping
             write = in_dtype(partial(save, prefix, file), torch.float16)
             write(part.weights.averaged(), part.weights.step)
 
-    if part.share < 1:  # one that is over was exported, and what went on from it has the same files
+    if part.share < 1 and not (part.name == "stage_c" and run.begun("guidance")):
         part.run(loss, on_log, on_save, run.stopped, run.smaller)
+    elif not all((run.output / file.name).exists() for file in exported.values()):
+        on_save()  # else they stay: what went on from this training has the same files
 
 
 def build_stage_c(run: Run, start: str | Path | None) -> StageC:
@@ -492,7 +505,9 @@ def train(run: Run, drawers: Drawers) -> None:
     fill(pools, run)
     parts = {"stage_c": train_stage_c, "guidance": train_guidance, "together": train_together}
     for name, part in parts.items():
-        if name in run.arguments.parts and not run.stopped():
+        if name != "together" and name in run.arguments.parts and run.begun("together"):
+            run.write({"event": f"{name} stays: the training of both together has begun"})
+        elif name in run.arguments.parts and not run.stopped():
             part(run, pools)
 
 

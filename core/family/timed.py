@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core.training.trainer import CLIP_NORM, EMA_WARMUP
-from core.weights.checkpoint import read_metadata, read_tensors, save_tensors
+from core.weights.checkpoint import CheckpointError, read_metadata, read_tensors, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -132,13 +133,21 @@ class Part:
     @staticmethod
     def seconds_in(path: Path) -> float:
         """How long the training whose state is in a file took so far; 0 where there is none."""
-        return json.loads(read_metadata(path)["about"])["seconds"] if path.exists() else 0.0
+        return Part._about(path)["seconds"] if path.exists() else 0.0
+
+    @staticmethod
+    def _about(path: Path) -> dict[str, Any]:
+        """What a state says of itself; ValueError if it is damaged."""
+        try:
+            return json.loads(read_metadata(path)["about"])
+        except (CheckpointError, KeyError):
+            raise ValueError(f"{path} is damaged: delete it, and this training begins anew") from None
 
     def resume(self) -> bool:
         """Go on from the last state, where there is one; whether there was."""
         if not self.state_path.exists():
             return False
-        about = json.loads(read_metadata(self.state_path)["about"])
+        about = self._about(self.state_path)
         self.seconds = about["seconds"]
         self.weights.load(read_tensors(self.state_path), about["step"])
         return True
