@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -178,8 +179,9 @@ def test_each_training_of_the_family_finds_what_those_before_it_made(
     for _ in range(2):
         assert make_tiny.main() == 0
     assert ran == 2 * [part.config for part in make_tiny.PARTS]
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in told] == ran and all("minutes" in line for line in told)
+    told = capsys.readouterr().out
+    assert re.findall(r"^(\w+): [\d.]+ minutes$", told, re.MULTILINE) == ran
+    assert told.count("git checkout models/tiny brings back") == 2 and "1 of 16: train_text_encoder" in told
     shipped = {path.relative_to(ROOT / "models" / "tiny") for path in (ROOT / "models" / "tiny").rglob("*.*")}
     made = {path.relative_to(make_tiny.MODELS) for path in make_tiny.MODELS.rglob("*.*")}
     assert made == shipped
@@ -191,6 +193,13 @@ AS_START = {
     "train_encoder": {"effnet_encoder.safetensors", "previewer.safetensors"},
     "train_stage_b": {"stage_b.safetensors"},
 }  # fmt: skip
+
+
+def test_damaged_times_begin_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "times.json"
+    path.write_text("{")
+    assert [make_tiny.add_time(path, "a", 2.0), make_tiny.add_time(path, "a", 1.0)] == [2.0, 3.0]
+    assert f"warning: {path} is damaged" in capsys.readouterr().err
 
 
 def test_a_training_that_stopped_ends_the_making_of_the_family(

@@ -13,6 +13,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import random_family
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -300,3 +301,14 @@ def test_a_prompt_that_is_no_text_is_told() -> None:
     for flags in (("--prompt", "a \udcff boat"), ("--prompt", "a", "--negative_prompt", "\udcff")):
         with pytest.raises(ValueError, match="prompt holds bytes that are not UTF-8"):
             make_jobs(parse(*flags, "--dry_run"))
+
+
+def test_a_full_memory_of_the_cpu_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        torch.empty(2**55)
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and told.startswith("error: the device's memory is full (")
+    assert "make a smaller picture; for a training" in told and "--device cpu" not in told

@@ -19,7 +19,6 @@ from pathlib import Path
 import yaml
 
 from core.commands.flags import Parser, run
-from core.weights.checkpoint import read_json, save_text
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, MODELS = ROOT / "configs" / "tiny", ROOT / "models" / "tiny"
@@ -121,6 +120,8 @@ def copy(source: Path, target: Path) -> None:
 
 def add_time(path: Path, name: str, seconds: float) -> float:
     """Add to the time that a training took, which a file keeps; the sum. A damaged file begins anew."""
+    from core.weights.checkpoint import read_json, save_text  # loads torch, once the flags are read
+
     try:
         times = read_json(path) if path.exists() else {}
     except ValueError as error:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 MODEL_FLAGS = ("config_c", "config_b", "pretrained_path", "dtype", "int8")
 OWN_PACKAGES = ("core", "gdf", "modules")
 PLOTS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch's own words in a RuntimeError
 INTERRUPTED = 30.0  # seconds that Ctrl-C leaves the other processes to save what they have
 
 
@@ -87,16 +88,16 @@ def told(error: Exception) -> tuple[str, int]:
         return f"error: {lacking if package else error}", 2
     if not _memory_is_full(error):
         return f"error: {error}", 2
-    cause = str(error).splitlines()[0]
+    cause, other = str(error).splitlines()[0], "" if CPU_IS_FULL in str(error) else ", or use --device cpu"
     return (
-        f"error: the device's memory is full ({cause}): make a smaller picture, or use --device cpu; for "
+        f"error: the device's memory is full ({cause}): make a smaller picture{other}; for "
         "a training, set a smaller image_size, pictures_at_once=1 and gradient_checkpointing=true"
     ), 2
 
 
 def _memory_is_full(error: Exception) -> bool:
     """Whether a device's memory was too little, by torch's errors, which is not imported here."""
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
+    return type(error).__name__ == "OutOfMemoryError" or CPU_IS_FULL in str(error)
 
 
 # --- flags ----------------------------------------------------------------------------------------
