@@ -146,7 +146,12 @@ def test_nothing_goes_on_that_another_training_went_on_from(tmp_path: Path) -> N
     assert main([*arguments(tmp_path, "--max_updates", "2"), *parts[:3]]) == 0
     assert {name: (tmp_path / name).read_bytes() for name in tiny_on_gpu.PART_OF} == before
     told = [line["event"].split(":")[0] for line in events(tmp_path) if "stays" in line.get("event", "")]
-    assert told == ["stage_c stays", "guidance stays"]
+    assert told == ["stage_c stays as it is", "guidance stays as it is"]
+    (tmp_path / tiny_on_gpu.STAGE_C).unlink()
+    with pytest.raises(ValueError, match="stage_c.safetensors is missing, .*: with together among"):
+        main([*arguments(tmp_path, "--max_updates", "1"), "--parts", "figures"])
+    assert main([*arguments(tmp_path, "--max_updates", "1"), "--parts", "together"]) == 0
+    assert {name: (tmp_path / name).read_bytes() for name in tiny_on_gpu.PART_OF} == before
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ PRESET = PRESETS[EMBEDDED]
 TRAININGS = {"stage_c", "guidance", "together"}  # of --parts
 STAGE_C, GUIDANCE = "stage_c.safetensors", "ultrapixel_t2i.safetensors"
 PART_OF = {STAGE_C: "stage_c", GUIDANCE: "guidance"}
+LATER = {"stage_c": ("together", "guidance"), "guidance": ("together",), "together": ()}  # go on from it
 SHARES = {"stage_c": 0.45, "guidance": 0.15, "together": 0.4}  # of --minutes
 LR = {"stage_c": 1e-3, "guidance": 1e-3, "together": 7e-4}
 EMA = {"stage_c": 0.998, "guidance": 0.995, "together": 0.998}
@@ -177,7 +178,9 @@ class Run:
             name
         ]
         made = [self.output / name, *([Path(start) / name] if start else [])]
-        if not made[0].exists() and self.begun(part := PART_OF[name]):
+        part = "together" if self.begun("together") else PART_OF[name]
+        again = part == "together" and part in self.arguments.parts  # its state holds the weights, too
+        if not made[0].exists() and self.begun(part) and not again:
             raise ValueError(
                 f"{made[0]} is missing, though it was trained: with {part} among --parts it is written again"
             )
@@ -373,10 +376,14 @@ def train_part(run: Run, pools: Pools, part: Part, loss: Loss, exported: Mapping
             write = in_dtype(partial(save, prefix, file), torch.float16)
             write(part.weights.averaged(), part.weights.step)
 
-    if part.share < 1 and not (part.name == "stage_c" and run.begun("guidance")):
+    later = next((name for name in LATER[part.name] if run.begun(name)), None)
+    if later is not None:  # what is trained anew here would not be in it
+        run.write({"event": f"{part.name} stays as it is: {later} has begun"})
+    elif part.share < 1:
         part.run(loss, on_log, on_save, run.stopped, run.smaller)
-    elif not all((run.output / file.name).exists() for file in exported.values()):
-        on_save()  # else they stay: what went on from this training has the same files
+        return
+    if later != "together" and not all((run.output / file.name).exists() for file in exported.values()):
+        on_save()
 
 
 def build_stage_c(run: Run, start: str | Path | None) -> StageC:
@@ -505,9 +512,7 @@ def train(run: Run, drawers: Drawers) -> None:
     fill(pools, run)
     parts = {"stage_c": train_stage_c, "guidance": train_guidance, "together": train_together}
     for name, part in parts.items():
-        if name != "together" and name in run.arguments.parts and run.begun("together"):
-            run.write({"event": f"{name} stays: the training of both together has begun"})
-        elif name in run.arguments.parts and not run.stopped():
+        if name in run.arguments.parts and not run.stopped():
             part(run, pools)
 
 
