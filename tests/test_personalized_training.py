@@ -119,7 +119,7 @@ def test_photographs_leave_log_checkpoints_sheets_and_a_lora(whole: Path) -> Non
     assert len(losses(whole)) == 4 and all(np.isfinite(losses(whole)))
     names = {path.name for path in whole.iterdir() if path.is_file()}
     kept = {"step_00000002.pt", "step_00000004.pt", "config.yaml", "log.jsonl", "loss_by_logsnr.png"}
-    assert names == kept | {"lora.safetensors"}
+    assert names == kept | {"lora.safetensors", ".lock"}
     sheet = Image.open(whole.parents[1] / "samples" / "run" / "step_00000004.jpg")
     assert sheet.size == (4 * 256, 2 * 256)
 

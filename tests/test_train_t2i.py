@@ -85,7 +85,7 @@ def whole(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_log_checkpoints_weights_and_sheets(whole: Path) -> None:
     assert len(losses(whole)) == 4
     names = {path.name for path in (whole / "checkpoints" / "t2i").iterdir() if path.is_file()}
-    expected = {"config.yaml", "log.jsonl", "loss_by_logsnr.png", "ultrapixel_t2i.safetensors"}
+    expected = {"config.yaml", "log.jsonl", "loss_by_logsnr.png", "ultrapixel_t2i.safetensors", ".lock"}
     assert expected | {"step_00000002.pt", "step_00000004.pt"} == names
     for step in (2, 4):
         sheet = Image.open(whole / "samples" / "t2i" / f"step_{step:08d}.jpg")
