@@ -33,7 +33,7 @@ from core.data.loader import Batch
 from core.devices import device_named
 from core.family.evaluation import Evaluation, Judge, View, held_out_cases, real_picture
 from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
-from core.paths import make_folder
+from core.pictures.images import prepare_folder
 from core.pipeline.conditioning import Conditions
 from core.pipeline.networks import DTYPES
 from core.pipeline.offload import Offloaded, Placement
@@ -413,7 +413,7 @@ def check_all(config: TrainConfig, arguments: argparse.Namespace) -> None:
     make_pipeline(BASE, arguments).check_files()
     for path in weights_of(config):
         check_file(path)
-    make_folder(Path(arguments.folder))
+    prepare_folder(arguments.folder)
 
 
 def make_all(rows: Sequence[Row], config: TrainConfig, arguments: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ All rows have the same prompts and seeds. Run again it goes on with the rows tha
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,16 +23,15 @@ from tqdm import tqdm
 from core.commands.flags import Parser, home_path, hours, plot_path, run
 from core.config.presets import PRESETS
 from core.config.settings import FAST, TRAINING_R, Job, Settings
-from core.config.yaml import load_stage_c
 from core.devices import device_named
 from core.family.evaluation import Evaluation, Judge, View, held_out_cases
 from core.family.evaluation_run import FEW, TINY, Sheets, load_recogniser
-from core.paths import make_folder
+from core.pictures.images import prepare_folder
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.progress import counting
 from core.pipeline.resolution import plan_for
 from core.training.encoders import fingerprint
-from core.weights.checkpoint import read_json
+from core.weights.checkpoint import read_json, save_text
 
 RECOGNISER = TINY / "recogniser.safetensors"
 SHOWN = 8  # pictures on a sheet
@@ -118,9 +116,7 @@ def result(name: str, changes: dict[str, Any], pipeline: UltraPixelPipeline, jud
         if time.monotonic() > arguments.until:
             return None
         found = measure(name, pipeline, judge, settings, exact, arguments)
-        temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps({**found, "settings": asdict(settings)}, indent=2) + "\n", "utf-8")
-        os.replace(temporary, path)
+        save_text(path, json.dumps({**found, "settings": asdict(settings)}, indent=2) + "\n")
     return read_json(path)
 
 
@@ -181,10 +177,10 @@ def main(given: Sequence[str] | None = None) -> int:
     arguments.until = time.monotonic() + 3600 * arguments.max_hours
     if arguments.num_image < 1:
         raise ValueError(f"--num_image must be at least 1, not {arguments.num_image}")
-    plan_for(load_stage_c(PRESETS[arguments.preset].config_c), arguments.side, arguments.side)
-    make_folder(Path(arguments.folder))
     device = device_named(None)
     pipeline = UltraPixelPipeline.from_preset(arguments.preset, device)
+    plan_for(pipeline.config_c, arguments.side, arguments.side)  # raises what is wrong with the size
+    prepare_folder(arguments.folder)
     judge = Judge(load_recogniser(str(RECOGNISER), device), device)
     exact = PRESETS[arguments.preset].settings
     results = {

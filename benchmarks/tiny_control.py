@@ -44,8 +44,7 @@ from core.config.settings import Job, Settings
 from core.config.sizes import Size
 from core.family.evaluation import Case, held_out_cases, real_picture
 from core.family.outlines import compare, found_by_canny
-from core.paths import make_folder
-from core.pictures.images import save_image, to_image
+from core.pictures.images import prepare_folder, save_image, to_image
 from core.pipeline.control import CONTROL_WEIGHT, Control, Source, edge_control
 from core.pipeline.pipeline import UltraPixelPipeline
 from core.pipeline.resolution import plan_for
@@ -210,7 +209,7 @@ def main() -> int:
         raise ValueError(f"--control_weight must be a number, not {arguments.control_weight}")
     asked = [side for side in (arguments.asked_height, arguments.asked_width) if side is not None]
     sizes = ((asked[0], asked[-1]),) if asked else SIZES
-    make_folder(Path(arguments.output_dir))
+    prepare_folder(arguments.output_dir)
     pipeline, settings = make_pipeline(arguments), settings_of(arguments)
     path = arguments.control_file.replace("{control}", "canny")
     pipeline.set_control(ControlConfig(controlnet_checkpoint_path=path))

@@ -31,8 +31,7 @@ from core.commands.flags import (
 from core.config.presets import EMBEDDED
 from core.family.evaluation import Case, Evaluation, Judge, Measured, View, held_out_cases
 from core.family.evaluation_run import CELL, TINY, by, load_recogniser, table
-from core.paths import make_folder
-from core.pictures.images import save_image, to_image
+from core.pictures.images import prepare_folder, save_image, to_image
 from core.pictures.sheets import contact_sheet
 from core.pipeline.progress import counting
 from core.pipeline.resolution import plan
@@ -138,7 +137,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if not tokens:
         raise ValueError(f"{' and '.join(arguments.lora)}: the LoRA has no token to put into a prompt")
     pipeline.set_loras(loras)
-    make_folder(Path(arguments.output_dir))
+    prepare_folder(arguments.output_dir)
     check_weights(pipeline, arguments.preset)
     recogniser = load_recogniser(str(TINY / "recogniser.safetensors"), pipeline.device)
     if pipeline.device.type == "cuda":

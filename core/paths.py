@@ -53,16 +53,6 @@ def user_cache() -> Path:
     return Path(folder, "ultrapixel")
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder, unless it is there; ValueError where that cannot be, or nothing can be written to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # such as a file of this name, or a disk that is read only
-        raise ValueError(f"{folder} cannot be made ({error.strerror}): choose another folder") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder} cannot be written to: choose another folder")
-
-
 def _is_there(path: str) -> bool:
     special = _SPECIAL.search(path)
     folder = os.path.dirname(path[: special.start()]) if special else None

@@ -574,7 +574,7 @@ def test_check_data_tells_of_a_bad_output_before_it_looks(folder, script, monkey
     output.write_text("")
     assert run_here(script, monkeypatch, folder, "image_size=128", "--output", output) == 2
     told = capsys.readouterr()
-    assert not told.out and "here.txt cannot be made (File exists): choose another folder" in told.err
+    assert not told.out and "here.txt cannot be the output folder: a file is in its place" in told.err
 
 
 def test_check_data_prints_any_name_on_any_output(tmp_path, script, monkeypatch, capfd):

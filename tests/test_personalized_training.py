@@ -399,7 +399,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     ("key", "place", "part"),
     [
         ("prior_path", "photos", "(of prior pictures prior_prompt=...) gives all one caption"),
-        ("checkpoint_path", "p.yaml", "cannot be made (Not a directory): choose another folder"),
+        ("checkpoint_path", "p.yaml", "cannot be the output folder: a file is in its place"),
         ("webdataset_path", "p.yaml", "is no folder of training pictures"),
     ],
 )

@@ -44,7 +44,7 @@ def test_rows_are_made_once_and_what_is_missing_is_named(
     [
         (("--num_image", "0"), "--num_image must be at least 1, not 0"),
         (("--side", "10"), "the height must be from 64"),
-        (("--folder", "README.md"), "README.md cannot be made (File exists): choose another folder"),
+        (("--folder", "README.md"), "README.md cannot be the output folder: a file is in its place"),
         (("--max_hours", "nan"), "'nan' is no number from 0 up"),
         (("--figure", "a.txt"), "a.txt: a plot's name ends in .png"),
     ],

@@ -237,7 +237,7 @@ def test_a_cache_that_is_no_folder_is_told_before_anything_loads(
     cached = f"cache_path={lesson / 't2i.yaml'}"
     assert exit_code(train_t2i.main, lesson / "t2i.yaml", tmp_path, cached, "updates=1") == 2
     (told,) = capsys.readouterr().err.strip().splitlines()
-    assert told == f"error: {lesson / 't2i.yaml'} cannot be made (File exists): choose another folder"
+    assert told == f"error: {lesson / 't2i.yaml'} cannot be the output folder: a file is in its place"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

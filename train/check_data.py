@@ -14,7 +14,7 @@ from pathlib import Path
 from core.commands.flags import Parser, home_path, run
 from core.config.batch_size import fit_batch
 from core.config.yaml import load_run
-from core.paths import make_folder
+from core.pictures.images import prepare_folder
 from core.printable import say
 
 
@@ -63,7 +63,7 @@ def main() -> int:
     buckets = make_buckets(config.image_size, config.multi_aspect_ratio)
     with unlogged("core.data"):  # the report names what is broken
         data = open_data(replace(config, webdataset_path=arguments.folder, scenes=None, max_broken=1))
-        make_folder(Path(arguments.output))
+        prepare_folder(arguments.output)
         entries = list(look(data, buckets, arguments.decode))
     found = [entry for entry in entries if isinstance(entry, Found)]
     broken = sorted((entry.name, entry.reason) for entry in entries if isinstance(entry, Broken))

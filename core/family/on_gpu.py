@@ -33,8 +33,8 @@ from core.family.batched import in_batches, measured
 from core.family.evaluation import Judge, View, held_out_cases
 from core.family.pool import Drawers, Encoders, Kind, Pool, Pools, Samples
 from core.family.timed import Budget, Part, Weights
-from core.paths import located, make_folder
-from core.pictures.images import save_image, to_image
+from core.paths import located
+from core.pictures.images import prepare_folder, save_image, to_image
 from core.pictures.sheets import contact_sheet
 from core.pipeline.conditioning import Conditions, conditions
 from core.pipeline.networks import DTYPES, load_encoder
@@ -126,8 +126,8 @@ class Run:
         self.arguments = arguments
         self.output = Path(arguments.output)
         self.state = Path(arguments.state or self.output / "state")
-        make_folder(self.output)
-        make_folder(self.state)
+        prepare_folder(self.output)
+        prepare_folder(self.state)
         self._held = [hold(folder) for folder in {self.output, self.state}]
         self.config = load_stage_c(arguments.config_c)
         self.device = device_named(arguments.device)

@@ -26,7 +26,7 @@ from core.config.yaml import as_yaml
 from core.data.loader import Batch, LoaderSettings, Position
 from core.data.sources import Data, open_data, stream
 from core.devices import cores
-from core.paths import make_folder
+from core.pictures.images import prepare_folder
 from core.training.distributed import ignore_accelerate_variables, join
 from core.training.exports import Export, Exports
 from core.training.log import UpdateBar, save_losses, tell_of_curve, tracker_named
@@ -80,8 +80,8 @@ def check_run(config: RunConfig, files: Iterable[str | None]) -> Data:
     _check_continues(config)
     data = open_data(config)
     cache = getattr(config, "cache_path", None)
-    for folder in (run_folder(config), sheet_folder(config), *([Path(cache)] if cache else ())):
-        make_folder(folder)
+    for folder in (run_folder(config), sheet_folder(config), *([cache] if cache else ())):
+        prepare_folder(folder)
     return data
 
 
